@@ -1,0 +1,42 @@
+# nsrl: make help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# one torch thread is the fastest setting for small policies, and keeps the tests off each other's cores
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED)  ## fine-tune a CartPole policy without forgetting and show what it kept
+	@$(BIN)/nsrl demo
+
+test: $(INSTALLED)  ## run the tests except the slow ones
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## run all tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:  ## remove caches and build output; keeps .venv and runs
+	@rm -rf build dist *.egg-info MUJOCO_LOG.TXT .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find nsrl envs tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and pinned: left to the other packages, pip would take the newest build and its CUDA packages
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing nsrl and its dependencies into $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,mujoco,analysis]"
+	@touch $@

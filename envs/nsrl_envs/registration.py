@@ -1,0 +1,52 @@
+"""Every task's id, and what gymnasium needs to make it.
+
+Whoever looks up a task reads this module, so it names the makers by their import path and imports none.
+"""
+
+from typing import Any
+
+from gymnasium.envs.registration import register, registry
+
+# id, maker, its arguments, steps before truncation, return at which the base environment counts as solved
+_TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
+    ("nsrl/CartPole-v0", "cartpole:cartpole", {}, 500, 475.0),
+    ("nsrl/CartPoleSwapped-v0", "cartpole:cartpole", {"swapped": True}, 500, 475.0),
+    ("nsrl/Pendulum-v0", "pendulum:pendulum", {}, 200, None),
+    ("nsrl/PendulumReversed-v0", "pendulum:pendulum", {"reversed_torque": True}, 200, None),
+    ("nsrl/HalfCheetah-v0", "locomotion:runner", {"body": "HalfCheetah"}, 1000, 4800.0),
+    (
+        "nsrl/HalfCheetahBackward-v0",
+        "locomotion:runner",
+        {"body": "HalfCheetah", "backward": True},
+        1000,
+        None,
+    ),
+    ("nsrl/Swimmer-v0", "locomotion:runner", {"body": "Swimmer"}, 1000, 360.0),
+    ("nsrl/SwimmerBackward-v0", "locomotion:runner", {"body": "Swimmer", "backward": True}, 1000, None),
+    ("nsrl/Ant-v0", "locomotion:runner", {"body": "Ant"}, 1000, 6000.0),
+    ("nsrl/AntBackward-v0", "locomotion:runner", {"body": "Ant", "backward": True}, 1000, None),
+    ("nsrl/HalfCheetahPlain-v0", "locomotion:half_cheetah", {}, 1000, 4800.0),
+    ("nsrl/HalfCheetahHeavyTorso-v0", "locomotion:half_cheetah", {"torso_mass_factor": 4.0}, 1000, None),
+    ("nsrl/LunarLander-v0", "lunar_lander:lunar_lander", {}, 1000, 200.0),
+    ("nsrl/LunarLanderLowGravity-v0", "lunar_lander:lunar_lander", {"gravity": -2.5}, 1000, None),
+    (
+        "nsrl/LunarLanderWind-v0",
+        "lunar_lander:lunar_lander",
+        {"enable_wind": True, "wind_power": 15.0, "turbulence_power": 1.5},
+        1000,
+        None,
+    ),
+)
+
+
+def register_all() -> None:
+    """Register every task with gymnasium under the namespace `nsrl`; doing it again changes nothing."""
+    for task, maker, arguments, steps, threshold in _TASKS:
+        if task not in registry:
+            register(
+                id=task,
+                entry_point=f"nsrl_envs.{maker}",
+                kwargs=arguments,
+                max_episode_steps=steps,
+                reward_threshold=threshold,
+            )

@@ -1,0 +1,29 @@
+"""nsrl: fine-tune pretrained policies on a new task inside a KL budget on an old one.
+
+The names below load on first use, so that `import nsrl` is quick and `nsrl --help` quicker.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import nsrl_envs  # noqa: F401  gymnasium >= 1.0 reads no plugin entry points: importing registers the "nsrl/..." ids
+
+if TYPE_CHECKING:
+    from nsrl.rl.buffer import RetentionBuffer as RetentionBuffer
+    from nsrl.rl.ppo import NullSpacePPO as NullSpacePPO
+    from nsrl.rl.protected import protect as protect
+
+__version__ = "0.1.0"
+__all__ = ["NullSpacePPO", "RetentionBuffer", "__version__", "protect"]
+
+_HOMES = {
+    "NullSpacePPO": "nsrl.rl.ppo",
+    "RetentionBuffer": "nsrl.rl.buffer",
+    "protect": "nsrl.rl.protected",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nsrl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

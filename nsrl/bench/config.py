@@ -1,0 +1,310 @@
+"""The settings of every command: frozen dataclasses, one a command, which YAML files and the command line fill in.
+
+Nothing heavy is imported here, so that `--help` and a mistyped key are answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nsrl.errors import NsrlError
+from nsrl.rl.config import RetentionConfig
+
+Method = Literal["null_space", "kl_penalty", "finetune"]
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """PPO as Stable-Baselines3 names it.
+
+    Attributes:
+        n_envs: environments stepped side by side.
+        n_steps: steps of each environment in a rollout.
+        batch_size: transitions in a minibatch.
+        n_epochs: passes over a rollout.
+        learning_rate: of Adam, constant.
+        gamma: discount.
+        gae_lambda: of the generalised advantage estimate.
+        clip_range: of the probability ratio.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    n_envs: int = 8
+    n_steps: int = 2048
+    batch_size: int = 64
+    n_epochs: int = 10
+    learning_rate: float = 3e-4
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    ent_coef: float = 0.0
+    vf_coef: float = 0.5
+    max_grad_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ppo.")
+
+
+@dataclass(frozen=True)
+class PPOOverrides:
+    """PPO settings of the fine-tuning run; null keeps what the pretrained agent was trained with.
+
+    Attributes:
+        n_envs: environments stepped side by side.
+        n_steps: steps of each environment in a rollout.
+        batch_size: transitions in a minibatch.
+        n_epochs: passes over a rollout.
+        learning_rate: of Adam, constant.
+        gamma: discount.
+        gae_lambda: of the generalised advantage estimate.
+        clip_range: of the probability ratio.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    n_envs: int = 8
+    n_steps: int | None = None
+    batch_size: int | None = None
+    n_epochs: int | None = None
+    learning_rate: float | None = None
+    gamma: float | None = None
+    gae_lambda: float | None = None
+    clip_range: float | None = None
+    ent_coef: float | None = None
+    vf_coef: float | None = None
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "ppo.")
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The network, a stock SB3 policy.
+
+    Attributes:
+        kind: "MlpPolicy" for vectors, "CnnPolicy" for images, "MultiInputPolicy" for Dict observations.
+        hidden: widths of the hidden layers, the same for actor and critic.
+        log_std_init: initial log standard deviation of continuous actions.
+    """
+
+    kind: Literal["MlpPolicy", "CnnPolicy", "MultiInputPolicy"] = "MlpPolicy"
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    log_std_init: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """When and how both tasks are played to see what the policy can do.
+
+    Attributes:
+        every: steps between evaluations during training; 0 evaluates only before and after.
+        episodes: episodes of each evaluation during training.
+        final_episodes: episodes of the evaluations before and after, which make the table.
+        deterministic: play the most likely action instead of drawing one.
+    """
+
+    every: int = 10_000
+    episodes: int = 10
+    final_episodes: int = 50
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "evaluation.")
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """How a retention buffer is collected: states that the pretrained agent visits on its own task.
+
+    Attributes:
+        n_states: states to keep.
+        select: "expert" keeps visited states uniformly; "advantage" only among those of highest advantage, which drops
+            states from which the agent recovers.
+        quantile: share of the transitions that select="advantage" draws from.
+        heldout: share of the states held out, on which generalisation is measured.
+        oversample: transitions played for each state kept.
+        n_envs: environments stepped side by side.
+    """
+
+    n_states: int = 2048
+    select: Literal["expert", "advantage"] = "expert"
+    quantile: float = 0.5
+    heldout: float = 0.2
+    oversample: float = 4.0
+    n_envs: int = 8
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train an agent from scratch with stock PPO.
+
+    Attributes:
+        env: environment id, as in nsrl/CartPole-v0.
+        total_timesteps: environment steps, over all environments.
+        normalize: wrap the environment in VecNormalize (observations and rewards).
+        ppo: settings of PPO.
+        policy: the network.
+        evaluation: when the agent is evaluated.
+        checkpoint_every: steps between checkpoints, from which --resume continues.
+        seed: of everything drawn at random.
+        name: name of the run in its folder and report; null takes the environment's.
+        out: output folder; null makes a fresh one under runs/.
+    """
+
+    env: str | None = None
+    total_timesteps: int = 100_000
+    normalize: bool = False
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint_every: int = 50_000
+    seed: int = 0
+    name: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Collect a retention buffer from an agent on its own task.
+
+    Attributes:
+        agent: path of an SB3 zip, or of a run folder.
+        env: environment id of the task that the agent is good at.
+        states: how many states, and which.
+        seed: of everything drawn at random.
+        trust: unpickle objects inside the agent's files, which can run any code in them.
+        name: name of the run in its folder; null takes the environment's.
+        out: output folder; null makes a fresh one under runs/.
+    """
+
+    agent: str | None = None
+    env: str | None = None
+    states: BufferSettings = field(default_factory=BufferSettings)
+    seed: int = 0
+    trust: bool = False
+    name: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a pretrained agent on a new task while it keeps its old behaviour.
+
+    Attributes:
+        agent: path of the pretrained agent: an SB3 zip, or a run folder.
+        pair: name of a task pair of nsrl_envs, as in cartpole_swapped; or give old_env and new_env.
+        old_env: environment id of the task that the agent is good at.
+        new_env: environment id of the task to learn.
+        buffer: path of a saved retention buffer (npz or run folder); null collects one, as `states` says.
+        states: how the buffer is collected.
+        method: "null_space" keeps the KL budget; "kl_penalty" and "finetune" (plain PPO) are the baselines.
+        penalty: coefficient of method kl_penalty.
+        retention: how the budget is kept.
+        ppo: settings of PPO that differ from the agent's own.
+        total_timesteps: environment steps on the new task, over all environments.
+        evaluation: when both tasks are evaluated.
+        checkpoint_every: steps between checkpoints, from which --resume continues.
+        seed: of everything drawn at random.
+        trust: unpickle objects inside the agent's files, which can run any code in them.
+        name: name of the run in its folder and report; null takes the pair's or the new environment's.
+        out: output folder; null makes a fresh one under runs/.
+    """
+
+    agent: str | None = None
+    pair: str | None = None
+    old_env: str | None = None
+    new_env: str | None = None
+    buffer: str | None = None
+    states: BufferSettings = field(default_factory=BufferSettings)
+    method: Method = "null_space"
+    penalty: float = 1.0
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    ppo: PPOOverrides = field(default_factory=PPOOverrides)
+    total_timesteps: int = 100_000
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint_every: int = 20_000
+    seed: int = 0
+    trust: bool = False
+    name: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Play an agent on one or several tasks and say how well it does.
+
+    Attributes:
+        agent: path of an SB3 zip, or of a run folder.
+        env: environment id.
+        pair: name of a task pair of nsrl_envs, whose two tasks are both played.
+        buffer: path of a retention buffer; the agent's KL to the buffer's reference policy is measured on it.
+        episodes: episodes on each task.
+        deterministic: play the most likely action instead of drawing one.
+        seed: of the environments.
+        trust: unpickle objects inside the agent's files, which can run any code in them.
+        out: folder for metrics.json; null only prints.
+    """
+
+    agent: str | None = None
+    env: str | None = None
+    pair: str | None = None
+    buffer: str | None = None
+    episodes: int = 50
+    deterministic: bool = True
+    seed: int = 0
+    trust: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Pretrain on a task (or take the cached agent), then learn its counterpart with plain PPO and with nsrl.
+
+    Attributes:
+        pair: name of the task pair.
+        pretraining: how the agent is trained; its env is the pair's retained task.
+        finetuning: how it learns the new task; the method is set by the demo.
+        cache: folder in which pretrained agents are kept.
+        out: output folder; null makes a fresh one under runs/.
+    """
+
+    pair: str = "cartpole_swapped"
+    pretraining: PretrainConfig = field(default_factory=PretrainConfig)
+    finetuning: FinetuneConfig = field(default_factory=FinetuneConfig)
+    cache: str = "runs/cache"
+    out: str | None = None
+
+
+LEAST = {
+    "n_envs": 1, "n_steps": 1, "batch_size": 1, "n_epochs": 1, "total_timesteps": 1, "checkpoint_every": 1,
+    "every": 0, "episodes": 1, "final_episodes": 1, "seed": 0, "penalty": 0.0, "learning_rate": 0.0, "ent_coef": 0.0,
+    "vf_coef": 0.0, "max_grad_norm": 0.0, "clip_range": 0.0, "gamma": 0.0, "gae_lambda": 0.0,
+}  # fmt: skip
+MOST = {"gamma": 1.0, "gae_lambda": 1.0}
+
+
+def check_ranges(settings: object, prefix: str = "") -> None:
+    """Raise NsrlError, naming the key, for a number out of range; NaN is out of every range."""
+    for key, least in LEAST.items():
+        value = getattr(settings, key, None)
+        most = MOST.get(key, float("inf"))
+        if value is not None and not least <= value <= most:
+            bounds = f"at least {least}" if most == float("inf") else f"between {least} and {most}"
+            raise NsrlError(f"{prefix}{key} must be {bounds}, not {value}")

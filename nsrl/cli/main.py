@@ -1,0 +1,89 @@
+"""The command line: finds the command, and turns errors and interruptions into sentences and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from nsrl import __version__
+from nsrl.errors import NsrlError
+
+#: Command, and what it is for. Its module in this package has the same name and a function `run(arguments)`.
+COMMANDS: dict[str, str] = {
+    "pretrain": "train an agent from scratch with stock PPO",
+    "collect": "collect a retention buffer: states that an agent visits on its own task",
+    "finetune": "fine-tune a pretrained agent on a new task inside a KL budget on the old one",
+    "evaluate": "play an agent and report its returns, and its KL on a retention buffer",
+    "demo": "see all of it on CartPole, in under three minutes",
+}
+
+HELP = """\
+usage: nsrl COMMAND [--config FILE.yaml] [--KEY VALUE ...]
+
+Fine-tune pretrained Stable-Baselines3 policies on a new task while their behaviour on the old one stays
+inside a KL budget.
+
+commands:
+{commands}
+
+options:
+  -h, --help     show this help, or with a command that command's
+  --version      show the version
+
+examples:
+  nsrl demo
+  nsrl pretrain --config configs/pretrain_cartpole.yaml
+  nsrl finetune --config configs/cartpole_swapped.yaml --retention.kl_budget 0.005
+  nsrl finetune --help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 or 143 when interrupted.
+
+    Args:
+        arguments: the words after `nsrl`; None takes them from the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())), end="")
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"nsrl {__version__}")
+        return 0
+    # Before torch and matplotlib are imported: one thread is the fastest setting for small policies.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        return find_command(words[0])(words[1:]) or 0
+    except NsrlError as error:
+        print(f"nsrl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nsrl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def find_command(name: str) -> Callable[[Sequence[str]], int | None]:
+    """The `run` function of a command's module, which only now is imported.
+
+    Raises:
+        NsrlError: there is no such command; the nearest is suggested.
+    """
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise NsrlError(f"there is no command {name!r}; {hint}")
+    return importlib.import_module(f"nsrl.cli.{name}").run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Output metrics: the KL divergence of a policy head, its gradient and a factor of its Hessian.
+
+For outputs z (N states x O outputs) and the reference outputs z_ref, every metric offers
+
+* `divergence(reference, outputs)`: KL(pi_ref || pi) per state, shape (N,), evaluated in float64;
+* `seeds(outputs)`: S of shape (N, R, O) with S^T S = H, the Hessian of the KL in the outputs *at the current outputs*
+  (the Fisher information), so that S dz/dtheta is the whitened Jacobian;
+* `residual(reference, outputs)`: rho of shape (N, R) with S^T rho = dKL/dz, so that 1/2 |rho + S dz|^2 has the slope
+  and the curvature of the KL;
+* `agreement(reference, outputs)`: share of states on which the two policies act alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class OutputMetric(Protocol):
+    """What the projection core asks of a policy head."""
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
+
+    def seeds(self, outputs: Tensor) -> Tensor: ...
+
+    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
+
+    def agreement(self, reference: Tensor, outputs: Tensor) -> float: ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Independent softmax heads over consecutive logits.
+
+    Attributes:
+        sizes: number of logits of each head (one entry for Discrete actions, several for MultiDiscrete).
+        tempering: weight of the uniform distribution mixed into the probabilities *of the Hessian only*. A saturated
+            softmax has almost no Fisher information, so its "null space" holds steps that flip the action.
+    """
+
+    sizes: tuple[int, ...]
+    tempering: float = 0.01
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """KL(softmax(reference) || softmax(outputs)), summed over heads, shape (N,)."""
+        total = outputs.new_zeros(outputs.shape[0], dtype=torch.float64)
+        for ref, out in self._heads(reference.double(), outputs.double()):
+            log_p, log_q = F.log_softmax(ref, -1), F.log_softmax(out, -1)
+            total = total + (log_p.exp() * (log_p - log_q)).sum(-1)
+        return total
+
+    def seeds(self, outputs: Tensor) -> Tensor:
+        """diag(sqrt p) (I - 1 p^T) per head, block diagonal over heads, shape (N, O, O)."""
+        blocks = []
+        for (out,) in self._heads(outputs):
+            p = self._tempered(out)
+            eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+            blocks.append(p.sqrt().unsqueeze(-1) * (eye - p.unsqueeze(-2)))
+        if len(blocks) == 1:
+            return blocks[0]
+        seeds = outputs.new_zeros(outputs.shape[0], outputs.shape[1], outputs.shape[1])
+        start = 0
+        for block in blocks:
+            stop = start + block.shape[-1]
+            seeds[:, start:stop, start:stop] = block
+            start = stop
+        return seeds
+
+    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """(p - p_ref) / sqrt(p): its image under S^T is dKL/dz = p - p_ref because the differences sum to zero."""
+        parts = [
+            (F.softmax(out, -1) - F.softmax(ref, -1)) / self._tempered(out).sqrt()
+            for ref, out in self._heads(reference, outputs)
+        ]
+        return torch.cat(parts, -1)
+
+    def agreement(self, reference: Tensor, outputs: Tensor) -> float:
+        """Share of states on which every head has the same most likely action."""
+        same = outputs.new_ones(outputs.shape[0], dtype=torch.bool)
+        for ref, out in self._heads(reference, outputs):
+            same &= ref.argmax(-1) == out.argmax(-1)
+        return float(same.double().mean())
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        p = F.softmax(logits, -1)
+        return (1.0 - self.tempering) * p + self.tempering / p.shape[-1]
+
+    def _heads(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(t.split(list(self.sizes), dim=-1) for t in tensors), strict=True))
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent coins with the given logits (MultiBinary actions); `tempering` as for `Categorical`."""
+
+    tempering: float = 0.01
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Sum over coins of KL(sigmoid(reference) || sigmoid(outputs)), shape (N,)."""
+        ref, out = reference.double(), outputs.double()
+        p = torch.sigmoid(ref)
+        heads = F.logsigmoid(ref) - F.logsigmoid(out)
+        tails = F.logsigmoid(-ref) - F.logsigmoid(-out)
+        return (p * heads + (1.0 - p) * tails).sum(-1)
+
+    def seeds(self, outputs: Tensor) -> Tensor:
+        """diag(sqrt(p (1 - p))), shape (N, O, O)."""
+        return torch.diag_embed(self._variance(outputs).sqrt())
+
+    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """(p - p_ref) / sqrt(p (1 - p)), shape (N, O)."""
+        return (torch.sigmoid(outputs) - torch.sigmoid(reference)) / self._variance(outputs).sqrt()
+
+    def agreement(self, reference: Tensor, outputs: Tensor) -> float:
+        """Share of states on which every coin falls on the same likelier side."""
+        return float(((reference > 0) == (outputs > 0)).all(-1).double().mean())
+
+    def _variance(self, logits: Tensor) -> Tensor:
+        p = (1.0 - self.tempering) * torch.sigmoid(logits) + self.tempering / 2
+        return p * (1.0 - p)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Means of a diagonal Gaussian whose standard deviations do not depend on the state.
+
+    The state-independent log standard deviation is not an output: it adds `log_std_divergence`, the same for all
+    states, and one row per dimension to the Jacobian (see `nsrl.rl.constraint`).
+
+    Attributes:
+        log_std: current log standard deviations, shape (A,).
+        reference_log_std: those of the reference policy, shape (A,).
+    """
+
+    log_std: Tensor
+    reference_log_std: Tensor
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """KL(N(reference, s_ref) || N(outputs, s)), summed over dimensions, shape (N,)."""
+        log_std, ref = self.log_std.double(), self.reference_log_std.double()
+        shift = (reference.double() - outputs.double()) * torch.exp(-log_std)
+        constant = (log_std - ref + 0.5 * torch.exp(2 * (ref - log_std)) - 0.5).sum()
+        return 0.5 * shift.square().sum(-1) + constant
+
+    def seeds(self, outputs: Tensor) -> Tensor:
+        """diag(1 / s), shape (N, A, A) (an expanded view)."""
+        whitening = torch.diag(torch.exp(-self.log_std.detach())).to(outputs)
+        return whitening.expand(outputs.shape[0], -1, -1)
+
+    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """(mean - mean_ref) / s, shape (N, A)."""
+        return (outputs - reference) * torch.exp(-self.log_std.detach())
+
+    def agreement(self, reference: Tensor, outputs: Tensor) -> float:
+        """Share of states on which every mean lies within half a reference standard deviation of the old one."""
+        shift = (outputs - reference).abs() * torch.exp(-self.reference_log_std)
+        return float((shift <= 0.5).all(-1).double().mean())
+
+    def log_std_residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """d mean-KL / d log_std divided by sqrt(2), shape (A,): the log_std rows of rho."""
+        log_std, ref = self.log_std.detach().double(), self.reference_log_std.double()
+        spread = torch.exp(2 * ref) + (reference.double() - outputs.double()).square().mean(0)
+        return ((1.0 - spread * torch.exp(-2 * log_std)) / math.sqrt(2.0)).to(outputs.dtype)

@@ -1,0 +1,103 @@
+"""How retention is enforced: the knobs of `NullSpacePPO` and `protect`, with their measured defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nsrl.errors import NsrlError
+
+#: Measured KL that still counts as zero for `kl_budget=0`.
+ZERO_BUDGET = 1e-6
+
+CHOICES = {
+    "preserve": ("distribution", "mode"),
+    "gradient": ("lagrangian", "projected", "plain"),
+    "projection": ("none", "euclidean", "optimizer"),
+    "critic": ("keep", "reset"),
+}
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """Everything that decides how the KL budget is kept.
+
+    Attributes:
+        kl_budget: largest mean KL(pi_ref || pi) on the buffer, in nats per state; 0 asks for the hard null space
+            (measured KL at most 1e-6).
+        preserve: "distribution" protects mean and standard deviation; "mode" protects the mean of a Gaussian policy
+            (measured in reference standard deviations) and leaves log_std to the new task. Discrete policies: the same.
+        gradient: what the optimizer is given. "lagrangian" adds multiplier * grad KL of a fresh buffer minibatch, the
+            multiplier driven by measured KL against the budget, so that Adam's moments vanish where the constrained
+            optimum is; "projected" removes the protected directions from the gradient; "plain" leaves it alone.
+        projection: metric in which realised displacements are projected inside the update: "none", "euclidean", or
+            "optimizer" (Adam's own). Whatever it is, the budget is enforced after every update.
+        project_every: project after every so many minibatches.
+        subset_states: states linearised, re-drawn for every rollout, when something is projected inside the update.
+        batch_states: buffer states in each Lagrangian minibatch.
+        target: share of the budget that the multiplier and the restoration aim at; the rest is slack.
+        rate: integral gain of the multiplier, per minibatch, on the relative excess of KL.
+        damping: proportional gain of the multiplier.
+        tempering: share of the uniform distribution mixed into the Hessian of softmax policies.
+        restore_steps: Gauss-Newton restorations tried after an update before falling back along the segment.
+        critic: "keep" the pretrained critic or "reset" it.
+        critic_warmup: rollouts in which only the critic learns.
+        log_std_init: value that log_std is set to at the start; None keeps it. Needs preserve="mode".
+        seed: of the subsets and minibatches drawn from the buffer.
+    """
+
+    kl_budget: float = 0.01
+    preserve: str = "distribution"
+    gradient: str = "lagrangian"
+    projection: str = "none"
+    project_every: int = 1
+    subset_states: int = 128
+    batch_states: int = 256
+    target: float = 0.9
+    rate: float = 0.05
+    damping: float = 1.0
+    tempering: float = 0.01
+    restore_steps: int = 4
+    critic: str = "reset"
+    critic_warmup: int = 0
+    log_std_init: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kl_budget, int | float) or math.isnan(self.kl_budget) or self.kl_budget < 0:
+            raise NsrlError(f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}")
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise NsrlError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
+        for key in ("project_every", "subset_states", "batch_states", "restore_steps"):
+            if getattr(self, key) < 1:
+                raise NsrlError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.critic_warmup < 0:
+            raise NsrlError(f"critic_warmup must be a number of rollouts >= 0, not {self.critic_warmup}")
+        if not 0.0 < self.target <= 1.0:
+            raise NsrlError(f"target must lie in (0, 1], not {self.target}")
+        if self.log_std_init is not None and self.preserve != "mode":
+            raise NsrlError(
+                "log_std_init changes the action distribution, which preserve='distribution' protects; "
+                "set preserve='mode' or leave log_std_init out"
+            )
+
+    @property
+    def tolerance(self) -> float:
+        """The KL that is accepted after an update: the budget, or 1e-6 for budget 0."""
+        return max(self.kl_budget, ZERO_BUDGET)
+
+    @property
+    def projects(self) -> bool:
+        """Whether something is linearised and projected inside the update."""
+        return self.effective_projection != "none" or self.effective_gradient == "projected"
+
+    @property
+    def effective_projection(self) -> str:
+        """`projection`, except that the hard null space cannot do without one."""
+        return "euclidean" if self.kl_budget == 0 and self.projection == "none" else self.projection
+
+    @property
+    def effective_gradient(self) -> str:
+        """`gradient`, except that the hard null space has no finite multiplier."""
+        return "projected" if self.kl_budget == 0 and self.gradient == "lagrangian" else self.gradient

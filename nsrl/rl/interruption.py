@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM as a clean stop: training ends at the next step and leaves a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption(BaseCallback):
+    """Stops `learn` once a signal has come.
+
+    Attributes:
+        signal: number of the signal, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal: int | None = None
+
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of an interrupted program, 128 + signal; 0 when there was none."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _on_step(self) -> bool:
+        return not self.requested()
+
+
+@contextmanager
+def graceful_interrupts() -> Iterator[Interruption]:
+    """Within the block, the first SIGINT or SIGTERM asks for a clean stop and the second aborts at once.
+
+        with graceful_interrupts() as interruption:
+            model.learn(total, callback=[evaluation, Checkpoint(path), interruption])
+        sys.exit(interruption.exit_status)
+
+    The second one raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM); the last checkpoint on disk
+    stays whole. Where handlers cannot be set (not the main thread) signals keep their meaning.
+
+    Yields:
+        A callback that belongs in the list given to `learn`.
+    """
+    interruption = Interruption()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if interruption.requested():
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + number)
+        interruption.signal = number
+        # not print: its buffer may be in use by the very code that the signal interrupts
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping at the next environment step; once more aborts at once\n".encode())
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,206 @@
+"""The mixin that puts a KL budget around any SB3 on-policy algorithm, and `protect`, which applies it in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import nn
+
+from nsrl.errors import NsrlError
+from nsrl.rl.baselines import build_engine
+from nsrl.rl.config import RetentionConfig
+from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.retention import Retention
+
+if TYPE_CHECKING:
+    from nsrl.rl.buffer import RetentionBuffer
+
+Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
+
+
+@dataclass(frozen=True)
+class RetentionReport:
+    """What has been retained, measured on the buffer now.
+
+    Attributes:
+        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout: see `Measurement`.
+        budget: the KL budget, nats per state.
+        rank: numerical rank of the whitened Jacobian on a subset of the buffer.
+        parameters: number of protected parameters; `rank / parameters` is the share that is spoken for.
+        effective_dimension: sum s / (s + lambda) at the damping that the budget implies for a step of the size of the
+            last update.
+        states: buffer states (training, held out).
+        updates: policy updates made under the budget.
+        rollbacks: updates that had to fall back towards the last feasible parameters.
+        overhead_fraction: share of the learning time spent on retention.
+        seconds: that time, by stage.
+    """
+
+    kl_mean: float
+    kl_max: float
+    kl_heldout: float
+    agreement: float
+    agreement_heldout: float
+    budget: float
+    rank: int
+    parameters: int
+    effective_dimension: float
+    states: tuple[int, int]
+    updates: int
+    rollbacks: int
+    overhead_fraction: float
+    seconds: dict[str, float]
+
+
+class ProtectedMixin:
+    """Adds a retention constraint to an SB3 on-policy algorithm; without one, the algorithm is bit for bit stock.
+
+    Attributes:
+        retention: the engine, or None while nothing is protected.
+    """
+
+    retention: Retention | None = None
+    _learning_seconds: float = 0.0
+
+    def constrain(self, retain: RetentionBuffer, config: RetentionConfig, *, trust_buffer: bool = False,
+                  method: str = "null_space", penalty: float = 1.0) -> None:  # fmt: skip
+        """Put the budget in force from the next update on.
+
+        Args:
+            retain: the buffer; must have been made with this very policy unless `trust_buffer`.
+            config: how the budget is kept.
+            trust_buffer: skip the check that the buffer's reference outputs are this policy's.
+            method: "null_space", or a baseline through the same loop: "kl_penalty" or "finetune".
+            penalty: coefficient of the KL penalty.
+
+        Raises:
+            NsrlError: spaces differ, another agent's buffer, or the policy is over the budget already.
+        """
+        model: Any = self
+        retain.check(model, trust_agent=trust_buffer)
+        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
+            model.policy.log_std.data.fill_(config.log_std_init)
+        if config.critic == "reset":
+            reset_critic(model.policy)
+        constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering)
+        retention = build_engine(model, constraint, config, method, penalty)
+        if retention.last.kl_mean > config.tolerance and retention.enforces:
+            raise NsrlError(
+                f"the policy is at a mean KL of {retention.last.kl_mean:.3g} on the buffer before any update, over the "
+                f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
+            )
+        self.retention = retention
+
+    def train(self) -> None:
+        """One policy update of the algorithm, inside the budget."""
+        if self.retention is None:
+            super().train()  # type: ignore[misc]
+            return
+        self.retention.begin()
+        try:
+            super().train()  # type: ignore[misc]
+        finally:
+            scalars = self.retention.end()
+        for tag, value in scalars.items():
+            self.logger.record(tag, value)  # type: ignore[attr-defined]
+
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        start = perf_counter()
+        try:
+            super().learn(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._learning_seconds += perf_counter() - start
+        if self.retention is not None:
+            self.logger.record("nullspace/overhead_fraction", self._overhead())  # type: ignore[attr-defined]
+            self.logger.dump(self.num_timesteps)  # type: ignore[attr-defined]
+        return self
+
+    def retention_report(self) -> RetentionReport:
+        """Measure the policy on the buffer and summarise the run so far.
+
+        Raises:
+            NsrlError: when nothing is protected.
+        """
+        if self.retention is None:
+            raise NsrlError("nothing is protected: pass retain=buffer, or call protect(model, retain=buffer)")
+        retention = self.retention
+        measured = retention.constraint.measure()
+        rank, dimension = retention.diagnose()
+        return RetentionReport(
+            kl_mean=measured.kl_mean, kl_max=measured.kl_max, kl_heldout=measured.kl_heldout,
+            agreement=measured.agreement, agreement_heldout=measured.agreement_heldout,
+            budget=retention.config.kl_budget, rank=rank, parameters=sum(retention.constraint.parameters.sizes),
+            effective_dimension=dimension,
+            states=(len(retention.constraint.train), len(retention.constraint.heldout)),
+            updates=retention.updates, rollbacks=retention.rollbacks,
+            overhead_fraction=self._overhead(), seconds=dict(retention.seconds),
+        )  # fmt: skip
+
+    def _overhead(self) -> float:
+        assert self.retention is not None
+        return sum(self.retention.seconds.values()) / max(self._learning_seconds, 1e-9)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]  # type: ignore[misc]
+
+
+def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
+            config: RetentionConfig | None = None, trust_buffer: bool = False, **options: Any) -> Algorithm:  # fmt: skip
+    """Put a KL budget around an existing SB3 PPO or A2C, in place.
+
+    The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself.
+
+    Args:
+        model: any SB3 on-policy algorithm whose `train()` steps one optimizer.
+        retain: the retention buffer.
+        kl_budget: nats per state.
+        config: all settings at once; or give single fields of `RetentionConfig` as keywords.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NsrlError: not an on-policy algorithm, spaces differ, another agent's buffer, over the budget already.
+    """
+    if not isinstance(model, OnPolicyAlgorithm):
+        raise NsrlError(
+            f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C) can"
+        )
+    if config is None:
+        # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
+        config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
+    elif options:
+        config = replace(config, **options)
+    if not isinstance(model, ProtectedMixin):
+        cls = type(model)
+        model.__class__ = type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
+    model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
+    return model
+
+
+def build_config(**options: Any) -> RetentionConfig:
+    """A `RetentionConfig` from keywords; unknown ones are refused with the nearest known name."""
+    import difflib
+    from dataclasses import fields
+
+    known = [field.name for field in fields(RetentionConfig)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise NsrlError(f"unknown retention setting {key!r}{hint}")
+    return RetentionConfig(**options)
+
+
+def reset_critic(policy: Any) -> None:
+    """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head)."""
+    for network, gain in ((policy.mlp_extractor.value_net, 2.0**0.5), (policy.value_net, 1.0)):
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear):
+                torch.nn.init.orthogonal_(layer.weight, gain)
+                layer.bias.data.zero_()

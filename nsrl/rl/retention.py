@@ -1,0 +1,311 @@
+"""Retention: what happens around and inside one policy update so that the KL budget holds after it.
+
+    begin   remember the feasible parameters; linearise if the configuration projects inside the update
+    before  every optimizer step: shape the gradient (Lagrangian or projected)
+    after   every optimizer step: project the realised displacement
+    end     measure on the whole buffer; restore (Gauss-Newton on all states); if that fails, fall back along the
+            segment to the last feasible parameters
+
+It attaches to the optimizer's own step hooks, so the algorithm's `train()` is the stock one.
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import Any
+
+import torch
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from nsrl.projection.budget import KrylovProjection, Projection, SpectralProjection
+from nsrl.projection.optimizer import StepHooks
+from nsrl.rl.config import RetentionConfig
+from nsrl.rl.constraint import Measurement, RetentionConstraint
+
+#: Below this the multiplier (times the budget) counts as zero and nothing is added to the gradient.
+FLOOR = 1e-4
+CEILING = 1e4
+
+
+class StateDraw:
+    """Endless minibatches of buffer states: shuffled epochs from an own generator, never the global one."""
+
+    def __init__(self, indices: Tensor, seed: int):
+        self._indices = indices
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue = indices[:0]
+
+    def draw(self, count: int) -> Tensor:
+        """The next `count` state indices (all of them when there are fewer)."""
+        count = min(count, len(self._indices))
+        if len(self._queue) < count:
+            order = torch.randperm(len(self._indices), generator=self._generator)
+            self._queue = self._indices[order.to(self._indices.device)]
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch
+
+    def state(self) -> dict[str, Tensor]:
+        """Generator state and queue, for checkpoints."""
+        return {"generator": self._generator.get_state(), "queue": self._queue.cpu()}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state()` was taken."""
+        self._generator.set_state(state["generator"])
+        self._queue = state["queue"].to(self._indices.device)
+
+
+class Multiplier:
+    """Lagrange multiplier of the budget, driven by measured KL: proportional-integral control of its logarithm.
+
+    Follows Stooke et al. 2020 (PID Lagrangian methods), in log space because the multiplier's natural size, about
+    0.01 / budget for PPO's normalised advantages, spans orders of magnitude.
+    """
+
+    def __init__(self, target: float, rate: float, damping: float):
+        self.target = target
+        self.rate = rate
+        self.damping = damping
+        self.integral = FLOOR
+
+    def update(self, kl: float) -> float:
+        """The multiplier for a measured KL; 0 while the constraint is inactive."""
+        if not self.target > 0.0:
+            return 0.0
+        excess = min(max(kl / self.target - 1.0, -1.0), 2.0)
+        self.integral = min(max(self.integral * math.exp(self.rate * excess), FLOOR), CEILING)
+        if self.integral <= FLOOR and excess < -0.5:
+            return 0.0
+        return self.integral / self.target * math.exp(self.damping * excess)
+
+
+class Retention:
+    """Keeps one algorithm's policy inside the budget.
+
+    Args:
+        model: an SB3 on-policy algorithm with one optimizer (PPO, A2C, ...).
+        constraint: policy against buffer.
+        config: how.
+
+    Attributes:
+        last: measurement after the latest update.
+        multiplier: the dual variable.
+    """
+
+    def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
+        self.model = model
+        self.constraint = constraint
+        self.config = config
+        self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
+        self.minibatches = StateDraw(constraint.train, config.seed)
+        self.subsets = StateDraw(constraint.train, config.seed + 1)
+        self.updates = 0
+        self.rollbacks = 0
+        self.last: Measurement = constraint.measure()
+        self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
+        self._coefficients: list[float] = []
+        self._projections: list[Projection] = []
+        self._hooks: StepHooks | None = None
+        self._projector: SpectralProjection | None = None
+
+    def begin(self) -> None:
+        """Prepare one policy update."""
+        self._feasible = self.constraint.parameters.read()
+        self._steps = 0
+        self._coefficients, self._projections = [], []
+        self._frozen = self.updates < self.config.critic_warmup
+        self._projector = None
+        if self.config.projects and not self._frozen:
+            self._linearise()
+        self._hooks = StepHooks(self.model.policy.optimizer, self._before_step, self._after_step)
+
+    def end(self) -> dict[str, float]:
+        """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
+        assert self._hooks is not None
+        self._hooks.detach()
+        proposed = self.constraint.parameters.read() - self._feasible
+        restored, rolled_back = self._enforce()
+        start = perf_counter()
+        self.last = self.constraint.measure()
+        self.seconds["measure"] += perf_counter() - start
+        self.updates += 1
+        self.rollbacks += rolled_back
+        made = float((self.constraint.parameters.read() - self._feasible).norm())
+        return self._scalars(made / max(float(proposed.norm()), 1e-12), restored)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that continue the run where it is (the policy's parameters are not among them)."""
+        return {
+            "multiplier": self.multiplier.integral,
+            "updates": self.updates,
+            "rollbacks": self.rollbacks,
+            "seconds": dict(self.seconds),
+            **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
+            **{f"subsets_{key}": value for key, value in self.subsets.state().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; call it after the policy's parameters are back."""
+        self.multiplier.integral = float(state["multiplier"])
+        self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
+        self.seconds.update(state["seconds"])
+        for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
+            draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
+        self.last = self.constraint.measure()
+
+    @property
+    def enforces(self) -> bool:
+        """Whether the budget is a promise (baselines only watch it)."""
+        return True
+
+    def diagnose(self, states: int = 64) -> tuple[int, float]:
+        """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier."""
+        model = self.constraint.linearise(self.constraint.train[:states])
+        parts = SpectralProjection(model.jacobian, model.residual, model.divergence).spectrum
+        return parts.rank, parts.effective_dimension(self._damping)
+
+    @property
+    def _damping(self) -> float:
+        """lambda of the last projection; for the Lagrangian 1 / (multiplier * learning rate), its equivalent."""
+        if self._projections:
+            return self._projections[-1].damping
+        coefficient = self._coefficients[-1] if self._coefficients else 0.0
+        rate = self.model.policy.optimizer.param_groups[0]["lr"]
+        return 1.0 / (coefficient * rate) if coefficient > 0.0 and rate > 0.0 else math.inf
+
+    # -- inside the update ------------------------------------------------------------------------------------------
+
+    def _before_step(self) -> None:
+        if self._frozen:
+            for parameter in self.constraint.parameters.parameters:
+                parameter.grad = None
+            return
+        if self.config.effective_gradient == "lagrangian":
+            self._add_lagrangian()
+        elif self.config.effective_gradient == "projected":
+            start = perf_counter()
+            assert self._projector is not None
+            damping = self._projections[-1].damping if self._projections else 0.0
+            if not math.isinf(damping):
+                flat = self.constraint.parameters
+                flat.set_gradient(self._projector.null(flat.gradient(), damping))
+            self.seconds["project"] += perf_counter() - start
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self._frozen or self._projector is None or self.config.effective_projection == "none":
+            return
+        if self._steps % self.config.project_every == 0:
+            start = perf_counter()
+            flat = self.constraint.parameters
+            projection = self._projector.project(flat.read() - self._feasible, self._aim)
+            flat.write(self._feasible + projection.displacement)
+            self._projections.append(projection)
+            self.seconds["project"] += perf_counter() - start
+
+    def _add_lagrangian(self) -> None:
+        start = perf_counter()
+        kl, gradient = self.constraint.gradient(self.minibatches.draw(self.config.batch_states))
+        coefficient = self.multiplier.update(kl)
+        if coefficient > 0.0:
+            self.constraint.parameters.add_gradient(coefficient * gradient)
+        self._coefficients.append(coefficient)
+        self.seconds["lagrangian"] += perf_counter() - start
+
+    def _linearise(self) -> None:
+        start = perf_counter()
+        model = self.constraint.linearise(self.subsets.draw(self.config.subset_states))
+        scale = None
+        if self.config.effective_projection == "optimizer":
+            scale = self.constraint.parameters.scale_of(self.model.policy.optimizer)
+        self._projector = SpectralProjection(model.jacobian, model.residual, model.divergence, scale)
+        self.seconds["linearise"] += perf_counter() - start
+
+    @property
+    def _aim(self) -> float:
+        return self.config.target * self.config.kl_budget
+
+    # -- after the update -------------------------------------------------------------------------------------------
+
+    def _enforce(self) -> tuple[int, int]:
+        """Bring the measured KL under the budget; returns (restorations made, 1 if the segment fallback was used)."""
+        start = perf_counter()
+        kl = self.constraint.divergence()
+        self.seconds["measure"] += perf_counter() - start
+        start = perf_counter()
+        restored = 0
+        while kl > self.config.tolerance and restored < self.config.restore_steps:
+            better = self._restore(kl)
+            restored += 1
+            if better >= kl * 0.99:
+                kl = min(kl, better)
+                break
+            kl = better
+        rolled_back = 0
+        if kl > self.config.tolerance:
+            self._fall_back()
+            rolled_back = 1
+        self.seconds["restore"] += perf_counter() - start
+        return restored, rolled_back
+
+    def _restore(self, kl: float) -> float:
+        """One Gauss-Newton step towards the reference on all training states, backtracking on the measured KL."""
+        if not math.isfinite(kl):
+            return kl
+        flat = self.constraint.parameters
+        model = self.constraint.linearise(self.constraint.train)
+        aim = self._aim if self.config.kl_budget > 0 else 0.25 * self.config.tolerance
+        solver = KrylovProjection(model.jacobian, model.residual, model.divergence)
+        here = flat.read()
+        # The model sees the training states, the budget holds for all of them: aim lower by the measured difference.
+        step = solver.project(torch.zeros_like(here), aim * min(1.0, model.divergence / kl)).displacement
+        length = 1.0
+        for _ in range(5):
+            flat.write(here + length * step)
+            reached = self.constraint.divergence()
+            if reached < kl:
+                return reached
+            length *= 0.5
+        flat.write(here)
+        return kl
+
+    def _fall_back(self) -> None:
+        """Bisect the segment from the last feasible parameters for the farthest point within the budget."""
+        flat = self.constraint.parameters
+        here = flat.read()
+        direction = torch.nan_to_num(here - self._feasible, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = 0.5 * (low + high)
+            flat.write(self._feasible + middle * direction)
+            if self.constraint.divergence() <= self.config.tolerance:
+                low = middle
+            else:
+                high = middle
+        flat.write(self._feasible + low * direction)
+
+    def _scalars(self, kept: float, restored: int) -> dict[str, float]:
+        scalars: dict[str, Any] = {
+            "retain/kl_mean": self.last.kl_mean,
+            "retain/kl_max": self.last.kl_max,
+            "retain/kl_heldout": self.last.kl_heldout,
+            "retain/agreement": self.last.agreement,
+            "nullspace/update_kept": kept,
+            "nullspace/restore_steps": restored,
+            "nullspace/rollbacks": self.rollbacks,
+        }
+        if not math.isinf(self._damping):
+            scalars["nullspace/lambda"] = self._damping
+        if self._coefficients:
+            scalars["nullspace/multiplier"] = sum(self._coefficients) / len(self._coefficients)
+        if self._projector is not None:
+            parts = self._projector.spectrum
+            damping = self._damping
+            scalars["nullspace/rank"] = parts.rank
+            scalars["nullspace/rank_fraction"] = parts.rank / self._projector.jacobian.shape[1]
+            scalars["nullspace/effective_dim"] = parts.effective_dimension(damping)
+            if self._projections:
+                scalars["nullspace/kl_predicted"] = self._projections[-1].predicted
+                scalars["nullspace/update_kept"] = kept * self._projections[-1].kept
+        return scalars

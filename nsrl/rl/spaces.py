@@ -1,0 +1,68 @@
+"""Gymnasium spaces as plain JSON, and whether two of them are the same to a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+
+from nsrl.errors import NsrlError
+
+
+def describe_space(space: spaces.Space) -> dict[str, Any]:
+    """A gymnasium space as plain JSON, with its text for messages under "text"."""
+    description: dict[str, Any] = {"type": type(space).__name__, "text": " ".join(str(space).split())}
+    if isinstance(space, spaces.Dict):
+        description["spaces"] = {key: describe_space(sub) for key, sub in space.spaces.items()}
+    elif isinstance(space, spaces.Box):
+        description |= {"shape": list(space.shape), "dtype": str(space.dtype), "image": is_image_space(space)}
+        description |= {"low": _bound(space.low), "high": _bound(space.high)}
+    elif isinstance(space, spaces.Discrete):
+        description["n"] = int(space.n)
+    elif isinstance(space, spaces.MultiDiscrete):
+        description["nvec"] = [int(n) for n in np.ravel(space.nvec)]
+    elif isinstance(space, spaces.MultiBinary):
+        description["shape"] = list(space.shape)
+    return description
+
+
+def _bound(values: np.ndarray) -> Any:
+    # Infinity is not JSON, so bounds travel as text.
+    texts = [repr(float(value)) for value in np.ravel(values)]
+    return texts[0] if len(set(texts)) == 1 else texts
+
+
+def same_observations(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether a policy reads both observation spaces alike: bounds and float width mean nothing to it."""
+
+    def read(description: dict[str, Any]) -> dict[str, Any]:
+        kept = {
+            key: value for key, value in description.items() if key in ("type", "shape", "image", "n", "nvec")
+        }
+        return kept | {"spaces": {key: read(sub) for key, sub in description.get("spaces", {}).items()}}
+
+    return read(first) == read(second)
+
+
+def same_actions(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two action spaces mean the same actions: bounds count, since SB3 clips to them."""
+    return {**first, "text": "", "dtype": ""} == {**second, "text": "", "dtype": ""}
+
+
+def check_spaces(
+    model: BaseAlgorithm, observations: dict[str, Any], actions: dict[str, Any], whose: str
+) -> None:
+    """Raise NsrlError, naming both, unless the described spaces are those of the model."""
+    for kind, same, found, space in (
+        ("observation", same_observations, observations, model.observation_space),
+        ("action", same_actions, actions, model.action_space),
+    ):
+        expected = describe_space(space)
+        if not same(found, expected):
+            raise NsrlError(
+                f"{whose} has the {kind} space {found.get('text')}, but the agent has {expected['text']}; "
+                "use the task and the wrappers that the agent was trained with"
+            )

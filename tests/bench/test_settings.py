@@ -1,0 +1,161 @@
+import math
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsrl.bench.config import CollectConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
+from nsrl.bench.settings import build_parser, describe_type, key_types, load, parse, plain, suggest, to_yaml
+from nsrl.errors import NsrlError
+from nsrl.rl.config import RetentionConfig
+
+CONFIGS = [PretrainConfig, CollectConfig, FinetuneConfig, EvaluateConfig, DemoConfig]
+READY = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def read(config, *words):
+    return parse(config, words, build_parser(config))[0]
+
+
+def written(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_written_reads_back_the_same(config, tmp_path):
+    assert load(config, written(tmp_path, to_yaml(config()))) == config()
+
+
+@given(
+    budget=st.floats(0, 10), rate=st.floats(1e-8, 1.0), steps=st.integers(1, 10**9), method=st.sampled_from(["finetune", "kl_penalty"])
+)
+def test_numbers_survive_the_way_through_yaml(budget, rate, steps, method, tmp_path_factory):
+    config = replace(
+        FinetuneConfig(), total_timesteps=steps, method=method, retention=RetentionConfig(kl_budget=budget),
+        ppo=replace(FinetuneConfig().ppo, learning_rate=rate),
+    )  # fmt: skip
+    assert load(FinetuneConfig, written(tmp_path_factory.mktemp("yaml"), to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_key_is_documented(config):
+    documented = build_parser(config).format_help()
+    for key, kind in key_types(config):
+        if not is_dataclass(kind):
+            assert f"--{key} " in documented
+
+    def check(owner):
+        for item in fields(owner):
+            assert f"{item.name}:" in owner.__doc__ or f"{item.name}," in owner.__doc__, (owner, item.name)
+
+    for owner in {config, *(kind for _, kind in key_types(config) if is_dataclass(kind))}:
+        check(owner)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = written(tmp_path, "seed: 3\nppo:\n  n_epochs: 4\n  gamma: 0.9\n")
+    config = read(FinetuneConfig, "--config", str(path), "--ppo.gamma", "0.5")
+    assert (config.seed, config.ppo.n_epochs, config.ppo.gamma) == (3, 4, 0.5)
+    assert config.total_timesteps == FinetuneConfig().total_timesteps
+    assert read(FinetuneConfig, f"--config={path}", "--ppo.gamma=0.5") == config
+
+
+def test_numbers_may_be_written_as_people_write_them():
+    config = read(FinetuneConfig, "--ppo.learning_rate", "1e-3", "--retention.kl_budget", "0", "--ppo.gamma", "null")
+    assert config.ppo.learning_rate == 1e-3 and config.retention.kl_budget == 0 and config.ppo.gamma is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("total_timestep: 3", r"unknown key total_timestep in .*c\.yaml; did you mean total_timesteps\?"),
+        ("ppo:\n  n_stepz: 3", r"unknown key ppo\.n_stepz in .*c\.yaml; did you mean ppo\.n_steps\?"),
+        ("kl_budget: 0.1", r"unknown key kl_budget in .*; did you mean retention\.kl_budget\?"),
+        ("retention:\n  seed: 1", r"unknown key retention\.seed in .*; did you mean seed\?"),
+        ("xyzzy: 3", r"unknown key xyzzy in .*; see --help"),
+        ("ppo: 3", r"ppo in .*c\.yaml must hold keys and values .*, not 3"),
+        ("- 1\n- 2", r".*c\.yaml must hold keys and values"),
+        ("ppo: {", r"c\.yaml is not YAML at line"),
+        ("ppo:\n  n_steps: many", r"ppo\.n_steps must be a whole number or null, not many"),
+        ("total_timesteps: 2.5", r"total_timesteps must be a whole number, not 2\.5"),
+        ("method: nullspace", r"method must be one of 'null_space', 'kl_penalty', 'finetune', not nullspace"),
+        ("trust: 3", r"trust must be true or false, not 3"),
+        ("ppo:\n  gamma: 1.5", r"ppo\.gamma must be between 0\.0 and 1\.0, not 1\.5"),
+        ("retention:\n  kl_budget: -1", r"kl_budget must be a number of nats >= 0 .*, not -1"),
+        ("retention:\n  kl_budget: .nan", r"kl_budget must be a number of nats >= 0 .*, not nan"),
+        ("penalty: .nan", r"penalty must be at least 0\.0, not nan"),
+        ("seed: -1", r"seed must be at least 0, not -1"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_gets_one_sentence(text, sentence, tmp_path):
+    path = written(tmp_path, text)
+    for attempt in (lambda: read(FinetuneConfig, "--config", str(path)), lambda: load(FinetuneConfig, path)):
+        with pytest.raises(NsrlError, match=sentence) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--total_timestep", "3"], r"unknown option --total_timestep; did you mean --total_timesteps\?"),
+        (["--kl_budget", "0.1"], r"unknown option --kl_budget; did you mean --retention\.kl_budget\?"),
+        (["--ppo.nsteps=3"], r"unknown option --ppo\.nsteps; did you mean --ppo\.n_steps\?"),
+        (["--confg", "x"], r"unknown option --confg; did you mean --config\?"),
+        (["--seed", "many"], r"seed must be a whole number, not many"),
+        (["--seed"], r"--seed"),
+        (["stray"], r"stray"),
+        (["--retention.kl_budget", "nan"], r"retention\.kl_budget must be a number, not nan"),
+        (["--config", "missing.yaml"], r"cannot read the configuration missing\.yaml: No such file"),
+    ],
+)
+def test_a_bad_command_line_gets_one_sentence(words, sentence):
+    with pytest.raises(NsrlError, match=sentence) as caught:
+        read(FinetuneConfig, *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(NsrlError, match="not a text file"):
+        load(FinetuneConfig, path)
+
+
+@given(st.sampled_from([key for key, kind in key_types(FinetuneConfig) if not is_dataclass(kind)]), st.data())
+def test_one_wrong_letter_in_a_key_still_finds_it(key, data):
+    if len(key.rpartition(".")[2]) < 5:
+        return
+    position = data.draw(st.integers(0, len(key) - 1))
+    typo = key[:position] + key[position + 1 :]
+    known = [name for name, _ in key_types(FinetuneConfig)]
+    if typo not in known:
+        assert suggest(typo, known).startswith("; did you mean ")
+
+
+def test_types_are_told_in_words():
+    assert describe_type(float | None) == "a number or null"
+    assert describe_type(list[int]) == "a list, each entry a whole number"
+
+
+def test_the_run_sets_the_seed_of_the_draws_itself():
+    assert "seed" not in plain(FinetuneConfig())["retention"]
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_the_ready_configurations_are_valid(path):
+    kind = PretrainConfig if path.stem.startswith("pretrain") else DemoConfig if path.stem == "demo" else FinetuneConfig
+    config = load(kind, path)
+    assert plain(config) != plain(kind())
+    rollout = getattr(config, "ppo", None)
+    if rollout is not None and rollout.n_steps:
+        assert rollout.n_envs * rollout.n_steps % rollout.batch_size == 0
+
+
+def test_nothing_is_nan():
+    assert not any(isinstance(value, float) and math.isnan(value) for value in yaml.safe_load(to_yaml(FinetuneConfig())).values())

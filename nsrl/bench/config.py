@@ -102,7 +102,7 @@ class EvaluationSettings:
     """When and how both tasks are played to see what the policy can do.
 
     Attributes:
-        every: steps between evaluations during training; 0 evaluates only before and after.
+        every: steps between evaluations during training.
         episodes: episodes of each evaluation during training.
         final_episodes: episodes of the evaluations before and after, which make the table.
         deterministic: play the most likely action instead of drawing one.
@@ -217,6 +217,7 @@ class FinetuneConfig:
         checkpoint_every: steps between checkpoints, from which --resume continues.
         seed: of everything drawn at random.
         trust: unpickle objects inside the agent's files, which can run any code in them.
+        trust_buffer: accept a buffer that another agent made, and hold this agent to that one's behaviour.
         name: name of the run in its folder and report; null takes the pair's or the new environment's.
         out: output folder; null makes a fresh one under runs/.
     """
@@ -236,6 +237,7 @@ class FinetuneConfig:
     checkpoint_every: int = 20_000
     seed: int = 0
     trust: bool = False
+    trust_buffer: bool = False
     name: str | None = None
     out: str | None = None
 
@@ -286,15 +288,23 @@ class DemoConfig:
     """
 
     pair: str = "cartpole_swapped"
-    pretraining: PretrainConfig = field(default_factory=PretrainConfig)
-    finetuning: FinetuneConfig = field(default_factory=FinetuneConfig)
+    pretraining: PretrainConfig = field(
+        default_factory=lambda: PretrainConfig(
+            total_timesteps=61_440,
+            ppo=PPOSettings(n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3, gamma=0.98),
+            evaluation=EvaluationSettings(every=15_360, final_episodes=20),
+        )
+    )
+    finetuning: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(total_timesteps=61_440, evaluation=EvaluationSettings(every=5_120))
+    )
     cache: str = "runs/cache"
     out: str | None = None
 
 
 LEAST = {
     "n_envs": 1, "n_steps": 1, "batch_size": 1, "n_epochs": 1, "total_timesteps": 1, "checkpoint_every": 1,
-    "every": 0, "episodes": 1, "final_episodes": 1, "seed": 0, "penalty": 0.0, "learning_rate": 0.0, "ent_coef": 0.0,
+    "every": 1, "episodes": 1, "final_episodes": 1, "seed": 0, "penalty": 0.0, "learning_rate": 0.0, "ent_coef": 0.0,
     "vf_coef": 0.0, "max_grad_norm": 0.0, "clip_range": 0.0, "gamma": 0.0, "gae_lambda": 0.0,
 }  # fmt: skip
 MOST = {"gamma": 1.0, "gae_lambda": 1.0}

@@ -47,6 +47,12 @@ def curve_from_history(label: str, rows: Sequence[dict[str, Any]], tasks: Sequen
     return Curve(label, {task: series(f"return/{task}") for task in tasks}, series("kl_mean"), series("kl_heldout"))
 
 
+def first_returns(curve: Curve, task: str = "old") -> dict[str, float]:
+    """What the pretrained agent got in the run's own evaluation episodes, for the dotted line."""
+    values = curve.returns.get(task, ([], []))[1]
+    return {task: values[0]} if values else {}
+
+
 def draw_curves(
     curves: Sequence[Curve],
     path: Path,
@@ -77,7 +83,7 @@ def draw_curves(
     panels = len(tasks) + with_kl
     figure = Figure(figsize=(4.6 * panels, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(1, panels, squeeze=False, sharex=True)[0]
     for axis, (task, name) in zip(axes, tasks, strict=False):
         for curve, colour in zip(curves, COLOURS, strict=False):
             steps, values = curve.returns.get(task, ([], []))
@@ -115,6 +121,9 @@ def _draw_kl(axis: Any, curves: Sequence[Curve], budget: float | None) -> None:
     if budget is not None:
         axis.axhline(max(budget, 1e-6), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=f"KL budget {budget:g}")
     axis.set_yscale("log")
+    # At least one and a half decades, or small wiggles would look like jumps.
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, high / 50.0), high * 1.5)
     axis.set_title("KL to the pretrained policy on the buffer", fontsize=10)
     axis.set_ylabel("mean KL (nats per state)")
 

@@ -79,7 +79,7 @@ def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]], title: str) -> 
     """One table for several methods on the same pair: the agent before, and each method after."""
     first = runs[0][1]
     row = _comparison_row("before", first["before"], None)
-    rows = [row, *(_comparison_row(label, metrics["after"], metrics["wall_seconds"]) for label, metrics in runs)]
+    rows = [row, *(_comparison_row(label, metrics["after"], metrics["learning_seconds"]) for label, metrics in runs)]
     head = ("", "old-task return", "new-task return", "KL on buffer", "held-out KL", "agreement", "wall time")
     return Table(head, tuple(rows), title)
 
@@ -138,6 +138,32 @@ def pretraining_table(metrics: dict[str, Any]) -> Table:
     """The final table of a pretraining run."""
     rows = (("return", returns(metrics["before"]["return"]), returns(metrics["after"]["return"])),)
     return Table(("", "before", "after"), rows, f"{metrics['env']}: PPO from scratch, {metrics['timesteps']:,} steps")
+
+
+def collection_table(metrics: dict[str, Any]) -> Table:
+    """The final table of a collected buffer."""
+    origin = metrics["provenance"]
+    rows = (
+        ("task", str(origin.get("task"))),
+        ("states", f"{metrics['states']} ({metrics['heldout']} held out)"),
+        ("selection", str(origin.get("select"))),
+        ("return of the agent meanwhile", number(origin.get("return_mean"))),
+    )
+    return Table(("retention buffer", ""), rows)
+
+
+def evaluation_table(metrics: dict[str, Any]) -> Table:
+    """The table of an evaluation."""
+    rows = [(f"return on {env}", returns(found)) for env, found in metrics["returns"].items()]
+    if "retention" in metrics:
+        kept = metrics["retention"]
+        rows += [
+            ("KL on the buffer, mean", scientific(kept["kl_mean"])),
+            ("KL on held-out states, mean", scientific(kept["kl_heldout"])),
+            ("action agreement", percent(kept["agreement"])),
+        ]
+    episodes = next(iter(metrics["returns"].values()))["episodes"]
+    return Table(("", f"{episodes} episodes"), tuple(rows))
 
 
 def _files(folder: RunFolder) -> str:

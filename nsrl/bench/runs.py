@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.settings import Config, load, to_yaml
+from nsrl.bench.settings import Config, load
 from nsrl.errors import NsrlError
 
 RUNS = Path("runs")
@@ -20,7 +20,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run's folder; nothing is written until `create`.
+    """Paths inside a run's folder; nothing is there until `prepare`.
 
     Attributes:
         path: the folder.
@@ -76,25 +76,26 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """What an interrupted run continues from."""
-        return self.path / "checkpoint"
+        return self.path / "checkpoint.zip"
 
     @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.metrics.is_file()
 
-    def create(self, config: Any) -> None:
-        """Make the folder and write the configuration; call it when everything else has been validated.
+    def prepare(self) -> None:
+        """Make the folder; call it when everything else has been validated.
 
         Raises:
-            NsrlError: the folder has been taken meanwhile, or cannot be written.
+            NsrlError: the folder has been taken meanwhile, or cannot be made.
         """
         check_free(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise NsrlError(f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out") from error
-        write_text(self.config, to_yaml(config))
+            raise NsrlError(
+                f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
+            ) from error
 
     def read_config(self, config: type[Config]) -> Config:
         """The configuration of the run that lives here.

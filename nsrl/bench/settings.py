@@ -143,9 +143,14 @@ def is_flag(name: str, options: set[str]) -> bool:
 
 def build_parser(config: type, **texts: Any) -> Any:
     """A jsonargparse parser for a configuration; `texts` are argparse's (prog, usage, description, epilog)."""
-    from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
-    parser = ArgumentParser(exit_on_error=False, **texts)
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the line breaks of description and examples."""
+
+    parser = ArgumentParser(exit_on_error=False, formatter_class=Formatter, **texts)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below")
     parser.add_class_arguments(config, as_group=True)
     for action in parser._actions:

@@ -1,21 +1,28 @@
-"""What the commands share: reading their arguments, and drawing tables."""
+"""What the commands share: reading their arguments, running what can be resumed, and drawing tables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nsrl.bench.settings import Config, build_parser, parse
 
 if TYPE_CHECKING:
     from nsrl.bench.report import Table
+    from nsrl.bench.training import Interrupted, Outcome
 
 WIDTH = 100
 
 
 def read_arguments(
-    config: type[Config], arguments: Sequence[str], *, command: str, about: str, examples: str, resumable: bool = False
+    config: type[Config],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    about: str,
+    examples: str,
+    resumable: bool = False,
 ) -> tuple[Config, dict[str, Any]]:
     """Configuration and further options (`progress`, and `resume` for commands that can) of a command line.
 
@@ -32,7 +39,7 @@ def read_arguments(
         description=about,
         epilog=f"examples:\n{examples}",
     )
-    parser.add_argument("--progress", type=bool, default=sys.stderr.isatty(), help="show a progress bar")
+    parser.add_argument("--progress", type=bool, default=True, help="show how far it is: a bar on a terminal, else lines")
     extra = ["progress"]
     if resumable:
         parser.add_argument("--resume", type=str, default=None, metavar="FOLDER",
@@ -41,16 +48,55 @@ def read_arguments(
     return parse(config, arguments, parser, extra)
 
 
+def run_training(
+    command: str, config: Any, options: dict[str, Any], start: Callable[..., Outcome], resume: Callable[..., Outcome]
+) -> tuple[Outcome | None, int]:
+    """Start or resume a run; the outcome (None if interrupted) and the exit code."""
+    from nsrl.bench.training import Interrupted, use_one_thread
+    from nsrl.errors import NsrlError
+
+    use_one_thread()
+    try:
+        if options["resume"] is None:
+            return start(config, progress=options["progress"]), 0
+        if config != type(config)():
+            raise NsrlError("--resume takes everything from the run's folder; leave the other options out")
+        return resume(options["resume"], progress=options["progress"]), 0
+    except Interrupted as stop:
+        return None, interrupted(command, stop)
+
+
+def interrupted(command: str, stop: Interrupted) -> int:
+    """Say how to go on; returns the exit code."""
+    print(f"nsrl: interrupted; go on with: nsrl {command} --resume {stop.folder}", file=sys.stderr)
+    return stop.exit_status
+
+
+def print_outcome(outcome: Outcome, table: Table) -> None:
+    """The final table, and where everything lies."""
+    from nsrl.bench.report import duration
+
+    print_table(table)
+    folder = outcome.folder
+    print(f"wall time    {duration(outcome.metrics['wall_seconds'])}")
+    print(f"agent        {folder.agent}")
+    print(f"report       {folder.report}")
+    print(f"TensorBoard  tensorboard --logdir {folder.tensorboard}")
+
+
 def print_table(table: Table) -> None:
-    """Print a table with rich; it stays within 100 columns."""
+    """Print a table; without a terminal it is as wide as it needs to be."""
     from rich.console import Console
     from rich.table import Table as Drawn
 
-    drawn = Drawn(title=table.title, title_justify="left", title_style="bold")
+    drawn = Drawn()
     for position, title in enumerate(table.head):
-        drawn.add_column(title, justify="left" if position == 0 else "right", no_wrap=True)
+        drawn.add_column(title, justify="left" if position == 0 else "right")
     for row in table.rows:
         drawn.add_row(*row)
     console = Console(highlight=False)
-    # In a pipe rich assumes 80 columns, which would cut cells off.
-    Console(highlight=False, width=max(console.width, WIDTH) if not console.is_terminal else None).print(drawn)
+    if not console.is_terminal:  # rich assumes 80 columns there, which would break cells
+        console = Console(highlight=False, width=WIDTH)
+    if table.title:  # rich would break a title to the width of the columns
+        console.print(table.title, style="bold")
+    console.print(drawn)

@@ -216,7 +216,8 @@ class KrylovProjection:
             beta = float(image.norm())
             damping, small, left = _filter(diagonal, beside, beta, norm, target)
             unresolved = 0.5 * (beta * float(small[-1])) ** 2
-            if unresolved <= self.tolerance * max(budget, 0.0) or beta <= 1e-10 * diagonal[0] or step == len(moved):
+            resolved = unresolved <= self.tolerance * max(budget, 0.0) or beta <= 1e-10 * diagonal[0]
+            if resolved or step in (self.iterations, len(moved)):
                 break
             beside.append(beta)
             basis.append(image / beta)

@@ -14,6 +14,7 @@ import gymnasium as gym
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -161,6 +162,7 @@ def training_env(
     *,
     seed: int | None = None,
     gamma: float = 0.99,
+    n_envs: int = 1,
 ) -> VecEnv:
     """The new task as a VecEnv whose observations the agent understands.
 
@@ -170,6 +172,7 @@ def training_env(
             statistics; None leaves the environment as it is.
         seed: seeds the environment.
         gamma: discount of the reward statistics.
+        n_envs: copies of the environment when `env` is an id.
 
     Raises:
         NsrlError: unknown id, other shapes, or a VecNormalize around `env` already that would move its own
@@ -177,7 +180,7 @@ def training_env(
     """
     if isinstance(env, str):
         try:
-            env = gym.make(env)
+            env = make_vec_env(env, n_envs=n_envs, seed=seed)
         except (gym.error.Error, ImportError) as error:
             raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
     wrapped = BaseAlgorithm._wrap_env(env)

@@ -239,8 +239,9 @@ def _architecture(
         stored = (
             [] if "Cnn" in policy_class or kwargs.get("features_extractor_class") is NatureCNN else [64, 64]
         )
+    # Before 1.8 it could be [{"pi": ..., "vf": ...}], which newer versions only take with a warning.
     if isinstance(stored, list) and stored and isinstance(stored[0], dict):
-        stored = stored[0]
+        return {"net_arch": widths}
     if isinstance(stored, list):
         stored = {"pi": stored, "vf": stored}
     return {} if {net: stored.get(net, []) for net in widths} == widths else {"net_arch": widths}

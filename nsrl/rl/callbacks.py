@@ -91,14 +91,15 @@ class TaskEvaluation(BaseCallback):
     def _on_training_start(self) -> None:
         self._started, self._evaluating = perf_counter(), 0.0
         self._seconds_before = self.history[-1]["seconds"] if self.history else 0.0
-        self._overhead_before = self._overhead_seconds()
         self._opened = {
             name: open_copies(env, self.copies)
             for name, (env, _) in self.tasks.items()
             if isinstance(env, str)
         }
         lay_out(self.logger)
-        if not self._has_row():
+        # what a run wrote after the checkpoint that it is resumed from has not happened
+        self.history = [row for row in self.history if row["timesteps"] <= self.model.num_timesteps]
+        if not self.history:
             self._evaluate()
         write_points(self.logger, self.model.num_timesteps)
 
@@ -119,8 +120,8 @@ class TaskEvaluation(BaseCallback):
             self._forecast = (constraint.parameters.read(), model)
 
     def _on_training_end(self) -> None:
-        if not self._has_row() and not self.skip_end():
-            self._evaluate()
+        if self.history[-1]["timesteps"] < self.model.num_timesteps and not self.skip_end():
+            self._evaluate(final=True)
         write_points(self.logger, self.model.num_timesteps)
         for copies in self._opened.values():
             for env in copies:
@@ -129,17 +130,12 @@ class TaskEvaluation(BaseCallback):
         if self.retention is None and self.logger.name_to_value:
             self.logger.dump(self.model.num_timesteps)  # a ProtectedMixin with a constraint dumps by itself
 
-    def _has_row(self) -> bool:
-        return bool(self.history) and self.history[-1]["timesteps"] == self.model.num_timesteps
-
     def _is_due(self) -> bool:
-        if not self.history:
-            return True
         # on the grid of `every`, not `every` after the last row: rollout lengths would add up to a drift
         last = self.history[-1]["timesteps"]
         return self.model.num_timesteps >= (last // self.every + 1) * self.every
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, final: bool = False) -> None:
         start = perf_counter()
         for name, (env, normalizer) in self.tasks.items():
             played = self._opened.get(name, env)
@@ -147,6 +143,8 @@ class TaskEvaluation(BaseCallback):
         self._record_returns()
         if self.retention is not None:
             self._record_retention(self.retention)
+            if not final:  # learn() of a ProtectedMixin records it itself when its clock has stopped
+                self._record_overhead(self.retention, start - self._started)
         self.history.append(self._row(start - self._started - self._evaluating + self._seconds_before))
         spent = perf_counter() - start
         self._evaluating += spent
@@ -192,17 +190,16 @@ class TaskEvaluation(BaseCallback):
             self._forecast = None
             displacement = retention.constraint.parameters.read() - before
             values["nullspace/kl_predicted"] = predicted_kl(model, displacement)
-        overhead = self._overhead_seconds() - self._overhead_before
-        if overhead > 0.0:
-            learning = perf_counter() - self._started - self._evaluating
-            values["nullspace/overhead_fraction"] = overhead / learning
         for tag, value in values.items():
             if not is_pending(self.logger, tag):
                 self.logger.record(tag, value)
         self.logger.record("retain/kl_budget", retention.config.kl_budget)
 
-    def _overhead_seconds(self) -> float:
-        return 0.0 if self.retention is None else sum(self.retention.seconds.values())
+    def _record_overhead(self, retention: Retention, session: float) -> None:
+        """`session`: seconds since learning began, with evaluations, whose time `_learning_seconds` is short of."""
+        learning = self.model._learning_seconds + session  # type: ignore[attr-defined]
+        if retention.updates and learning > 0.0:
+            self.logger.record("nullspace/overhead_fraction", sum(retention.seconds.values()) / learning)
 
 
 def predicted_kl(model: Linearisation, displacement: Tensor) -> float:

@@ -82,12 +82,10 @@ class RetentionConstraint:
             )
         device = policy.device
         self.inputs: Observation = _to(buffer.inputs(), device)
-        self.reference = torch.as_tensor(buffer.outputs, device=device)
-        self.train = torch.as_tensor(buffer.train_indices, device=device)
-        self.heldout = torch.as_tensor(buffer.heldout_indices, device=device)
-        self._reference_log_std = (
-            None if buffer.log_std is None else torch.as_tensor(buffer.log_std, device=device, dtype=torch.float32)
-        )
+        self.reference = torch.tensor(buffer.outputs, device=device)
+        self.train = torch.tensor(buffer.train_indices, device=device)
+        self.heldout = torch.tensor(buffer.heldout_indices, device=device)
+        self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.log_std, device=device)
         self.names = self._protected_names()
         named = dict(policy.named_parameters())
         self.parameters = FlatParameters([named[name] for name in self.names])

@@ -45,6 +45,7 @@ class NullSpacePPO(ProtectedMixin, PPO):
         trust: bool = False,
         trust_buffer: bool = False,
         normalize: bool = True,
+        n_envs: int = 1,
         seed: int | None = None,
         device: str = "cpu",
         verbose: int = 0,
@@ -68,6 +69,7 @@ class NullSpacePPO(ProtectedMixin, PPO):
             trust: allow unpickling objects inside the zip.
             trust_buffer: accept a buffer that was made with another policy.
             normalize: wrap `env` as above when the agent has statistics.
+            n_envs: copies of the environment, when `env` is an id.
             seed: of the fine-tuning run, and of the draws from the buffer.
             options: fields of `RetentionConfig` and keyword arguments of PPO, which override the agent's.
 
@@ -79,10 +81,15 @@ class NullSpacePPO(ProtectedMixin, PPO):
         retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
         config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
         source = agents.load(agent, trust=trust, device=device)
-        env = agents.training_env(env, source.normalizer if normalize else None, seed=seed)
-        agents.check_spaces(source.model, env)
-        policy_kwargs = options.pop("policy_kwargs", source.model.policy_kwargs)
         settings = {**source.hyperparameters, **options}
+        policy_kwargs = dict(settings.pop("policy_kwargs", source.model.policy_kwargs))
+        if not isinstance(source.model, PPO):
+            # A2C's RMSprop and its five-step rollouts are not PPO's.
+            for key in ("optimizer_class", "optimizer_kwargs"):
+                policy_kwargs.pop(key, None)
+        env = agents.training_env(env, source.normalizer if normalize else None, seed=seed,
+                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
+        agents.check_spaces(source.model, env)
         model = cls(source.model.policy_class, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
                     seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
         model.policy.load_state_dict(source.model.policy.state_dict())

@@ -43,6 +43,10 @@ class RetentionTensorBoard(TensorBoardOutputFormat):
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None):
+        if purge_step is None and not any(Path(folder).glob("events.out.tfevents.*")):
+            # TensorBoard takes the first session mark in a folder for its beginning and purges only at later ones,
+            # so that without this the mark of a resumed run would purge nothing
+            purge_step = 0
         # not super().__init__, which would open a writer without purge_step
         self.writer = SummaryWriter(log_dir=os.fspath(folder), purge_step=purge_step)
         self._is_closed = False

@@ -314,10 +314,9 @@ def test_models_in_memory_bring_their_statistics():
 
 def test_hyperparameters_make_the_same_algorithm_again():
     schedule = LinearSchedule(1e-3, 1e-4, 1.0)
-    given = dict(
-        learning_rate=schedule, n_steps=16, batch_size=4, n_epochs=3, gamma=0.9, gae_lambda=0.8, clip_range=0.3,
-        clip_range_vf=0.4, normalize_advantage=False, ent_coef=0.01, vf_coef=0.7, max_grad_norm=0.9, target_kl=0.05,
-    )  # fmt: skip
+    given = {"learning_rate": schedule, "n_steps": 16, "batch_size": 4, "n_epochs": 3, "gamma": 0.9}
+    given |= {"gae_lambda": 0.8, "clip_range": 0.3, "clip_range_vf": 0.4, "normalize_advantage": False}
+    given |= {"ent_coef": 0.01, "vf_coef": 0.7, "max_grad_norm": 0.9, "target_kl": 0.05}
     found = agents.hyperparameters(build(**given))
     assert found == given
     PPO("MlpPolicy", FakeEnv(), **found)

@@ -179,6 +179,29 @@ def test_weights_decide_the_architecture(tmp_path, small):
     assert kwargs == {"net_arch": {"pi": [4], "vf": [4]}, "ortho_init": False}
 
 
+def test_agents_of_sb3_1_and_openai_gym(tmp_path, small):
+    kind = "<class 'gym.spaces.{}'>"
+    box = {"dtype": "float32", "low": "[-4.8000002e+00 -3.4028235e+38 -inf]", "high": "[4.8 inf inf]"}
+    function = {":type:": "<class 'function'>", ":serialized:": "gASVxgIAAAAAAACMF2Nsb3VkcGlja2xl"}
+    old = edited(
+        small,
+        tmp_path / "old.zip",
+        {"_stable_baselines3_version": None},
+        observation_space={":type:": kind.format("box.Box"), "shape": [3], **box},
+        action_space={":type:": kind.format("discrete.Discrete"), "n": 2, "shape": [], "dtype": "int64"},
+        policy_kwargs={"net_arch": [{"pi": [4], "vf": [4]}], "ortho_init": False},
+        clip_range=function,
+        lr_schedule=function,
+    )
+    archive = read_archive(old)
+    lowest = np.float32([-4.8, np.finfo(np.float32).min, -np.inf])
+    assert archive.observation_space == spaces.Box(lowest, np.float32([4.8, np.inf, np.inf]))
+    assert archive.action_space == spaces.Discrete(2)
+    assert archive.policy_kwargs == {"net_arch": {"pi": [4], "vf": [4]}, "ortho_init": False}
+    assert archive.hyperparameters["learning_rate"] == 3e-4
+    assert archive.untrusted == ("clip_range",) and archive.sb3_version is None
+
+
 def names():
     return st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=5)
 

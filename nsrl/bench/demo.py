@@ -1,0 +1,111 @@
+"""The demo: one agent, one buffer, two ways of learning the new task, one table and one figure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nsrl.bench.buffers import collect_buffer
+from nsrl.bench.config import DemoConfig, FinetuneConfig, PretrainConfig
+from nsrl.bench.figures import curve_from_history, draw_curves, first_returns
+from nsrl.bench.jobs import Job, Status, gather, run_jobs
+from nsrl.bench.pretraining import pretrain, resume_pretraining
+from nsrl.bench.report import Table, comparison_table, duration
+from nsrl.bench.runs import RunFolder, choose_folder, read_lines, write_text
+from nsrl.bench.settings import to_yaml
+from nsrl.bench.tasks import Tasks, resolve_tasks
+from nsrl.bench.training import Interrupted, Stopwatch, use_one_thread
+from nsrl.rl import agents
+
+#: Label, folder and method of the two fine-tunings.
+METHODS = (("plain PPO", "plain", "finetune"), ("NullSpacePPO", "nullspace", "null_space"))
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """What the demo made.
+
+    Attributes:
+        table: before, and after with each method.
+        figure: learning curves of both methods on both tasks, PNG.
+        report: the same as Markdown.
+        tensorboard: folder of the events.
+        seconds: wall time of everything.
+    """
+
+    table: Table
+    figure: Path
+    report: Path
+    tensorboard: Path
+    seconds: float
+
+
+def run_demo(
+    config: DemoConfig, *, on_status: Callable[[Status], Any] | None = None, progress: bool = False
+) -> DemoOutcome:
+    """Pretrain (or take the cached agent), collect a buffer, fine-tune with both methods side by side, and compare.
+
+    Args:
+        config: all settings.
+        on_status: told how the two fine-tunings come on.
+        progress: show the progress of pretraining.
+
+    Raises:
+        NsrlError: bad input.
+        Interrupted: the pretraining was interrupted; starting the demo again goes on with it.
+    """
+    use_one_thread()
+    watch = Stopwatch()
+    finetuning = replace(config.finetuning, pair=config.pair)
+    tasks = resolve_tasks(finetuning)
+    folder = choose_folder("demo", tasks.name, config.out)
+    pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), Path(config.cache), progress)
+    agent = agents.load(pretrained.path)
+    buffer = collect_buffer(finetuning, agent, tasks.old)
+    folder.prepare()
+    buffer.save(folder.buffer)
+    write_text(folder.config, to_yaml(config))
+    jobs = [
+        Job(label, "finetune", replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer), method=method),
+            folder.path / name)
+        for label, name, method in METHODS
+    ]  # fmt: skip
+    try:
+        run_jobs(jobs, workers=len(jobs), on_status=on_status, poll=0.2)
+    except KeyboardInterrupt as error:
+        raise Interrupted(folder.path, 130) from error
+    return _compare(jobs, folder, tasks, finetuning, watch)
+
+
+def pretrained_agent(config: PretrainConfig, cache: Path, progress: bool) -> RunFolder:
+    """The agent that this configuration makes, from the cache if it is there; an interrupted one is finished."""
+    key = hashlib.sha256(to_yaml(replace(config, name=None, out=None)).encode()).hexdigest()[:16]
+    folder = RunFolder(cache / f"pretrain-{key}")
+    if not folder.finished:
+        if folder.config.is_file():
+            resume_pretraining(folder.path, progress=progress)
+        else:
+            pretrain(config, folder.path, progress=progress)
+    return folder
+
+
+def _compare(jobs: list[Job], folder: RunFolder, tasks: Tasks, config: FinetuneConfig, watch: Stopwatch) -> DemoOutcome:
+    runs = [(job.name, job.run.read_metrics()) for job in jobs]
+    budget = config.retention.kl_budget
+    curves = [curve_from_history(job.name, read_lines(job.run.history), ("old", "new")) for job in jobs]
+    draw_curves(
+        curves,
+        folder.figure,
+        tasks=[("old", f"old task: {tasks.old}"), ("new", f"new task: {tasks.new}")],
+        budget=budget,
+        references=first_returns(curves[0]),
+    )
+    title = f"{tasks.old} -> {tasks.new}, {config.total_timesteps:,} steps, KL budget {budget:g}, {duration(watch.read())} in all"
+    table = comparison_table(runs, title)
+    parts = [f"# {title}", table.markdown(), f"![learning curves]({folder.figure.name})"]
+    write_text(folder.report, "\n\n".join(parts) + "\n")
+    gather(jobs, folder.metrics, wall_seconds=watch.read())
+    return DemoOutcome(table, folder.figure, folder.report, folder.path, watch.read())

@@ -1,0 +1,175 @@
+"""Fine-tuning as a run: from a configuration to a folder with agent, buffer, curves, metrics and report."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nsrl.bench.buffers import obtain_buffer
+from nsrl.bench.config import FinetuneConfig
+from nsrl.bench.environment import describe_environment
+from nsrl.bench.figures import curve_from_history, draw_curves, first_returns
+from nsrl.bench.report import describe_method, write_finetuning_report
+from nsrl.bench.runs import RunFolder, choose_folder, read_lines, slug, write_json, write_text
+from nsrl.bench.settings import to_yaml
+from nsrl.bench.tasks import Tasks, check_fits, make_envs, resolve_tasks
+from nsrl.bench.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
+from nsrl.errors import NsrlError
+from nsrl.rl import agents
+from nsrl.rl.agents import Agent
+from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.callbacks import TaskEvaluation
+from nsrl.rl.evaluation import evaluate
+from nsrl.rl.normalization import RetainingVecNormalize
+from nsrl.rl.ppo import RETENTION_FIELDS, NullSpacePPO
+from nsrl.rl.progress import FineTuningProgress
+
+
+def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress: bool = False) -> Outcome:
+    """Fine-tune a pretrained agent; nothing is written before all input has been found to be good.
+
+    Args:
+        config: everything about the run.
+        out: overrides the configuration's output folder.
+        progress: show a progress bar on stderr, or lines where that is no terminal.
+
+    Raises:
+        NsrlError: bad input.
+        Interrupted: Ctrl-C or SIGTERM; `resume_finetuning` goes on.
+    """
+    tasks = resolve_tasks(config)
+    folder = choose_folder("finetune", tasks.name, config.out if out is None else out)
+    if config.agent is None:
+        raise NsrlError("no agent: set agent to an SB3 zip or a run folder, as `nsrl pretrain` makes one")
+    agent = agents.load(config.agent, trust=config.trust)
+    check_fits(agent.model, tasks.old)
+    check_fits(agent.model, tasks.new)
+    buffer = obtain_buffer(config, agent, tasks.old)
+    model = build_model(config, agent, buffer, tasks.new)
+    folder.prepare()
+    _save_agent(agent, folder.pretrained)
+    buffer.save(folder.buffer)
+    # The configuration comes last: a folder that has one can be resumed.
+    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
+
+
+def resume_finetuning(path: str | Path, *, progress: bool = False) -> Outcome:
+    """Go on with an interrupted run from its last checkpoint; everything comes from its folder.
+
+    Raises:
+        NsrlError: no run there, a finished one, or a damaged one.
+        Interrupted: as `finetune`.
+    """
+    folder = RunFolder(Path(path))
+    config = folder.read_config(FinetuneConfig)
+    check_resumable(folder)
+    tasks = resolve_tasks(config)
+    agent = agents.load(folder.pretrained, trust=config.trust)
+    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
+    return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
+
+
+def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> NullSpacePPO:
+    """The model of a run before its first step.
+
+    Raises:
+        NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
+    """
+    overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
+    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    if agent.normalizer is not None:
+        gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
+        envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
+    retention = {key: getattr(config.retention, key) for key in RETENTION_FIELDS}
+    return NullSpacePPO.from_pretrained(
+        agent, envs, retain=buffer, method=config.method, penalty=config.penalty, trust_buffer=config.trust_buffer,
+        seed=config.seed, **retention, **overrides,
+    )  # fmt: skip
+
+
+def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: NullSpacePPO, *,
+         progress: bool, resume: bool) -> Outcome:  # fmt: skip
+    """Train and write down what came out."""
+    watch = Stopwatch()
+    old = slug(tasks.old)
+    settings = config.evaluation
+    evaluation = TaskEvaluation(
+        (tasks.new, agent.normalizer), {old: (tasks.old, agent.normalizer)},
+        every=settings.every, episodes=settings.episodes, deterministic=settings.deterministic,
+    )  # fmt: skip
+    bar = FineTuningProgress(evaluation) if progress else None
+    try:
+        before = _measure(config, tasks, agent, model)  # not restored yet
+        seconds = train(model, folder, evaluation, total=config.total_timesteps, checkpoint_every=config.checkpoint_every,
+                        resume=resume, progress=bar)  # fmt: skip
+        metrics: dict[str, Any] = {
+            "command": "finetune",
+            "name": tasks.name,
+            "old_env": tasks.old,
+            "new_env": tasks.new,
+            "method": config.method,
+            "penalty": config.penalty if config.method == "kl_penalty" else None,
+            "kl_budget": config.retention.kl_budget,
+            "seed": config.seed,
+            "timesteps": int(model.num_timesteps),
+            "before": before,
+            "after": _measure(config, tasks, agent, model),
+            "buffer": {"states": len(model_buffer(model)), "heldout": len(model_buffer(model).heldout_indices)},
+            "retention": asdict(model.retention_report()),
+            "learning_seconds": seconds,
+        }
+        model.export(folder.agent)
+        metrics["wall_seconds"] = watch.read()
+        metrics["environment"] = describe_environment()
+        draw_finetuning(folder, metrics)
+        write_finetuning_report(folder, metrics)
+        write_json(folder.metrics, metrics)
+    except KeyboardInterrupt as error:
+        raise Interrupted(folder.path, 130) from error
+    folder.checkpoint.unlink(missing_ok=True)
+    return Outcome(folder, metrics)
+
+
+def model_buffer(model: NullSpacePPO) -> RetentionBuffer:
+    """The buffer that a model is held to."""
+    assert model.retention is not None
+    return model.retention.constraint.buffer
+
+
+def draw_finetuning(folder: RunFolder, metrics: dict[str, Any]) -> Path:
+    """The learning curves of a run."""
+    curve = curve_from_history(describe_method(metrics), read_lines(folder.history), ("old", "new"))
+    return draw_curves(
+        [curve],
+        folder.figure,
+        tasks=[("old", f"old task: {metrics['old_env']}"), ("new", f"new task: {metrics['new_env']}")],
+        budget=metrics["kl_budget"] if metrics["method"] == "null_space" else None,
+        references=first_returns(curve),
+    )
+
+
+def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: NullSpacePPO) -> dict[str, Any]:
+    """What a policy does on both tasks, and how far it is from the reference."""
+    settings = config.evaluation
+    found: dict[str, Any] = {}
+    for key, env in (("old_return", tasks.old), ("new_return", tasks.new)):
+        found[key] = describe_returns(
+            evaluate(model, env, normalizer=agent.normalizer, episodes=settings.final_episodes, seed=FINAL_SEED,
+                     deterministic=settings.deterministic)
+        )  # fmt: skip
+    assert model.retention is not None
+    return {**found, **asdict(model.retention.constraint.measure())}
+
+
+def _save_agent(agent: Agent, path: Path) -> None:
+    """Copy the agent's zip, or save the model that was given, with the statistics beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if agent.path is not None:
+        shutil.copyfile(agent.path, path)
+    else:
+        agents.save_agent(agent.model, path)
+    if agent.normalizer is not None:
+        agent.normalizer.save(path.with_name("vecnormalize.npz"))

@@ -1,0 +1,25 @@
+"""A suite's results as one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsrl.bench.report import Table, scientific
+
+
+def suite_table(content: dict[str, Any]) -> Table:
+    """Mean and 95 % bootstrap interval over seeds of every method: old and new return, KL on the buffer and held out."""
+    first = content["summary"][0]
+    rows = [("before fine-tuning", _interval(first["before/old_return"]), _interval(first["before/new_return"]), "-", "-")]
+    for entry in content["summary"]:
+        rows.append((
+            entry["method"], _interval(entry["after/old_return"]), _interval(entry["after/new_return"]),
+            scientific(entry["after/kl_mean"]["mean"]), scientific(entry["after/kl_heldout"]["mean"]),
+        ))  # fmt: skip
+    seeds = first["seeds"]
+    head = ("method", "old task", "new task", "KL", "held-out KL")
+    return Table(head, tuple(rows), f"{content['suite']}, {seeds} seeds, mean [95 % interval]")
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:.0f} [{value['low']:.0f}, {value['high']:.0f}]"

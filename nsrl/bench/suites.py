@@ -1,0 +1,159 @@
+"""A suite: one task pair, several methods, several seeds; every method starts from the same agents and buffers.
+
+A suite is a YAML file (configs/bench/*.yaml) naming a pretraining and a fine-tuning configuration and, for each
+method, the settings in which it differs:
+
+    pretraining: ../pretrain_halfcheetah.yaml
+    finetuning: ../halfcheetah_backward.yaml
+    seeds: [0, 1, 2]
+    methods:
+      plain PPO: {method: finetune}
+      KL penalty 1: {method: kl_penalty, penalty: 1.0}
+      KL budget 0.01: {}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nsrl.bench.config import FinetuneConfig, PretrainConfig
+from nsrl.bench.environment import describe_environment
+from nsrl.bench.jobs import Job, Status, run_jobs
+from nsrl.bench.runs import read_lines, slug, write_json
+from nsrl.bench.settings import build, check_keys, load, plain, read_yaml
+from nsrl.bench.statistics import bootstrap
+from nsrl.errors import NsrlError
+
+KEYS = ("pretraining", "finetuning", "seeds", "methods")
+#: What of a fine-tuning run's metrics.json goes into the suite's table.
+MEASURED = ("old_return", "new_return", "kl_mean", "kl_heldout", "kl_max", "agreement")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is to be run.
+
+    Attributes:
+        name: of the suite, from its file.
+        pretraining: of the agents, one a seed.
+        methods: fine-tuning configuration by method.
+        seeds: of agents, buffers and fine-tuning alike (paired over methods).
+    """
+
+    name: str
+    pretraining: PretrainConfig
+    methods: dict[str, FinetuneConfig]
+    seeds: tuple[int, ...]
+
+    def pretraining_jobs(self, out: Path) -> list[Job]:
+        """One job a seed."""
+        return [
+            Job(f"pretrain seed {seed}", "pretrain", replace(self.pretraining, seed=seed, out=None),
+                out / "pretrained" / f"seed{seed}")
+            for seed in self.seeds
+        ]  # fmt: skip
+
+    def finetuning_jobs(self, out: Path) -> list[Job]:
+        """One job a seed and method, seeds outermost, so that a suite that is stopped early is balanced."""
+        return [
+            Job(f"{method} seed {seed}", "finetune",
+                replace(config, seed=seed, out=None, agent=str(out / "pretrained" / f"seed{seed}")),
+                out / slug(method) / f"seed{seed}")
+            for seed in self.seeds
+            for method, config in self.methods.items()
+        ]  # fmt: skip
+
+
+def read_suite(path: str | Path) -> Suite:
+    """A suite from its YAML file; the configurations that it names are relative to it.
+
+    Raises:
+        NsrlError: unknown or missing keys, in the suite or in what it names.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    unknown, missing = set(values) - set(KEYS), set(KEYS) - set(values)
+    if unknown or missing:
+        raise NsrlError(f"{path} must hold exactly the keys {', '.join(KEYS)}; "
+                        f"{', '.join(sorted(unknown | missing))} is {'unknown' if unknown else 'missing'}")  # fmt: skip
+    base = load(FinetuneConfig, path.parent / values["finetuning"])
+    methods = {}
+    for method, changes in values["methods"].items():
+        changes = changes or {}
+        check_keys(changes, FinetuneConfig, f"{path}, method {method}")
+        methods[method] = build(FinetuneConfig, _merged(plain(base), changes))
+    pretraining = load(PretrainConfig, path.parent / values["pretraining"])
+    return Suite(path.stem, pretraining, methods, tuple(values["seeds"]))
+
+
+def run_suite(suite: Suite, out: Path, *, workers: int = 2,
+              on_status: Callable[[Status], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run whatever of a suite is not finished yet, and gather it.
+
+    Returns:
+        environment, configurations, one row a run, and one summary row a method with 95 % bootstrap intervals.
+    """
+    run_jobs(suite.pretraining_jobs(out), workers=workers, on_status=on_status)
+    jobs = suite.finetuning_jobs(out)
+    run_jobs(jobs, workers=workers, on_status=on_status)
+    return summarise(suite, jobs)
+
+
+def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
+    """Gather finished jobs: rows and summary."""
+    rows = []
+    for job in jobs:
+        metrics = job.run.read_metrics()
+        method = job.name.rpartition(" seed ")[0]
+        row: dict[str, Any] = {"method": method, "seed": job.config.seed}
+        for stage in ("before", "after"):
+            for key in MEASURED:
+                value = metrics[stage].get(key)
+                row[f"{stage}/{key}"] = value["mean"] if isinstance(value, dict) else value
+        kls = [entry["kl_mean"] for entry in read_lines(job.run.history) if entry.get("kl_mean") is not None]
+        row["largest_kl_mean"] = max(kls, default=None)
+        row["budget"] = metrics.get("kl_budget")
+        for key in ("wall_seconds", "training_seconds", "overhead_fraction", "rollbacks"):
+            row[key] = metrics.get(key)
+        rows.append(row)
+    return {
+        "suite": suite.name,
+        "environment": describe_environment(),
+        "pretraining": _portable(plain(suite.pretraining)),
+        "methods": {name: _portable(plain(config)) for name, config in suite.methods.items()},
+        "rows": rows,
+        "summary": [_summary(method, [row for row in rows if row["method"] == method]) for method in suite.methods],
+    }
+
+
+def write_suite(content: dict[str, Any], path: Path) -> None:
+    """Write the gathered results as JSON."""
+    write_json(path, content)
+
+
+def _summary(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"method": method, "seeds": len(rows)}
+    for key in ("before/old_return", "before/new_return", "after/old_return", "after/new_return", "after/kl_mean",
+                "after/kl_heldout", "after/agreement"):  # fmt: skip
+        values = [row[key] for row in rows if row[key] is not None]
+        if values:
+            interval = bootstrap(values)
+            summary[key] = {"mean": interval.estimate, "low": interval.low, "high": interval.high,
+                            "minimum": min(values)}  # fmt: skip
+    kept = [row["after/old_return"] / row["before/old_return"] for row in rows]
+    summary["old_return_kept"] = {"mean": sum(kept) / len(kept), "minimum": min(kept)}
+    return summary
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _merged(value, changes.get(key) or {}) if isinstance(value, dict) else changes.get(key, value)
+        for key, value in base.items()
+    }
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("agent", "buffer", "out")}

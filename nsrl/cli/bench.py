@@ -1,0 +1,89 @@
+"""`nsrl bench`: a suite of runs over methods and seeds, or what the budget costs; results as JSON and figure."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsrl.errors import NsrlError
+
+ABOUT = """\
+Run a benchmark and write its results.
+
+  nsrl bench cartpole_swapped            all methods and seeds of configs/bench/cartpole_swapped.yaml
+  nsrl bench overhead                    wall time and memory against stock PPO, interleaved
+  nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
+
+Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
+stopped. The gathered results go to --reference as NAME.json and NAME.png.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(prog="nsrl bench", description=ABOUT, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, or overhead")
+    parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
+    parser.add_argument("--reference", type=Path, default=Path("runs/reference"), help="where the results go")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configurations")
+    try:
+        options = parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise NsrlError(f"nsrl bench: {error}") from error
+    if options.workers < 1:
+        raise NsrlError(f"--workers must be at least 1, not {options.workers}")
+    out = options.out or Path("runs/bench") / Path(options.name).stem
+    if options.name == "overhead":
+        return _overhead(options.configs, out, options.reference)
+    path = Path(options.name) if options.name.endswith(".yaml") else options.configs / "bench" / f"{options.name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
+        raise NsrlError(f"there is no suite {options.name!r}; known: {', '.join([*known, 'overhead'])}")
+    return _suite(path, out, options.reference, options.workers)
+
+
+def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
+    from nsrl.bench.scatter import draw_tradeoff
+    from nsrl.bench.suite_report import suite_table
+    from nsrl.bench.suites import read_suite, run_suite, write_suite
+    from nsrl.cli.command import print_table
+    from nsrl.cli.status import StatusLine
+
+    suite = read_suite(path)
+    with StatusLine(suite.name) as line:
+        content = run_suite(suite, out, workers=workers, on_status=line.show)
+    write_suite(content, reference / f"{suite.name}.json")
+    draw_tradeoff(content, reference / f"{suite.name}.png")
+    print_table(suite_table(content))
+    print(f"results  {reference / suite.name}.json\nfigure   {reference / suite.name}.png")
+    return 0
+
+
+def _overhead(configs: Path, out: Path, reference: Path) -> int:
+    from nsrl.bench.experiment import use_one_thread
+    from nsrl.bench.jobs import run_jobs
+    from nsrl.bench.overhead import measure_memory, measure_overhead
+    from nsrl.bench.runs import write_json
+    from nsrl.bench.suites import read_suite
+    from nsrl.cli.status import StatusLine
+
+    use_one_thread()
+    results = {}
+    for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", None)):
+        suite = read_suite(configs / "bench" / f"{name}.yaml")
+        jobs = suite.pretraining_jobs(out.with_name(name))[:1]
+        with StatusLine(f"{name}, pretraining") as line:
+            run_jobs(jobs, on_status=line.show)
+        config = next(config for config in suite.methods.values() if config.method == "null_space")
+        print(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
+        results[name] = measure_overhead(config, jobs[0].folder, steps=steps,
+                                         on_run=lambda method, seconds: print(f"  {method:<10} {seconds:7.1f} s"))  # fmt: skip
+        print(f"  ratio of medians {results[name]['ratio']:.3f}")
+        results[name]["memory"] = measure_memory(configs / f"{name}.yaml", jobs[0].folder, 20_000)
+        print(f"  constraint's peak memory {results[name]['memory']['constraint_mb']:.1f} MB")
+    write_json(reference / "overhead.json", results)
+    print(f"results  {reference / 'overhead.json'}")
+    return 0

@@ -1,0 +1,53 @@
+"""A tiny agent and runs made with it, shared by all tests of the command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nsrl.cli.main import main
+
+#: Options that make any training take a second.
+QUICK = (
+    "--progress", "false", "--evaluation.every", "256", "--evaluation.episodes", "2", "--evaluation.final_episodes", "2",
+    "--ppo.n_envs", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A run folder of `nsrl pretrain`."""
+    out = tmp_path_factory.mktemp("agents") / "cartpole"
+    options = ("--total_timesteps", "512", "--ppo.n_steps", "128", "--ppo.batch_size", "64")
+    assert main(["pretrain", "--env", "nsrl/CartPole-v0", "--out", str(out), *options, *QUICK]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def finetuning(pretrained) -> Callable[..., list[str]]:
+    """The words of a quick fine-tuning run; later words win."""
+
+    def words(*more: str) -> list[str]:
+        return [
+            "finetune", "--agent", str(pretrained), "--pair", "cartpole_swapped", "--total_timesteps", "512",
+            "--states.n_states", "64", *QUICK, *more,
+        ]  # fmt: skip
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def finetuned(finetuning, tmp_path_factory) -> Path:
+    """A run folder of `nsrl finetune`."""
+    out = tmp_path_factory.mktemp("runs") / "swapped"
+    assert main(finetuning("--out", str(out))) == 0
+    return out
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, to see that nothing is written there."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -291,7 +291,7 @@ class DemoConfig:
     pretraining: PretrainConfig = field(
         default_factory=lambda: PretrainConfig(
             total_timesteps=61_440,
-            ppo=PPOSettings(n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3, gamma=0.98),
+            ppo=PPOSettings(n_steps=128, batch_size=256, n_epochs=6, learning_rate=1e-3, gamma=0.98, ent_coef=0.02),
             evaluation=EvaluationSettings(every=15_360, final_episodes=20),
         )
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.buffers import collect_buffer
-from nsrl.bench.config import DemoConfig, FinetuneConfig, PretrainConfig
+from nsrl.bench.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
 from nsrl.bench.figures import curve_from_history, draw_curves, first_returns
 from nsrl.bench.jobs import Job, Status, gather, run_jobs
 from nsrl.bench.pretraining import pretrain, resume_pretraining
@@ -21,7 +21,10 @@ from nsrl.bench.training import Interrupted, Stopwatch, use_one_thread
 from nsrl.rl import agents
 
 #: Label, folder and method of the two fine-tunings.
-METHODS = (("plain PPO", "plain", "finetune"), ("NullSpacePPO", "nullspace", "null_space"))
+METHODS: tuple[tuple[str, str, Method], ...] = (
+    ("plain PPO", "plain", "finetune"),
+    ("NullSpacePPO", "nullspace", "null_space"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ def run_demo(
     folder.prepare()
     buffer.save(folder.buffer)
     write_text(folder.config, to_yaml(config))
+    finetuning = replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer))
     jobs = [
-        Job(label, "finetune", replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer), method=method),
-            folder.path / name)
+        Job(label, "finetune", replace(finetuning, method=method), folder.path / name)
         for label, name, method in METHODS
-    ]  # fmt: skip
+    ]
     try:
         run_jobs(jobs, workers=len(jobs), on_status=on_status, poll=0.2)
     except KeyboardInterrupt as error:
@@ -103,7 +106,8 @@ def _compare(jobs: list[Job], folder: RunFolder, tasks: Tasks, config: FinetuneC
         budget=budget,
         references=first_returns(curves[0]),
     )
-    title = f"{tasks.old} -> {tasks.new}, {config.total_timesteps:,} steps, KL budget {budget:g}, {duration(watch.read())} in all"
+    steps, spent = f"{config.total_timesteps:,} steps", duration(watch.read())
+    title = f"{tasks.old} -> {tasks.new}, {steps}, KL budget {budget:g}, {spent} in all"
     table = comparison_table(runs, title)
     parts = [f"# {title}", table.markdown(), f"![learning curves]({folder.figure.name})"]
     write_text(folder.report, "\n\n".join(parts) + "\n")

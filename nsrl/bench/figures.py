@@ -95,6 +95,8 @@ def draw_curves(
         axis.set_ylabel("mean return")
     if with_kl:
         _draw_kl(axes[-1], curves, budget)
+    for axis in axes[1 : len(tasks)]:
+        axis.sharey(axes[0])  # returns of a pair are of one kind; own scales would make ripples look like drops
     for axis in axes:
         axis.set_xlabel("environment steps on the new task" if with_kl else "environment steps")
         axis.xaxis.set_major_formatter(_thousands)
@@ -111,7 +113,8 @@ def draw_curves(
 def _draw_kl(axis: Any, curves: Sequence[Curve], budget: float | None) -> None:
     """The KL panel, logarithmic: solid on the buffer, dashed on the held-out states."""
     for curve, colour in zip(curves, COLOURS, strict=False):
-        for (steps, values), style, label in ((curve.kl, "-", curve.label), (curve.kl_heldout, "--", "held-out states")):
+        series = ((curve.kl, "-", curve.label), (curve.kl_heldout, "--", "held-out states"))
+        for (steps, values), style, label in series:
             # Before the first update the KL is zero, which a logarithmic axis cannot show.
             points = [(step, value) for step, value in zip(steps, values, strict=True) if step > 0]
             # The dashed lines share one grey entry in the legend, made by `_add_legend`.
@@ -119,7 +122,8 @@ def _draw_kl(axis: Any, curves: Sequence[Curve], budget: float | None) -> None:
             axis.plot([step for step, _ in points], [max(value, LEAST_KL) for _, value in points],
                       color=colour, linestyle=style, linewidth=1.5 if style == "-" else 1.0, label=label)  # fmt: skip
     if budget is not None:
-        axis.axhline(max(budget, 1e-6), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=f"KL budget {budget:g}")
+        label = f"KL budget {budget:g}"
+        axis.axhline(max(budget, 1e-6), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=label)
     axis.set_yscale("log")
     # At least one and a half decades, or small wiggles would look like jumps.
     low, high = axis.get_ylim()
@@ -138,7 +142,8 @@ def _add_legend(figure: Any, axes: Sequence[Any]) -> None:
         from matplotlib.lines import Line2D
 
         entries["KL on held-out states"] = Line2D([], [], color="0.3", linestyle="--", linewidth=1.0)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 6), frameon=False)
+    columns = min(len(entries), 6)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _thousands(value: float, _position: int) -> str:

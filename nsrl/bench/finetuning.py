@@ -103,8 +103,7 @@ def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, 
     bar = FineTuningProgress(evaluation) if progress else None
     try:
         before = _measure(config, tasks, agent, model)  # not restored yet
-        seconds = train(model, folder, evaluation, total=config.total_timesteps, checkpoint_every=config.checkpoint_every,
-                        resume=resume, progress=bar)  # fmt: skip
+        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar)
         metrics: dict[str, Any] = {
             "command": "finetune",
             "name": tasks.name,
@@ -119,7 +118,7 @@ def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, 
             "after": _measure(config, tasks, agent, model),
             "buffer": {"states": len(model_buffer(model)), "heldout": len(model_buffer(model).heldout_indices)},
             "retention": asdict(model.retention_report()),
-            "learning_seconds": seconds,
+            "training_seconds": seconds,
         }
         model.export(folder.agent)
         metrics["wall_seconds"] = watch.read()

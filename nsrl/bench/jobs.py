@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from typing import Any, Literal
 from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.environment import describe_environment
 from nsrl.bench.runs import RunFolder, read_lines, write_json, write_text
-from nsrl.bench.settings import plain, to_yaml
+from nsrl.bench.settings import flat, plain, to_yaml
 from nsrl.errors import NsrlError
 
 #: How long a stopped run may take to write its checkpoint, seconds.
@@ -45,9 +47,9 @@ class Job:
         return RunFolder(self.folder)
 
     def check(self) -> None:
-        """Raise NsrlError if the folder holds a run with another configuration, whose results would pass for this one's."""
+        """Raise NsrlError if the folder holds a run with another configuration, which would pass for this one."""
         if self.run.config.is_file():
-            wanted, found = plain(self.config), plain(self.run.read_config(CONFIGS[self.command]))
+            wanted, found = flat(self.config), flat(self.run.read_config(CONFIGS[self.command]))
             for key in wanted:
                 if key != "out" and wanted[key] != found[key]:
                     raise NsrlError(
@@ -131,15 +133,17 @@ def run_jobs(
     failed: dict[str, str] = {}
     work = float(len(waiting))
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(_start(waiting.pop(0)))
-            time.sleep(poll)
-            for process in [process for process in running if process.popen.poll() is not None]:
-                running.remove(process)
-                _finish(process, done, failed)
-            if on_status is not None:
-                on_status(_status(jobs, done, running, failed, work, len(waiting), start))
+        # The children are in sessions of their own: unless told, they would outlive us.
+        with _termination_raised():
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    running.append(_start(waiting.pop(0)))
+                time.sleep(poll)
+                for process in [process for process in running if process.popen.poll() is not None]:
+                    running.remove(process)
+                    _finish(process, done, failed)
+                if on_status is not None:
+                    on_status(_status(jobs, done, running, failed, work, len(waiting), start))
     except BaseException:
         _stop(running)
         raise
@@ -147,6 +151,23 @@ def run_jobs(
         told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise NsrlError(f"{len(failed)} of {len(jobs)} runs failed ({told})")
     return [job.run.read_metrics() for job in jobs]
+
+
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Within the block SIGTERM ends this process through an exception, as Ctrl-C does."""
+
+    def terminate(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def gather(jobs: Sequence[Job], path: Path, **extra: Any) -> dict[str, Any]:

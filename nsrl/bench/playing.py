@@ -40,12 +40,9 @@ def play(config: EvaluateConfig) -> dict[str, Any]:
         buffer = read_buffer(config.buffer, agent, trust_agent=True)
         measured = RetentionConstraint(agent.model.policy, buffer).measure()  # type: ignore[arg-type]
         metrics["retention"] = {**asdict(measured), "states": len(buffer)}
-    metrics["returns"] = {
-        env: describe_returns(
-            evaluate(agent, env, episodes=config.episodes, seed=FINAL_SEED + config.seed, deterministic=config.deterministic)
-        )
-        for env in envs
-    }
+    how: dict[str, Any] = {"episodes": config.episodes, "seed": FINAL_SEED + config.seed}
+    how["deterministic"] = config.deterministic
+    metrics["returns"] = {env: describe_returns(evaluate(agent, env, **how)) for env in envs}
     metrics["environment"] = describe_environment()
     if folder is not None:
         folder.prepare()

@@ -122,13 +122,14 @@ def _run(config: PretrainConfig, folder: RunFolder, model: PPO, *, progress: boo
     assert config.env is not None
     watch = Stopwatch()
     settings = config.evaluation
-    evaluation = TaskEvaluation((config.env, moving_normalizer(model)), every=settings.every, episodes=settings.episodes,
-                                deterministic=settings.deterministic)  # fmt: skip
+    task = (config.env, moving_normalizer(model))
+    evaluation = TaskEvaluation(
+        task, every=settings.every, episodes=settings.episodes, deterministic=settings.deterministic
+    )
     bar = LearningProgress(evaluation, "pretraining") if progress else None
     try:
         before = _measure(config, model)
-        seconds = train(model, folder, evaluation, total=config.total_timesteps, checkpoint_every=config.checkpoint_every,
-                        resume=resume, progress=bar)  # fmt: skip
+        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar)
         metrics = {
             "command": "pretrain",
             "name": config.name or config.env,
@@ -137,7 +138,7 @@ def _run(config: PretrainConfig, folder: RunFolder, model: PPO, *, progress: boo
             "timesteps": int(model.num_timesteps),
             "before": before,
             "after": _measure(config, model),
-            "learning_seconds": seconds,
+            "training_seconds": seconds,
         }
         agents.export(model, folder.agent)
         metrics |= {"wall_seconds": watch.read(), "environment": describe_environment()}

@@ -79,8 +79,8 @@ def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]], title: str) -> 
     """One table for several methods on the same pair: the agent before, and each method after."""
     first = runs[0][1]
     row = _comparison_row("before", first["before"], None)
-    rows = [row, *(_comparison_row(label, metrics["after"], metrics["learning_seconds"]) for label, metrics in runs)]
-    head = ("", "old-task return", "new-task return", "KL on buffer", "held-out KL", "agreement", "wall time")
+    rows = [row, *(_comparison_row(label, metrics["after"], metrics["training_seconds"]) for label, metrics in runs)]
+    head = ("", "old-task return", "new-task return", "buffer KL", "held-out KL", "agreement", "wall time")
     return Table(head, tuple(rows), title)
 
 
@@ -177,4 +177,7 @@ def _files(folder: RunFolder) -> str:
         folder.config: "the complete configuration",
         folder.tensorboard: "TensorBoard events",
     }
-    return "\n".join(f"* `{path.name}`: {text}" for path, text in known.items() if path.exists() or path == folder.metrics)
+    # metrics.json is written last, after this report
+    return "\n".join(
+        f"* `{path.name}`: {text}" for path, text in known.items() if path.exists() or path == folder.metrics
+    )

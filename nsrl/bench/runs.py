@@ -104,7 +104,7 @@ class RunFolder:
             NsrlError: no run here, or a damaged configuration.
         """
         if not self.config.is_file():
-            raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the folder that the run printed")
+            raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the one that was printed")
         return load(config, self.config)
 
     def read_metrics(self) -> dict[str, Any]:

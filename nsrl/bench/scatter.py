@@ -17,12 +17,14 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     methods = list(content["methods"])
-    penalties, other = [], 0
+    penalties: list[tuple[float, tuple[float, float]]] = []
+    other = 0
     for method in methods:
         rows = [row for row in content["rows"] if row["method"] == method]
         kind = content["methods"][method]["method"]
         x, y = [row["after/new_return"] for row in rows], [row["after/old_return"] for row in rows]
         mean = (sum(x) / len(x), sum(y) / len(y))
+        colour: Any
         if kind == "kl_penalty":
             colour, marker = colormaps["Blues"](0.45 + 0.15 * len(penalties)), "s"
             penalties.append((content["methods"][method]["penalty"], mean))

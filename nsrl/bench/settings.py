@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,7 @@ def check_keys(values: Any, config: type, source: str) -> None:
 
     Args:
         values: what the file holds.
+        config: the dataclass.
         source: the file, for the sentence.
     """
     types = dict(key_types(config))
@@ -76,7 +78,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise NsrlError(f"{path} is not YAML{where}: {getattr(error, 'problem', None) or 'it cannot be read'}") from error
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise NsrlError(f"{path} is not YAML{where}: {problem}") from error
     except UnicodeDecodeError as error:
         raise NsrlError(f"{path} is not a text file; expected YAML") from error
     except OSError as error:
@@ -100,7 +103,9 @@ def load(config: type[Config], path: str | Path) -> Config:
         raise NsrlError(f"{path}: {explain(str(error), config)}") from error
 
 
-def parse(config: type[Config], arguments: Sequence[str], parser: Any, extra: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+def parse(
+    config: type[Config], arguments: Sequence[str], parser: Any, extra: Sequence[str] = ()
+) -> tuple[Config, dict[str, Any]]:
     """A configuration from a command line: --config FILE and overrides, the later one winning.
 
     Args:
@@ -185,6 +190,13 @@ def plain(config: Any, prefix: str = "") -> dict[str, Any]:
             nested = is_dataclass(value) and not isinstance(value, type)
             values[item.name] = plain(value, f"{prefix}{item.name}.") if nested else value
     return values
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A configuration as plain values under dotted keys."""
+    return {
+        key: reduce(getattr, key.split("."), config) for key, kind in key_types(type(config)) if not is_dataclass(kind)
+    }
 
 
 def explain(message: str, config: type) -> str:

@@ -18,7 +18,7 @@ CHUNK = 4_000_000
 
 def mean(scores: ArrayLike, axis: int | None = None) -> np.ndarray:
     """Arithmetic mean over all entries, or along one axis."""
-    return np.mean(np.asarray(scores, dtype=np.float64), axis=axis)
+    return np.asarray(np.mean(np.asarray(scores, dtype=np.float64), axis=axis))
 
 
 def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> np.ndarray:
@@ -30,7 +30,7 @@ def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> np.ndarray
     array = np.asarray(scores, dtype=np.float64)
     array = np.sort(array.reshape(-1) if axis is None else np.moveaxis(array, axis, -1), axis=-1)
     cut = array.shape[-1] // 4
-    return np.mean(array[..., cut : array.shape[-1] - cut], axis=-1)
+    return np.asarray(np.mean(array[..., cut : array.shape[-1] - cut], axis=-1))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def register(env: str) -> None:
         importlib.import_module("nsrl_envs")
     elif env.startswith("MiniGrid-"):
         if importlib.util.find_spec("minigrid") is None:
-            raise NsrlError(f'{env} needs the packages of the minigrid extra; install them: pip install "nsrl[minigrid]"')
+            raise NsrlError(f'{env} needs the minigrid extra; install it: pip install "nsrl[minigrid]"')
         importlib.import_module("minigrid")
 
 
@@ -103,5 +103,5 @@ def _with_extra(error: Exception) -> str:
     text = " ".join(str(error).split())
     for module, extra in EXTRAS.items():
         if module.lower() in text.lower() and "nsrl[" not in text:
-            return f'it needs the packages of the {extra} extra; install them: pip install "nsrl[{extra}]"'
+            return f'it needs the {extra} extra; install it: pip install "nsrl[{extra}]"'
     return text

@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.runs import RunFolder, append_line, read_lines, write_lines
 from nsrl.errors import NsrlError
 from nsrl.rl.callbacks import TaskEvaluation
@@ -90,7 +91,8 @@ class RunHistory(BaseCallback):
             row |= {key: getattr(retention.last, key) for key in ("kl_mean", "kl_heldout", "agreement")}
         evaluated = self.evaluation.history[-1] if self.evaluation.history else None
         if evaluated is not None and evaluated["timesteps"] == row["timesteps"]:
-            row |= {"return/old": next(iter(evaluated["old_returns"].values()), None), "return/new": evaluated["new_return"]}
+            row["return/old"] = next(iter(evaluated["old_returns"].values()), None)
+            row["return/new"] = evaluated["new_return"]
         append_line(self.path, row)
         self._last = row["timesteps"]
 
@@ -104,13 +106,12 @@ def train(
     model: OnPolicyAlgorithm,
     folder: RunFolder,
     evaluation: TaskEvaluation,
+    config: PretrainConfig | FinetuneConfig,
     *,
-    total: int,
-    checkpoint_every: int,
     resume: bool,
     progress: FineTuningProgress | None,
 ) -> float:
-    """Train to `total` timesteps, from the checkpoint when resuming.
+    """Train to the configuration's `total_timesteps`, from the checkpoint when resuming.
 
     Returns:
         Wall time of training without evaluations, over all sessions of the run, in seconds.
@@ -124,11 +125,11 @@ def train(
         restored = restore(folder.checkpoint, model)
         evaluation.history[:] = restored["history"]
         purge_step = restored["purge_step"]
-    left = remaining(model, total)
+    left = remaining(model, config.total_timesteps)
     if left > 0:
         model.set_logger(open_logger(folder.tensorboard, ("tensorboard",), purge_step))
         history = RunHistory(evaluation, folder.history)
-        checkpoint = Checkpoint(folder.checkpoint, checkpoint_every, evaluation)
+        checkpoint = Checkpoint(folder.checkpoint, config.checkpoint_every, evaluation)
         with graceful_interrupts() as interruption:
             evaluation.skip_end = interruption.requested
             shown = [] if progress is None else [progress]
@@ -147,16 +148,14 @@ def train(
 
 
 def check_resumable(folder: RunFolder) -> None:
-    """Raise NsrlError for a run that is finished, or that ended before there was anything to go on with."""
+    """Raise NsrlError for a run that is finished."""
     if folder.finished:
         raise NsrlError(f"the run in {folder.path} is finished; its results are in {folder.report}")
 
 
 def describe_returns(found: Returns) -> dict[str, Any]:
     """Returns as plain JSON."""
-    return {
-        "mean": found.mean, "std": found.std, "minimum": found.minimum, "episodes": len(found.returns),
-    }  # fmt: skip
+    return {"mean": found.mean, "std": found.std, "minimum": found.minimum, "episodes": len(found.returns)}
 
 
 class Stopwatch:

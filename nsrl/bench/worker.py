@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.jobs import CONFIGS
 from nsrl.bench.runs import RunFolder
 from nsrl.bench.settings import load
@@ -14,12 +15,16 @@ from nsrl.errors import NsrlError
 
 def main(arguments: Sequence[str]) -> int:
     """Run, or go on with, one job; returns the exit code of the process."""
+    from nsrl.bench.training import Interrupted
+
     command, config, folder = arguments
     try:
         run(command, Path(config), Path(folder))
     except NsrlError as error:
         print(f"nsrl: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        return stop.exit_status
     return 0
 
 
@@ -29,16 +34,18 @@ def run(command: str, config: Path, folder: Path) -> None:
     Raises:
         NsrlError: as the command itself; or an unknown command.
     """
-    from nsrl.bench import experiment
+    from nsrl.bench.finetuning import finetune, resume_finetuning
+    from nsrl.bench.pretraining import pretrain, resume_pretraining
+    from nsrl.bench.training import use_one_thread
 
-    experiment.use_one_thread()
+    use_one_thread()
     if command not in CONFIGS:
         raise NsrlError(f"no job runs the command {command!r}; expected one of {', '.join(CONFIGS)}")
     started = RunFolder(folder).config.is_file()
     if command == "pretrain":
-        experiment.resume_pretraining(folder) if started else experiment.pretrain(load(CONFIGS[command], config), folder)
+        resume_pretraining(folder) if started else pretrain(load(PretrainConfig, config), folder)
     else:
-        experiment.resume_finetuning(folder) if started else experiment.finetune(load(CONFIGS[command], config), folder)
+        resume_finetuning(folder) if started else finetune(load(FinetuneConfig, config), folder)
 
 
 if __name__ == "__main__":

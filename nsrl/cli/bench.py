@@ -50,7 +50,7 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
     from nsrl.bench.suite_report import suite_table
     from nsrl.bench.suites import read_suite, run_suite, write_suite
     from nsrl.cli.command import print_table
-    from nsrl.cli.status import StatusLine
+    from nsrl.cli.status_line import StatusLine
 
     suite = read_suite(path)
     with StatusLine(suite.name) as line:
@@ -68,7 +68,7 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
     from nsrl.bench.overhead import measure_memory, measure_overhead
     from nsrl.bench.runs import write_json
     from nsrl.bench.suites import read_suite
-    from nsrl.cli.status import StatusLine
+    from nsrl.cli.status_line import StatusLine
 
     use_one_thread()
     results = {}

@@ -9,7 +9,7 @@ from nsrl.cli.command import print_table, read_arguments
 
 EXAMPLES = """\
   nsrl collect --agent runs/pretrained/cartpole --env nsrl/CartPole-v0
-  nsrl collect --agent expert.zip --env CartPole-v1 --states.n_states 4096 --states.select advantage --out runs/buffer"""
+  nsrl collect --agent expert.zip --env CartPole-v1 --states.n_states 4096 --out runs/buffer"""
 ABOUT = """\
 Collect a retention buffer: states that the agent visits on its own task, with what it does there.
 `nsrl finetune --buffer` takes it; without one, finetune collects its own."""

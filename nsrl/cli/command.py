@@ -39,7 +39,7 @@ def read_arguments(
         description=about,
         epilog=f"examples:\n{examples}",
     )
-    parser.add_argument("--progress", type=bool, default=True, help="show how far it is: a bar on a terminal, else lines")
+    parser.add_argument("--progress", type=bool, default=True, help="show how far it is")
     extra = ["progress"]
     if resumable:
         parser.add_argument("--resume", type=str, default=None, metavar="FOLDER",
@@ -89,7 +89,7 @@ def print_table(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as Drawn
 
-    drawn = Drawn()
+    drawn = Drawn(show_edge=False, pad_edge=False)  # the comparison of methods is 98 columns wide
     for position, title in enumerate(table.head):
         drawn.add_column(title, justify="left" if position == 0 else "right")
     for row in table.rows:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from nsrl.bench.config import DemoConfig
-from nsrl.cli.command import interrupted, print_table, read_arguments
+from nsrl.cli.command import print_table, read_arguments
 
 EXAMPLES = """\
   nsrl demo
@@ -21,13 +22,15 @@ def run(arguments: Sequence[str]) -> int:
     config, options = read_arguments(DemoConfig, arguments, command="demo", about=ABOUT, examples=EXAMPLES)
     from nsrl.bench.demo import run_demo
     from nsrl.bench.training import Interrupted
-    from nsrl.cli.status import StatusDisplay
+    from nsrl.cli.status_line import StatusLine
 
     try:
-        with StatusDisplay(shown=options["progress"]) as display:
-            outcome = run_demo(config, on_status=display.update, progress=options["progress"])
+        with StatusLine("fine-tuning") as line:
+            shown = options["progress"]
+            outcome = run_demo(config, on_status=line.show if shown else None, progress=shown)
     except Interrupted as stop:
-        return interrupted("demo", stop)
+        print("nsrl: interrupted; starting the demo again goes on with its pretrained agent", file=sys.stderr)
+        return stop.exit_status
     print_table(outcome.table)
     print(f"curves       {outcome.figure}")
     print(f"report       {outcome.report}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from nsrl import __version__
@@ -16,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "collect": "collect a retention buffer: states that an agent visits on its own task",
     "finetune": "fine-tune a pretrained agent on a new task inside a KL budget on the old one",
     "evaluate": "play an agent and report its returns, and its KL on a retention buffer",
+    "bench": "run a benchmark: methods x seeds of a suite, or what the budget costs",
     "demo": "see all of it on CartPole, in under three minutes",
 }
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch and matplotlib are imported: one thread is the fastest setting for small policies.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"nsrl: warning: {' '.join(str(message).split())}\n"
     try:
         return find_command(words[0])(words[1:]) or 0
     except NsrlError as error:
@@ -68,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 def find_command(name: str) -> Callable[[Sequence[str]], int | None]:

@@ -6,7 +6,7 @@ flattened parameters. A block owns some columns and never materialises its part 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,14 @@ class Block(Protocol):
 
     def scaled(self, scale: Tensor) -> Block:
         """The block with column j multiplied by scale[j] (an approximation where the block says so)."""
+        ...
+
+    def fitted_scale(self, scale: Tensor, out: Tensor) -> None:
+        """Write the scale that `scaled` really applies into the flat vector `out`."""
+        ...
+
+    def multiplied(self, factor: float) -> Block:
+        """The block with every row multiplied by a number."""
         ...
 
 
@@ -110,11 +118,13 @@ class LinearBlock:
         return LinearBlock(self.inputs * column, self.grads * row, self.weight, self.bias)
 
     def fitted_scale(self, scale: Tensor, out: Tensor) -> None:
-        """Write the scale that `scaled` really applies into the flat vector `out`."""
         log = self._matrix(scale).clamp_min(1e-30).log()
         mean = log.mean()
         fit = torch.outer((log.mean(1) - mean / 2).exp(), (log.mean(0) - mean / 2).exp())
         self._assign(fit, out)
+
+    def multiplied(self, factor: float) -> LinearBlock:
+        return replace(self, grads=self.grads * factor)
 
     def _hadamard(self, other: LinearBlock) -> Tensor:
         (n, r), (m, s) = self.rows, other.rows
@@ -199,6 +209,9 @@ class DenseBlock:
 
     def fitted_scale(self, scale: Tensor, out: Tensor) -> None:
         out[slice(*self.columns)] = scale[slice(*self.columns)]
+
+    def multiplied(self, factor: float) -> DenseBlock:
+        return replace(self, values=self.values * factor)
 
     def _against_linear(self, other: LinearBlock) -> Tensor | None:
         # Happens only when one of two Jacobians had to fall back to dense columns for a layer.

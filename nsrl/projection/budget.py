@@ -113,7 +113,10 @@ class SpectralProjection:
 
     def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
                  passes: int = 2):  # fmt: skip
-        self.jacobian, self.scale = (jacobian, None) if scale is None else jacobian.scaled(scale)
+        self.jacobian = jacobian
+        self.scale: Tensor | None = None
+        if scale is not None:
+            self.jacobian, self.scale = jacobian.scaled(scale)
         self.residual = residual
         self.offset = divergence - 0.5 * float(residual.double().square().sum())
         self.passes = passes
@@ -191,7 +194,10 @@ class KrylovProjection:
 
     def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
                  iterations: int = 40, tolerance: float = 0.02):  # fmt: skip
-        self.jacobian, self.scale = (jacobian, None) if scale is None else jacobian.scaled(scale)
+        self.jacobian = jacobian
+        self.scale: Tensor | None = None
+        if scale is not None:
+            self.jacobian, self.scale = jacobian.scaled(scale)
         self.residual = residual
         self.offset = divergence - 0.5 * float(residual.double().square().sum())
         self.iterations = iterations
@@ -205,7 +211,9 @@ class KrylovProjection:
         target = budget - self.offset
         if 0.5 * norm**2 <= target or norm == 0.0:
             return Projection(proposal, math.inf, self.offset + 0.5 * norm**2, 1.0, 0.0, 0, perf_counter() - start)
-        basis, diagonal, beside = [moved / norm], [], []
+        basis = [moved / norm]
+        diagonal: list[float] = []
+        beside: list[float] = []
         damping, small, left = 0.0, torch.zeros(0), math.inf
         for step in range(1, self.iterations + 1):
             image = self._gram_product(basis[-1])

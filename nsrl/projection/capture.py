@@ -35,6 +35,12 @@ class Usage:
     version: int
     grad: Tensor | None = field(default=None)
 
+    @property
+    def gradient(self) -> Tensor:
+        """Derivative of the seeded outputs in the layer's output, (N, R, *output shape)."""
+        assert self.grad is not None, "_differentiate fills this in"
+        return self.grad
+
 
 def refuse_sample_mixing(module: nn.Module) -> None:
     """Raise for modules in a mode where a row of the output is not a function of its own sample alone.
@@ -182,14 +188,17 @@ def _layer_blocks(
 
 def _linear_block(used: list[Usage], weight: tuple[int, int] | None, bias: tuple[int, int] | None) -> LinearBlock:
     # Positions: everything between the sample axis and the feature axis, and repeated uses of the layer.
-    inputs = torch.cat([usage.input.flatten(1, -2) if usage.input.dim() > 2 else usage.input.unsqueeze(1)
-                        for usage in used], 1)
-    grads = torch.cat([usage.grad.flatten(2, -2) if usage.grad.dim() > 3 else usage.grad.unsqueeze(2)
-                       for usage in used], 2)  # fmt: skip
+    inputs = torch.cat([_positions(usage.input, 1) for usage in used], 1)
+    grads = torch.cat([_positions(usage.gradient, 2) for usage in used], 2)
     if bias is not None:
         ones = torch.ones_like(inputs[..., :1])
         inputs = torch.cat([inputs, ones], -1) if weight is not None else ones
     return LinearBlock(inputs, grads, weight, bias)
+
+
+def _positions(tensor: Tensor, axis: int) -> Tensor:
+    """One axis of positions before the feature axis, whatever lies between the leading axes and it."""
+    return tensor.flatten(axis, -2) if tensor.dim() > axis + 1 else tensor.unsqueeze(axis)
 
 
 def _unfold(layer: nn.Conv2d, usage: Usage) -> Usage:
@@ -200,8 +209,7 @@ def _unfold(layer: nn.Conv2d, usage: Usage) -> Usage:
     patches = nn.functional.unfold(
         usage.input, layer.kernel_size, dilation=layer.dilation, padding=padding, stride=layer.stride
     )
-    assert usage.grad is not None
-    grad = usage.grad.flatten(3).transpose(2, 3)
+    grad = usage.gradient.flatten(3).transpose(2, 3)
     return Usage(layer, patches.transpose(1, 2), usage.output, usage.version, grad)
 
 
@@ -217,7 +225,7 @@ def _layer_rows(layer: nn.Module, names: tuple[str, ...], usage: Usage) -> dict[
 
         return vjp(call, wanted)[1](cotangent)[0]
 
-    return vmap(vmap(pull, (None, 0)), (0, 0))(usage.input, usage.grad)
+    return vmap(vmap(pull, (None, 0)), (0, 0))(usage.input, usage.gradient)
 
 
 class _Bound(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nsrl.projection.blocks import Block, DenseBlock
+from nsrl.projection.blocks import Block
 from nsrl.projection.capture import Forward, JacobianError, capture_blocks, refuse_sample_mixing
 
 
@@ -101,7 +101,7 @@ class FactoredJacobian:
         """
         fitted = scale.to(self.outputs).clone()
         for block in self.blocks:
-            block.fitted_scale(scale.to(self.outputs), fitted)  # type: ignore[attr-defined]
+            block.fitted_scale(scale.to(self.outputs), fitted)
         blocks = [block.scaled(scale.to(self.outputs)) for block in self.blocks]
         return FactoredJacobian(blocks, self.shape, self._rows, self.names, self.outputs), fitted
 
@@ -207,17 +207,9 @@ def jacobian(
                 )
     if scale != 1.0:
         result = FactoredJacobian(
-            [_rescaled(block, scale) for block in result.blocks], shape, seeds.shape[1], names, result.outputs
+            [block.multiplied(scale) for block in result.blocks], shape, seeds.shape[1], names, result.outputs
         )
     return result
-
-
-def _rescaled(block: Block, scale: float) -> Block:
-    from dataclasses import replace
-
-    if isinstance(block, DenseBlock):
-        return replace(block, values=block.values * scale)
-    return replace(block, grads=block.grads * scale)  # type: ignore[type-var]
 
 
 def _columns(

@@ -92,9 +92,7 @@ class TaskEvaluation(BaseCallback):
         self._started, self._evaluating = perf_counter(), 0.0
         self._seconds_before = self.history[-1]["seconds"] if self.history else 0.0
         self._opened = {
-            name: open_copies(env, self.copies)
-            for name, (env, _) in self.tasks.items()
-            if isinstance(env, str)
+            name: open_copies(env, self.copies) for name, (env, _) in self.tasks.items() if isinstance(env, str)
         }
         lay_out(self.logger)
         # what a run wrote after the checkpoint that it is resumed from has not happened

@@ -56,9 +56,7 @@ class Checkpoint(BaseCallback):
         evaluation: whose history goes along.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], every: int = 10_000, evaluation: TaskEvaluation | None = None
-    ):
+    def __init__(self, path: str | os.PathLike[str], every: int = 10_000, evaluation: TaskEvaluation | None = None):
         super().__init__()
         if every < 1:
             raise NsrlError(f"every must be a number of timesteps >= 1, not {every}")
@@ -104,9 +102,7 @@ class Checkpoint(BaseCallback):
         return _boundary(self.model, perf_counter() - self._started)  # type: ignore[arg-type]
 
 
-def save(
-    path: str | os.PathLike[str], model: OnPolicyAlgorithm, history: list[dict[str, Any]] | None = None
-) -> Path:
+def save(path: str | os.PathLike[str], model: OnPolicyAlgorithm, history: list[dict[str, Any]] | None = None) -> Path:
     """Write a checkpoint of a model that is not learning right now.
 
     Raises:
@@ -184,9 +180,7 @@ def _boundary(model: OnPolicyAlgorithm, learning: float = 0.0) -> dict[str, Any]
         counters["_learning_seconds"] += learning
     return {
         "counters": counters,
-        "episodes": {
-            name: None if getattr(model, name) is None else list(getattr(model, name)) for name in EPISODES
-        },
+        "episodes": {name: None if getattr(model, name) is None else list(getattr(model, name)) for name in EPISODES},
         "generators": read_generators(model),
         "statistics": {
             name: plain({key: getattr(part, key) for key in ("mean", "var", "count")})
@@ -214,9 +208,7 @@ def _content(
         "history": history,
     }  # fmt: skip
     tensors = {
-        "modules": {
-            name: recursive_getattr(model, name).state_dict() for name in model._get_torch_save_params()[0]
-        },
+        "modules": {name: recursive_getattr(model, name).state_dict() for name in model._get_torch_save_params()[0]},
         "retention": None if retention is None else retention.state_dict(),
         "generators": {name: generators[name] for name in ("torch", "cuda")},
     }
@@ -229,7 +221,8 @@ def _identity(model: OnPolicyAlgorithm) -> dict[str, Any]:
     identity: dict[str, Any] = {"algorithm": type(model).__name__, "number of environments": model.n_envs}
     identity["retention"] = None if retention is None else type(retention).__name__
     if retention is not None:
-        identity |= asdict(retention.config)
+        # not the seed: where its generators stand is in the checkpoint
+        identity |= {key: value for key, value in asdict(retention.config).items() if key != "seed"}
         identity["penalty"] = getattr(retention, "coefficient", None)
         identity["retention buffer"] = retention.constraint.buffer.digest()
     return identity
@@ -246,9 +239,7 @@ def _running(model: OnPolicyAlgorithm) -> dict[str, RunningMeanStd]:
     parts: Any = normalize.obs_rms if normalize.norm_obs else {}
     if not isinstance(parts, dict):
         parts = {"": parts}
-    return {"rewards": normalize.ret_rms} | {
-        f"observations {key}".strip(): part for key, part in parts.items()
-    }
+    return {"rewards": normalize.ret_rms} | {f"observations {key}".strip(): part for key, part in parts.items()}
 
 
 # -- fitting -------------------------------------------------------------------------------------------
@@ -264,9 +255,7 @@ def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgori
             continue
         if key == "retention buffer":
             raise NsrlError("it was made with another retention buffer; resume with the run's own")
-        raise NsrlError(
-            f"{key} was {saved} in its run and is {here} now; resume with the settings of the run"
-        )
+        raise NsrlError(f"{key} was {saved} in its run and is {here} now; resume with the settings of the run")
     for name, saved in tensors["modules"].items():
         module = recursive_getattr(model, name)
         if isinstance(module, torch.nn.Module):
@@ -285,7 +274,7 @@ def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgori
 
 
 def _check_architecture(saved: dict[str, Tensor], here: dict[str, Tensor]) -> None:
-    for name in saved.keys() | here.keys():
+    for name in saved | here:
         shapes = [tuple(weights[name].shape) if name in weights else None for weights in (saved, here)]
         if shapes[0] != shapes[1]:
             raise NsrlError(

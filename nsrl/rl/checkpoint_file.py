@@ -67,6 +67,4 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return state, torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, json and torch answer damage with a dozen types
         raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
-    raise NsrlError(
-        f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it"
-    )
+    raise NsrlError(f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it")

@@ -54,11 +54,11 @@ class RetentionConfig:
     subset_states: int = 128
     batch_states: int = 256
     target: float = 0.9
-    rate: float = 0.05
-    damping: float = 1.0
+    rate: float = 0.03
+    damping: float = 0.3
     tempering: float = 0.01
     restore_steps: int = 4
-    critic: str = "reset"
+    critic: str = "keep"
     critic_warmup: int = 0
     log_std_init: float | None = None
     seed: int = 0

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 from nsrl.projection.blocks import DenseBlock
@@ -106,7 +106,7 @@ class RetentionConstraint:
         if self.family == "bernoulli":
             return Bernoulli(self.tempering)
         if self.family == "multi_categorical":
-            return Categorical(tuple(int(n) for n in self.policy.action_space.nvec), self.tempering)
+            return Categorical(tuple(self.buffer.nvec or ()), self.tempering)
         return Categorical((self.reference.shape[1],), self.tempering)
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class RetentionConstraint:
         metric, reference = self.metric, self.reference[indices]
         scale = 1.0 / math.sqrt(len(indices))
         factored = jacobian(
-            self.policy, _select(self.inputs, indices), forward=policy_outputs, parameters=self.names,
+            self.policy, _select(self.inputs, indices), forward=_forward, parameters=self.names,
             seed=metric.seeds, scale=scale, check=not self._checked,
         )  # fmt: skip
         self._checked = True
@@ -181,6 +181,10 @@ class RetentionConstraint:
             if grad is not None or (name == "log_std" and self.protects_log_std)
         ]
         return tuple(names)
+
+
+def _forward(policy: nn.Module, observations: Observation) -> Tensor:
+    return policy_outputs(cast(ActorCriticPolicy, policy), observations)
 
 
 def _select(inputs: Observation, indices: Tensor) -> Observation:

@@ -162,9 +162,7 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
     return sampled
 
 
-def _play_copies(
-    envs: Sequence[gym.Env], actor: Actor, episodes: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _play_copies(envs: Sequence[gym.Env], actor: Actor, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A copy that has ended an episode takes the next one; idle ones keep their row in the batch."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     begun = min(len(envs), episodes)

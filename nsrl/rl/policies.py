@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from nsrl.errors import NsrlError
 
-Observation = Tensor | Mapping[str, Tensor]
+Observation = Tensor | dict[str, Tensor]
 
 FAMILIES = {
     CategoricalDistribution: "categorical",
@@ -48,4 +46,4 @@ def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tens
     SB3's is a mutable singleton that the next call overwrites.
     """
     features = policy.extract_features(observations, policy.pi_features_extractor)
-    return policy.action_net(policy.mlp_extractor.forward_actor(features))
+    return policy.action_net(policy.mlp_extractor.forward_actor(features))  # type: ignore[arg-type]

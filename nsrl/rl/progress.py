@@ -100,9 +100,7 @@ class FineTuningProgress(BaseCallback):
         )
         # SB3 tells callbacks nothing of an exception, and a bar that is left running hides the cursor
         atexit.register(self.close)
-        self._task = self._bar.add_task(
-            self.title, total=self._total, completed=self._begun, state=self.state()
-        )
+        self._task = self._bar.add_task(self.title, total=self._total, completed=self._begun, state=self.state())
         self._bar.start()
 
     def _on_step(self) -> bool:

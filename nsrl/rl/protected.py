@@ -56,8 +56,11 @@ class RetentionReport:
     seconds: dict[str, float]
 
 
-class ProtectedMixin:
+class ProtectedMixin(OnPolicyAlgorithm):
     """Adds a retention constraint to an SB3 on-policy algorithm; without one, the algorithm is bit for bit stock.
+
+    It derives from `OnPolicyAlgorithm` so that it shares the memory layout of every algorithm: Python lets `protect`
+    change a model's class only then.
 
     Attributes:
         retention: the engine, or None while nothing is protected.
@@ -98,26 +101,26 @@ class ProtectedMixin:
     def train(self) -> None:
         """One policy update of the algorithm, inside the budget."""
         if self.retention is None:
-            super().train()  # type: ignore[misc]
+            super().train()
             return
         self.retention.begin()
         try:
-            super().train()  # type: ignore[misc]
+            super().train()
         finally:
             scalars = self.retention.end()
         for tag, value in scalars.items():
-            self.logger.record(tag, value)  # type: ignore[attr-defined]
+            self.logger.record(tag, value)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
         start = perf_counter()
         try:
-            super().learn(*args, **kwargs)  # type: ignore[misc]
+            super().learn(*args, **kwargs)
         finally:
             self._learning_seconds += perf_counter() - start
         if self.retention is not None:
-            self.logger.record("nullspace/overhead_fraction", self._overhead())  # type: ignore[attr-defined]
-            self.logger.dump(self.num_timesteps)  # type: ignore[attr-defined]
+            self.logger.record("nullspace/overhead_fraction", self._overhead())
+            self.logger.dump(self.num_timesteps)
         return self
 
     def retention_report(self) -> RetentionReport:
@@ -146,7 +149,7 @@ class ProtectedMixin:
         return sum(self.retention.seconds.values()) / max(self._learning_seconds, 1e-9)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]  # type: ignore[misc]
+        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]
 
 
 def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,

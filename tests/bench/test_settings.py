@@ -1,10 +1,8 @@
-import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsrl.bench.config import CollectConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
@@ -31,8 +29,12 @@ def test_what_is_written_reads_back_the_same(config, tmp_path):
     assert load(config, written(tmp_path, to_yaml(config()))) == config()
 
 
+@settings(max_examples=8)
 @given(
-    budget=st.floats(0, 10), rate=st.floats(1e-8, 1.0), steps=st.integers(1, 10**9), method=st.sampled_from(["finetune", "kl_penalty"])
+    budget=st.floats(0, 10),
+    rate=st.floats(1e-8, 1.0),
+    steps=st.integers(1, 10**9),
+    method=st.sampled_from(["finetune", "kl_penalty"]),
 )
 def test_numbers_survive_the_way_through_yaml(budget, rate, steps, method, tmp_path_factory):
     config = replace(
@@ -151,11 +153,8 @@ def test_the_run_sets_the_seed_of_the_draws_itself():
 def test_the_ready_configurations_are_valid(path):
     kind = PretrainConfig if path.stem.startswith("pretrain") else DemoConfig if path.stem == "demo" else FinetuneConfig
     config = load(kind, path)
-    assert plain(config) != plain(kind())
+    # what the demo runs without a file is what its file says
+    assert (plain(config) == plain(kind())) == (kind is DemoConfig)
     rollout = getattr(config, "ppo", None)
     if rollout is not None and rollout.n_steps:
         assert rollout.n_envs * rollout.n_steps % rollout.batch_size == 0
-
-
-def test_nothing_is_nan():
-    assert not any(isinstance(value, float) and math.isnan(value) for value in yaml.safe_load(to_yaml(FinetuneConfig())).values())

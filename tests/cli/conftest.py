@@ -9,8 +9,8 @@ from nsrl.cli.main import main
 
 #: Options that make any training take a second.
 QUICK = (
-    "--progress", "false", "--evaluation.every", "256", "--evaluation.episodes", "2", "--evaluation.final_episodes", "2",
-    "--ppo.n_envs", "2",
+    "--progress", "false", "--ppo.n_envs", "2",
+    "--evaluation.every", "256", "--evaluation.episodes", "2", "--evaluation.final_episodes", "2",
 )  # fmt: skip
 
 

@@ -52,10 +52,13 @@ class TestAgents:
         assert "no agent at nowhere.zip" in refused(*finetuning("--agent", "nowhere.zip"))
         assert "no agent: set agent" in refused("finetune", "--pair", "cartpole_swapped")
 
-    def test_truncated(self, refused, finetuning, pretrained, tmp_path):
-        whole = (pretrained / "agent.zip").read_bytes()
-        (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
-        assert f"{tmp_path / 'cut.zip'} is not a zip file or is damaged" in refused(*finetuning("--agent", str(tmp_path / "cut.zip")))
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
+    def test_truncated(self, share, refused, finetuning, pretrained, tmp_path):
+        whole, cut = (pretrained / "agent.zip").read_bytes(), tmp_path / "cut.zip"
+        cut.write_bytes(whole[: int(share * len(whole))])
+        # half a zip may end behind policy.pth, which is a zip of its own
+        sentence = refused(*finetuning("--agent", str(cut)))
+        assert f"{cut} is not a zip file or is damaged" in sentence or f"{cut} is a zip without data" in sentence
 
     def test_not_sb3(self, refused, finetuning, tmp_path):
         with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
@@ -118,7 +121,7 @@ class TestBuffers:
     def test_empty(self, refused, finetuning, edited):
         empty = {"observations": np.zeros((0, 5), np.float32), "outputs": np.zeros((0, 2), np.float32)}
         empty |= {"heldout": np.zeros(0, bool), "weights": np.zeros(0, np.float32)}
-        assert "no states" in refused(*finetuning("--buffer", edited(**empty)))
+        assert "the buffer is empty" in refused(*finetuning("--buffer", edited(**empty)))
 
     @pytest.mark.parametrize("part", ["observations", "outputs"])
     def test_nan(self, part, refused, finetuning, edited, finetuned):
@@ -144,7 +147,8 @@ class TestSettings:
 
     def test_no_or_two_tasks(self, refused, pretrained):
         assert "no tasks: set pair" in refused("finetune", "--agent", str(pretrained))
-        sentence = refused("finetune", "--agent", str(pretrained), "--pair", "cartpole_swapped", "--new_env", "CartPole-v1")
+        both = ("--pair", "cartpole_swapped", "--new_env", "CartPole-v1")
+        sentence = refused("finetune", "--agent", str(pretrained), *both)
         assert "pair and old_env or new_env are both set" in sentence
 
     def test_unknown_pair_and_environment(self, refused, finetuning, pretrained):

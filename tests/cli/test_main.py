@@ -22,8 +22,9 @@ def test_every_command_explains_itself_with_examples(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert f"usage: nsrl {command} [--config FILE.yaml]" in text
-    assert f"examples:\n  nsrl {command}" in text
+    assert f"usage: nsrl {command} [" in text
+    # at least one example that can be typed as it stands
+    assert f"\n  nsrl {command} " in text or f"\n  nsrl {command}\n" in text
     assert max(map(len, text.splitlines())) <= 120
 
 

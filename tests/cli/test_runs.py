@@ -14,7 +14,8 @@ from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.evaluation import evaluate
 
 FILES = {
-    "config.yaml", "agent.zip", "retention.npz", "metrics.json", "history.jsonl", "report.md", "curves.png", "tb", "pretrained",
+    "config.yaml", "agent.zip", "retention.npz", "metrics.json", "history.jsonl", "report.md", "curves.png", "tb",
+    "pretrained",
 }  # fmt: skip
 
 
@@ -29,7 +30,8 @@ def test_the_configuration_is_fully_resolved_and_makes_the_same_run(finetuned, t
     written = yaml.safe_load((finetuned / "config.yaml").read_text())
     assert written["retention"]["kl_budget"] == 0.01 and written["evaluation"]["deterministic"] is True
     again = tmp_path / "again"
-    assert main(["finetune", "--config", str(finetuned / "config.yaml"), "--progress", "false", "--out", str(again)]) == 0
+    words = ["finetune", "--config", str(finetuned / "config.yaml"), "--progress", "false"]
+    assert main([*words, "--out", str(again)]) == 0
     first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (finetuned, again))
     assert first["after"] == second["after"]
     assert "old-task return" in capsys.readouterr().out
@@ -76,8 +78,8 @@ def test_the_report_says_what_the_table_says(finetuned):
 
 
 def test_the_table_fits_in_a_hundred_columns(finetuned, pretrained, tmp_path, capsys):
-    words = ["evaluate", "--agent", str(finetuned), "--pair", "cartpole_swapped", "--buffer", str(finetuned), "--episodes", "2"]
-    assert main([*words, "--out", str(tmp_path / "e")]) == 0
+    words = ["evaluate", "--agent", str(finetuned), "--pair", "cartpole_swapped", "--buffer", str(finetuned)]
+    assert main([*words, "--episodes", "2", "--out", str(tmp_path / "e")]) == 0
     text = capsys.readouterr().out
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert metrics["retention"]["kl_mean"] == pytest.approx(
@@ -88,16 +90,15 @@ def test_the_table_fits_in_a_hundred_columns(finetuned, pretrained, tmp_path, ca
 
 def test_collecting_and_finetuning_on_the_buffer_is_finetuning_at_once(pretrained, finetuned, tmp_path):
     out = tmp_path / "buffer"
-    words = ["collect", "--agent", str(pretrained), "--env", "nsrl/CartPole-v0", "--states.n_states", "64", "--progress", "false"]
-    assert main([*words, "--out", str(out)]) == 0
+    words = ["collect", "--agent", str(pretrained), "--env", "nsrl/CartPole-v0", "--progress", "false"]
+    assert main([*words, "--states.n_states", "64", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.json", "retention.npz"}
-    assert RetentionBuffer.load(out / "retention.npz").digest() == RetentionBuffer.load(finetuned / "retention.npz").digest()
+    digests = {RetentionBuffer.load(folder / "retention.npz").digest() for folder in (out, finetuned)}
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(("method", "words"), [("finetune", ()), ("kl_penalty", ("--penalty", "2.0"))])
 def test_the_baselines_go_through_the_same_loop(method, words, finetuning, finetuned, tmp_path):
-    from conftest_support import finetuning
-
     out = tmp_path / method
     assert main(finetuning("--method", method, *words, "--buffer", str(finetuned), "--out", str(out))) == 0
     metrics = json.loads((out / "metrics.json").read_text())
@@ -106,7 +107,8 @@ def test_the_baselines_go_through_the_same_loop(method, words, finetuning, finet
 
 
 def test_without_out_the_folder_is_fresh_under_runs(pretrained, elsewhere, capsys):
-    words = ["collect", "--agent", str(pretrained), "--env", "nsrl/CartPole-v0", "--states.n_states", "16", "--progress", "false"]
+    words = ["collect", "--agent", str(pretrained), "--env", "nsrl/CartPole-v0", "--progress", "false"]
+    words += ["--states.n_states", "16"]
     assert main(words) == main(words) == 0
     folders = sorted((elsewhere / "runs").iterdir())
     assert len(folders) == 2 and all(folder.name.startswith("collect-CartPole-v0-") for folder in folders)
@@ -114,9 +116,11 @@ def test_without_out_the_folder_is_fresh_under_runs(pretrained, elsewhere, capsy
 
 def test_a_normalised_agent_keeps_its_statistics(tmp_path):
     agent, out = tmp_path / "agent", tmp_path / "run"
-    quick = ["--progress", "false", "--evaluation.final_episodes", "2", "--evaluation.episodes", "1", "--ppo.n_envs", "2"]
-    words = ["--total_timesteps", "256", "--ppo.n_steps", "64", "--ppo.batch_size", "64"]
-    assert main(["pretrain", "--env", "nsrl/Pendulum-v0", "--normalize", "true", *words, *quick, "--out", str(agent)]) == 0
+    quick = ["--progress", "false", "--evaluation.final_episodes", "2", "--evaluation.episodes", "1"]
+    quick += ["--ppo.n_envs", "2"]
+    words = ["--total_timesteps", "256", "--ppo.n_steps", "64", "--ppo.batch_size", "64", *quick]
+    pretrain = ["pretrain", "--env", "nsrl/Pendulum-v0", "--normalize", "true", *words]
+    assert main([*pretrain, "--out", str(agent)]) == 0
     assert (agent / "vecnormalize.pkl").is_file()
     finetune = ["finetune", "--agent", str(agent), "--pair", "pendulum_reversed", "--total_timesteps", "256"]
     assert main([*finetune, "--states.n_states", "32", *quick, "--out", str(out)]) == 0

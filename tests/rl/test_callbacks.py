@@ -144,19 +144,20 @@ def test_an_engine_that_logs_its_rank_is_not_contradicted(expert, buffer, tmp_pa
 
 
 def test_prediction_is_the_second_order_model(expert, buffer):
-    model = build_model(expert, buffer)
+    """At the reference the Gauss-Newton model is the Taylor expansion: 1/2 d^T H d by autograd of autograd."""
+    model = build_model(expert, buffer, tempering=0.0)
     constraint = model.retention.constraint
+    weights = constraint.parameters.parameters
+    distribution = model.policy.get_distribution(constraint.inputs[constraint.train]).distribution
+    reference = torch.log_softmax(constraint.reference[constraint.train], 1)
+    kl = (reference.exp() * (reference - distribution.logits)).sum(1).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(kl, weights, create_graph=True)])
+    direction = torch.randn_like(gradient)
+    product = torch.autograd.grad(gradient @ direction, weights)
+    curvature = float(torch.cat([p.flatten() for p in product]) @ direction)
     linear = constraint.linearise(constraint.train)
-    direction = torch.randn_like(constraint.parameters.read())
-    here = constraint.parameters.read()
-    for length in (0.1, 0.3):
-        step = length * direction / direction.norm()
-        constraint.parameters.write(here + step)
-        outputs = model.policy.get_distribution(constraint.inputs[constraint.train]).distribution.logits
-        reference = torch.log_softmax(constraint.reference[constraint.train], 1)
-        truth = float((reference.exp() * (reference - torch.log_softmax(outputs, 1))).sum(1).mean().detach())
-        constraint.parameters.write(here)
-        assert predicted_kl(linear, step) == pytest.approx(truth, rel=0.1)
+    for length in (0.1, 1.0):
+        assert predicted_kl(linear, length * direction) == pytest.approx(0.5 * length**2 * curvature, rel=1e-3)
 
 
 def test_schedule_keeps_to_the_grid(expert):
@@ -209,7 +210,9 @@ def test_charts_lay_old_and_new_return_on_one(expert, tmp_path):
         charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
         assert charts == {title: chart[1] for part in LAYOUT.values() for title, chart in part.items()}
         tags = accumulator.Tags()["scalars"]
-        drawn = {title: {t for t in tags if any(re.match(p, t) for p in patterns)} for title, patterns in charts.items()}
+        drawn = {
+            title: {t for t in tags if any(re.match(p, t) for p in patterns)} for title, patterns in charts.items()
+        }
         assert {"retain/balance/return_mean", "eval/mean_reward"} in drawn.values()
 
 

@@ -2,16 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nsrl_envs  # noqa: F401  registers the ids
 from nsrl.errors import NsrlError
-from nsrl.rl.agents import save_agent
 from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.callbacks import TaskEvaluation
 from nsrl.rl.checkpoint import Checkpoint, graceful_interrupts, remaining, restore, save
@@ -157,7 +154,7 @@ def test_round_trip_of_everything(expert, buffer, tmp_path, method):
 
 
 class Clockwork(gym.Env):
-    """Deterministic resets and 16-step episodes, so that all end with the rollout; noise from the env's own generator."""
+    """Deterministic resets and 16-step episodes, so that all end with the rollout; noise from an own generator."""
 
     observation_space, action_space = spaces.Box(-4.0, 4.0, (3,), np.float32), spaces.Discrete(2)
 
@@ -314,11 +311,15 @@ def test_a_full_disk_does_not_end_the_run(expert, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with pytest.warns(UserWarning, match="No space left on device; the run goes on"):
-        callbacks = [Checkpoint(path, every=ROLLOUT), At(ROLLOUT // 2, fill), At(2 * ROLLOUT, lambda _: monkeypatch.undo())]
+        callbacks = [
+            Checkpoint(path, every=ROLLOUT),
+            At(ROLLOUT // 2, fill),
+            At(2 * ROLLOUT, lambda _: monkeypatch.undo()),
+        ]
         build_model(expert).learn(3 * ROLLOUT, callback=callbacks)
     assert read_checkpoint(path)[0]["counters"]["num_timesteps"] == 3 * ROLLOUT
     monkeypatch.setattr(os, "replace", raising_os_error)
-    with pytest.raises(NsrlError, match="cannot write the checkpoint .* No space left"):
+    with pytest.raises(NsrlError, match=r"cannot write the checkpoint .* No space left"):
         build_model(expert).learn(ROLLOUT, callback=Checkpoint(path))
 
 
@@ -489,61 +490,42 @@ def test_the_second_signal_aborts_at_once(expert, tmp_path, number, error):
     assert restore(path, build_model(expert))["timesteps"] == 0
 
 
-TRAINING = """
-import sys, time
-import nsrl_envs
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from nsrl.rl.buffer import RetentionBuffer
-from nsrl.rl.checkpoint import Checkpoint
-from nsrl.rl.ppo import NullSpacePPO
-
-class Slow(BaseCallback):
-    def _on_step(self):
-        time.sleep(0.005)
-        return True
-
-folder, total = sys.argv[1], int(sys.argv[2])
-models = {
-    "null_space": dict(retain=RetentionBuffer.load(f"{folder}/retention.npz")),
-    "stock": {},
-}
-options = dict(kl_budget=1e-4, n_steps=32, seed=5)
-model = NullSpacePPO.from_pretrained(f"{folder}/agent.zip", make_vec_env("nsrl/CartPoleSwapped-v0", 2),
-                                     **models[sys.argv[3]], **options)
-model.learn(total, callback=[Checkpoint(f"{folder}/{sys.argv[3]}", every=64), Slow()])
-"""
-
-
 def test_kill_dash_nine_loses_at_most_an_interval(expert, buffer, tmp_path):
     """Both paths at once: killed without warning in mid-run, then resumed to the end here."""
-    save_agent(expert, tmp_path / "agent.zip")
-    buffer.save(tmp_path / "retention.npz")
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "envs")]), "OMP_NUM_THREADS": "1"}
-    kinds = ("stock", "null_space")
-    processes = {
-        kind: subprocess.Popen([sys.executable, "-c", TRAINING, str(tmp_path), "100000", kind], env=environment)
-        for kind in kinds
-    }
+    buffers = {"stock": None, "null_space": buffer}
+
+    class Slow(BaseCallback):
+        def _on_step(self):
+            time.sleep(0.002)
+            return True
+
+    def train(kind):
+        callbacks = [Checkpoint(tmp_path / kind, every=ROLLOUT), Slow()]
+        build_model(expert, buffers[kind]).learn(10**6, callback=callbacks)
+
+    context = multiprocessing.get_context("fork")
+    processes = {kind: context.Process(target=train, args=(kind,)) for kind in buffers}
     try:
+        for process in processes.values():
+            process.start()
         deadline = time.monotonic() + 120
-        reached = dict.fromkeys(kinds, 0)
+        reached = dict.fromkeys(buffers, 0)
         while min(reached.values()) < 3 * ROLLOUT:
             assert time.monotonic() < deadline, reached
             for kind, process in processes.items():
-                assert process.poll() is None
-                if (tmp_path / kind).exists():  # readable at any moment, though it is being replaced all the time
+                assert process.is_alive()
+                if (tmp_path / kind).exists():  # readable at any moment, though it is replaced all the time
                     reached[kind] = read_checkpoint(tmp_path / kind)[0]["counters"]["num_timesteps"]
             time.sleep(0.01)
     finally:
         for process in processes.values():
             process.kill()
-            assert process.wait() == -signal.SIGKILL
-    for kind in kinds:
-        model = build_model(str(tmp_path / "agent.zip"), buffer if kind == "null_space" else None)
+            process.join()
+    for kind, process in processes.items():
+        assert process.exitcode == -signal.SIGKILL
+        model = build_model(expert, buffers[kind])
         restored = restore(tmp_path / kind, model)
-        assert restored["timesteps"] >= 3 * ROLLOUT
+        assert restored["timesteps"] >= reached[kind]
         if kind == "null_space":
             assert 0.0 < model.retention.constraint.divergence() <= model.retention.config.tolerance
         total = restored["timesteps"] + 2 * ROLLOUT

@@ -1,0 +1,89 @@
+"""Small networks, Jacobians made of a given matrix, and `torch.func.jacrev` as the independent oracle."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from nsrl.projection import FactoredJacobian
+from nsrl.projection.blocks import DenseBlock
+
+
+class Net(nn.Module):
+    """Named submodules and parameters with a free-form forward: `Net(lambda net, x: net.a(x), a=nn.Linear(4, 3))`."""
+
+    def __init__(self, function: Callable[["Net", Any], Tensor], **members: nn.Module | nn.Parameter):
+        super().__init__()
+        self.function = function
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.function(self, inputs)
+
+
+class _Bound(nn.Module):
+    def __init__(self, module: nn.Module, forward: Callable[[nn.Module, Any], Tensor]):
+        super().__init__()
+        self.module = module
+        self.function = forward
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.function(self.module, inputs)
+
+
+def jacrev_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Tensor] | None = None,
+                  names: Iterable[str] | None = None) -> Tensor:  # fmt: skip
+    """The whole-batch Jacobian (N * O, P) by reverse mode over `functional_call`: no hooks, no factors, no vmap of ours."""
+    bound = _Bound(module, forward or (lambda module, inputs: module(inputs)))
+    wanted = {
+        name: p for name, p in bound.named_parameters()
+        if p.requires_grad and (names is None or name.removeprefix("module.") in names)
+    }  # fmt: skip
+    # Not functional_call's own tie_weights: it leaves a submodule that is registered under two names (as every SB3
+    # policy's features extractor is) with the substituted tensor in place of its parameter.
+    slots = {
+        name: [f"{prefix}.{local}" for prefix, child in bound.named_modules() for local, q in child._parameters.items()
+               if q is p]
+        for name, p in wanted.items()
+    }  # fmt: skip
+
+    def call(values: dict[str, Tensor]) -> Tensor:
+        placed = {slot: values[name] for name in values for slot in slots[name]}
+        return functional_call(bound, placed, (inputs,), tie_weights=False)
+
+    pieces = jacrev(call)({name: p.detach() for name, p in wanted.items()})
+    return torch.cat([pieces[name].flatten(2) for name in wanted], 2).flatten(0, 1)
+
+
+def matrix_jacobian(matrix: Tensor) -> FactoredJacobian:
+    """A Jacobian object with the given matrix: one dense block, one row a sample."""
+    rows, columns = matrix.shape
+    block = DenseBlock(matrix.reshape(rows, 1, columns), (0, columns))
+    return FactoredJacobian([block], (rows, columns), 1, ("weight",), matrix.new_zeros(rows, 1))
+
+
+def matrix_of_condition(rows: int, columns: int, condition: float, seed: int = 0) -> Tensor:
+    """A float64 matrix with log-spaced singular values from 1 to 1 / condition."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rows, columns)
+    left = torch.linalg.qr(torch.randn(rows, rank, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(columns, rank, generator=generator, dtype=torch.float64))[0]
+    return left * torch.logspace(0.0, -math.log10(condition), rank, dtype=torch.float64) @ right.T
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Seeded standard normal numbers, drawn in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Sequential:
+    """A fully connected network without activation behind the last layer."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(width_in, width_out, bias=bias), activation()]
+    return nn.Sequential(*layers[:-1])

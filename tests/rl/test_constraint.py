@@ -1,0 +1,98 @@
+"""The retention constraint against torch.distributions, autograd and jacrev."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal, kl_divergence
+from torch.func import functional_call, jacrev
+
+from nsrl.errors import NsrlError
+from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.policies import policy_outputs
+from tests.rl.builders import cached_buffer
+
+
+def moved_constraint(kind: str, preserve: str = "distribution", size: float = 0.05) -> RetentionConstraint:
+    """A constraint whose policy has moved away from the reference."""
+    agent, buffer = cached_buffer(kind)
+    policy = type(agent.policy)(**agent.policy._get_constructor_parameters())
+    policy.load_state_dict(agent.policy.state_dict())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return RetentionConstraint(policy, buffer, preserve, tempering=0.0)
+
+
+def oracle_kl(constraint: RetentionConstraint, policy: torch.nn.Module | None = None) -> torch.Tensor:
+    policy = policy or constraint.policy
+    outputs = policy_outputs(policy, constraint.inputs)
+    if constraint.family == "categorical":
+        return kl_divergence(Categorical(logits=constraint.reference), Categorical(logits=outputs))
+    std = torch.tensor(constraint.buffer.log_std).exp()
+    now = policy.log_std.exp() if constraint.preserve == "distribution" else std
+    return kl_divergence(Normal(constraint.reference, std), Normal(outputs, now)).sum(-1)
+
+
+@pytest.mark.parametrize(("kind", "preserve"), [("discrete", "distribution"), ("box", "distribution"), ("box", "mode")])
+def test_measurement_and_gradient(kind: str, preserve: str) -> None:
+    constraint = moved_constraint(kind, preserve)
+    kl = oracle_kl(constraint)
+    measured = constraint.measure()
+    assert measured.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert measured.kl_max == pytest.approx(float(kl.max()), rel=1e-4)
+    assert measured.kl_heldout == pytest.approx(float(kl[constraint.heldout].mean()), rel=1e-4)
+    expected = torch.autograd.grad(kl[constraint.train].mean(), constraint.parameters.parameters)
+    value, gradient = constraint.gradient(constraint.train)
+    assert value == pytest.approx(float(kl[constraint.train].mean()), rel=1e-4)
+    torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "preserve"), [("discrete", "distribution"), ("box", "distribution"), ("box", "mode")])
+def test_the_linearisation_has_the_slope_and_curvature_of_the_kl(kind: str, preserve: str) -> None:
+    constraint = moved_constraint(kind, preserve)
+    model = constraint.linearise(constraint.train)
+    _, gradient = constraint.gradient(constraint.train)
+    torch.testing.assert_close(model.jacobian.rmatvec(model.residual), gradient, rtol=1e-3, atol=1e-5)
+    # Gauss-Newton: J^T J = mean_n (dz/dtheta)^T H (dz/dtheta), H the Fisher information of the outputs
+    outputs = policy_outputs(constraint.policy, constraint.inputs)[constraint.train].detach()
+    named = {name: p.detach() for name, p in constraint.policy.named_parameters() if name in constraint.names}
+
+    class Bound(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = constraint.policy
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return policy_outputs(self.policy, inputs)
+
+    def call(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        values = {f"policy.{name}": value for name, value in values.items()}
+        return functional_call(Bound(), values, (constraint.inputs[constraint.train],))
+
+    rows = jacrev(call)(named)
+    dense = torch.cat([rows[name].flatten(2) for name in constraint.names], 2).double()
+    if kind == "discrete":
+        p = torch.softmax(outputs, -1).double()
+        fisher = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    else:
+        log_std = constraint.policy.log_std if preserve == "distribution" else torch.tensor(constraint.buffer.log_std)
+        fisher = torch.diag(torch.exp(-2 * log_std.detach().double())).expand(len(outputs), -1, -1)
+    expected = torch.einsum("nop,noq,nqr->pr", dense, fisher, dense) / len(outputs)
+    if constraint.protects_log_std:
+        start = sum(constraint.parameters.sizes[: constraint.names.index("log_std")])
+        size = constraint.policy.log_std.numel()
+        expected[range(start, start + size), range(start, start + size)] += 2.0
+    ours = model.jacobian.dense().double()
+    torch.testing.assert_close(ours.T @ ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_only_the_actor_is_protected() -> None:
+    _, buffer = cached_buffer("box")
+    names = moved_constraint("box").names
+    assert "log_std" in names and not any("value" in name for name in names)
+    assert "log_std" not in moved_constraint("box", "mode").names
+    agent, _ = cached_buffer("discrete")
+    with pytest.raises(NsrlError, match="gaussian outputs but the policy's action distribution is categorical"):
+        RetentionConstraint(agent.policy, buffer)

@@ -106,7 +106,7 @@ def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
 def main(arguments: list[str]) -> int:
     """The process of one memory measurement: NAME CONFIG AGENT STEPS."""
     from nsrl.bench.buffers import obtain_buffer
-    from nsrl.bench.experiment import use_one_thread
+    from nsrl.bench.training import use_one_thread
     from nsrl.bench.settings import load
     from nsrl.bench.tasks import resolve_tasks
     from nsrl.rl import agents

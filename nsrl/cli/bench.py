@@ -63,7 +63,7 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
 
 
 def _overhead(configs: Path, out: Path, reference: Path) -> int:
-    from nsrl.bench.experiment import use_one_thread
+    from nsrl.bench.training import use_one_thread
     from nsrl.bench.jobs import run_jobs
     from nsrl.bench.overhead import measure_memory, measure_overhead
     from nsrl.bench.runs import write_json

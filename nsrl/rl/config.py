@@ -40,7 +40,7 @@ class RetentionConfig:
         damping: proportional gain of the multiplier.
         tempering: share of the uniform distribution mixed into the Hessian of softmax policies.
         restore_steps: Gauss-Newton restorations tried after an update before falling back along the segment.
-        critic: "keep" the pretrained critic or "reset" it.
+        critic: "keep" the pretrained critic, or "reset" it: values of the old task mislead where rewards differ.
         critic_warmup: rollouts in which only the critic learns.
         log_std_init: value that log_std is set to at the start; None keeps it. Needs preserve="mode".
         seed: of the subsets and minibatches drawn from the buffer.
@@ -58,7 +58,7 @@ class RetentionConfig:
     damping: float = 0.3
     tempering: float = 0.01
     restore_steps: int = 4
-    critic: str = "keep"
+    critic: str = "reset"
     critic_warmup: int = 0
     log_std_init: float | None = None
     seed: int = 0

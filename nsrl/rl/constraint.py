@@ -125,6 +125,13 @@ class RetentionConstraint:
         )
 
     @torch.no_grad()
+    def divergences(self) -> tuple[float, float]:
+        """Mean KL over the whole buffer and over its training states; infinity where the policy has diverged."""
+        kl = self.metric.divergence(self.reference, policy_outputs(self.policy, self.inputs))
+        whole, training = float(kl.mean()), float(kl[self.train].mean())
+        return (whole, training) if math.isfinite(whole) else (math.inf, math.inf)
+
+    @torch.no_grad()
     def divergence(self) -> float:
         """Mean KL over the whole buffer; infinity where the policy has diverged to NaN."""
         kl = float(self.metric.divergence(self.reference, policy_outputs(self.policy, self.inputs)).mean())

@@ -1,4 +1,4 @@
-"""The architecture matrix: every odd way to use a parameter, with the blocks that it should turn into."""
+"""The architecture matrix: every odd way to use a parameter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,11 +29,11 @@ def tokens(samples: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A module builder, its inputs, and the expected blocks: L for factored linear, D for dense columns."""
+    """A module builder, its inputs, and the number of parameters that may need materialised columns."""
 
     name: str
     build: Callable[[], nn.Module]
-    blocks: str
+    dense: int
     inputs: Callable[[int, int], Any] = field(default=vectors)
 
     def __str__(self) -> str:
@@ -87,84 +87,84 @@ def free_parameters(net: Net, x: Tensor) -> Tensor:
 
 
 ARCHITECTURES = [
-    Architecture("single linear", lambda: nn.Linear(4, 3), "L"),
-    Architecture("mlp tanh", lambda: mlp(4, 6, 5, 3), "LLL"),
-    Architecture("mlp relu", lambda: mlp(4, 6, 5, 3, activation=nn.ReLU), "LLL"),
-    Architecture("mlp in-place relu", lambda: mlp(4, 6, 5, 3, activation=lambda: nn.ReLU(inplace=True)), "LLL"),
-    Architecture("in-place relu on the output", lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), "L"),
-    Architecture("no bias", lambda: mlp(4, 6, 3, bias=False), "LL"),
-    Architecture("frozen weight", lambda: frozen(mlp(4, 6, 3), "0.weight"), "LL"),
-    Architecture("frozen bias", lambda: frozen(mlp(4, 6, 3), "2.bias"), "LL"),
-    Architecture("frozen layer", lambda: frozen(mlp(4, 6, 5, 3), "2.weight", "2.bias"), "LL"),
-    Architecture("frozen first layer", lambda: frozen(mlp(4, 6, 3), "0.weight", "0.bias"), "L"),
-    Architecture("unused layer", lambda: Net(lambda net, x: net.a(x), a=nn.Linear(4, 2), b=nn.Linear(4, 2)), "L"),
-    Architecture("one linear used twice", lambda: Net(shared_twice, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), "LL"),
+    Architecture("single linear", lambda: nn.Linear(4, 3), 0),
+    Architecture("mlp tanh", lambda: mlp(4, 6, 5, 3), 0),
+    Architecture("mlp relu", lambda: mlp(4, 6, 5, 3, activation=nn.ReLU), 0),
+    Architecture("mlp in-place relu", lambda: mlp(4, 6, 5, 3, activation=lambda: nn.ReLU(inplace=True)), 0),
+    Architecture("in-place relu on the output", lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True)), 0),
+    Architecture("no bias", lambda: mlp(4, 6, 3, bias=False), 0),
+    Architecture("frozen weight", lambda: frozen(mlp(4, 6, 3), "0.weight"), 0),
+    Architecture("frozen bias", lambda: frozen(mlp(4, 6, 3), "2.bias"), 0),
+    Architecture("frozen layer", lambda: frozen(mlp(4, 6, 5, 3), "2.weight", "2.bias"), 0),
+    Architecture("frozen first layer", lambda: frozen(mlp(4, 6, 3), "0.weight", "0.bias"), 0),
+    Architecture("unused layer", lambda: Net(lambda net, x: net.a(x), a=nn.Linear(4, 2), b=nn.Linear(4, 2)), 0),
+    Architecture("one linear used twice", lambda: Net(shared_twice, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0),
     Architecture(
         "one linear used with and without positions",
-        lambda: Net(shared_with_positions, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), "LL", sequences,
+        lambda: Net(shared_with_positions, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0, sequences,
     ),
     Architecture(
         "weight used outside its layer",
-        lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)), "LD",
+        lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)), 1,
     ),
     Architecture(
-        "bias used outside its layer", lambda: Net(lambda net, x: net.a(x) + net.a.bias**2, a=nn.Linear(4, 3)), "LD"
+        "bias used outside its layer", lambda: Net(lambda net, x: net.a(x) + net.a.bias**2, a=nn.Linear(4, 3)), 1
     ),
     Architecture(
         "weight transposed back", lambda: Net(lambda net, x: torch.tanh(net.a(x)) @ net.a.weight, a=nn.Linear(4, 3)),
-        "LD",
+        1,
     ),
-    Architecture("tied weights", lambda: tied(), "LLLD"),
-    Architecture("tied weights and biases", lambda: tied(bias=True), "LDD"),
-    Architecture("layer called by keyword", lambda: Net(lambda net, x: net.a(input=x), a=nn.Linear(4, 3)), "DD"),
+    Architecture("tied weights", lambda: tied(), 1),
+    Architecture("tied weights and biases", lambda: tied(bias=True), 2),
+    Architecture("layer called by keyword", lambda: Net(lambda net, x: net.a(input=x), a=nn.Linear(4, 3)), 2),
     Architecture(
-        "layer called both ways", lambda: Net(lambda net, x: net.a(input=x) + net.a(x.sin()), a=nn.Linear(4, 3)), "DD"
+        "layer called both ways", lambda: Net(lambda net, x: net.a(input=x) + net.a(x.sin()), a=nn.Linear(4, 3)), 2
     ),
-    Architecture("output changed by a hook of the user", hooked_by_user, "LDD"),
+    Architecture("output changed by a hook of the user", hooked_by_user, 2),
     Architecture("weight norm", lambda: nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), "LDDD"),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 3),
     Architecture("layer norm", lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), "LDDL"),
-    Architecture("batch norm in eval mode", evaluated_batch_norm, "LDDL"),
+        nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), 2),
+    Architecture("batch norm in eval mode", evaluated_batch_norm, 2),
     Architecture("free parameters", lambda: Net(
-        free_parameters, a=nn.Linear(4, 3), w=nn.Parameter(normal(4, 3)), g=nn.Parameter(normal(3))), "LDD"),
+        free_parameters, a=nn.Linear(4, 3), w=nn.Parameter(normal(4, 3)), g=nn.Parameter(normal(3))), 2),
     Architecture("positions, factored", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 30), b=nn.Linear(30, 20)), "LL", sequences),
+        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 30), b=nn.Linear(30, 20)), 0, sequences),
     Architecture("positions, materialised", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 2), b=nn.Linear(2, 2)), "LL", sequences),
+        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 2), b=nn.Linear(2, 2)), 0, sequences),
     Architecture("two axes of positions", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean((1, 2)), a=nn.Linear(7, 3), b=nn.Linear(3, 2)), "LL", images),
+        lambda net, x: net.b(torch.tanh(net.a(x))).mean((1, 2)), a=nn.Linear(7, 3), b=nn.Linear(3, 2)), 0, images),
     Architecture("positions before samples", lambda: Net(
-        lambda net, x: net.a(x.transpose(0, 1)).sum(0), a=nn.Linear(4, 3)), "DD", sequences),
+        lambda net, x: net.a(x.transpose(0, 1)).sum(0), a=nn.Linear(4, 3)), 2, sequences),
     Architecture("positions folded into samples", lambda: Net(
-        lambda net, x: net.a(x.reshape(-1, 4)).view(-1, 3, 3).sum(1), a=nn.Linear(4, 3)), "DD", sequences),
+        lambda net, x: net.a(x.reshape(-1, 4)).view(-1, 3, 3).sum(1), a=nn.Linear(4, 3)), 2, sequences),
     Architecture("a layer that sees no sample", lambda: Net(
-        lambda net, x: net.a(x) + net.b(x.new_ones(1, 2)), a=nn.Linear(4, 3), b=nn.Linear(2, 3)), "LDD"),
+        lambda net, x: net.a(x) + net.b(x.new_ones(1, 2)), a=nn.Linear(4, 3), b=nn.Linear(2, 3)), 2),
     Architecture("embedding", lambda: Net(
-        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2)), "DL", tokens),
+        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2)), 1, tokens),
     Architecture("embedding with padding", lambda: Net(
-        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4, padding_idx=1), a=nn.Linear(4, 2)), "DL", tokens),
+        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4, padding_idx=1), a=nn.Linear(4, 2)), 1, tokens),
     Architecture("embedding tied to the head", lambda: Net(
-        lambda net, x: F.linear(torch.tanh(net.e(x)).mean(1), net.e.weight), e=nn.Embedding(6, 4)), "D", tokens),
+        lambda net, x: F.linear(torch.tanh(net.e(x)).mean(1), net.e.weight), e=nn.Embedding(6, 4)), 1, tokens),
     Architecture("attention", lambda: Net(
         lambda net, x: net.b(net.a(x, x, x, need_weights=False)[0].mean(1)),
-        a=nn.MultiheadAttention(4, 2, batch_first=True), b=nn.Linear(4, 2)), "LDDDD", sequences),
+        a=nn.MultiheadAttention(4, 2, batch_first=True), b=nn.Linear(4, 2)), 4, sequences),
     Architecture("two-argument layer", lambda: Net(
-        lambda net, x: net.a(x) + net.b(x, x.sin()), a=nn.Linear(4, 2), b=nn.Bilinear(4, 4, 2)), "LDD"),
-    Architecture("conv", lambda: convolution(nn.Conv2d(3, 4, 3)), "LL", images),
-    Architecture("conv stride", lambda: convolution(nn.Conv2d(3, 4, 3, stride=2)), "LL", images),
-    Architecture("conv padding", lambda: convolution(nn.Conv2d(3, 4, (3, 2), padding=(2, 1))), "LL", images),
-    Architecture("conv dilation", lambda: convolution(nn.Conv2d(3, 4, 2, dilation=(2, 3))), "LL", images),
-    Architecture("conv no bias", lambda: convolution(nn.Conv2d(3, 4, 3, stride=(1, 2), bias=False)), "LL", images),
-    Architecture("conv groups", lambda: convolution(nn.Conv2d(3, 6, 3, groups=3)), "DDL", images),
+        lambda net, x: net.a(x) + net.b(x, x.sin()), a=nn.Linear(4, 2), b=nn.Bilinear(4, 4, 2)), 2),
+    Architecture("conv", lambda: convolution(nn.Conv2d(3, 4, 3)), 0, images),
+    Architecture("conv stride", lambda: convolution(nn.Conv2d(3, 4, 3, stride=2)), 0, images),
+    Architecture("conv padding", lambda: convolution(nn.Conv2d(3, 4, (3, 2), padding=(2, 1))), 0, images),
+    Architecture("conv dilation", lambda: convolution(nn.Conv2d(3, 4, 2, dilation=(2, 3))), 0, images),
+    Architecture("conv no bias", lambda: convolution(nn.Conv2d(3, 4, 3, stride=(1, 2), bias=False)), 0, images),
+    Architecture("conv groups", lambda: convolution(nn.Conv2d(3, 6, 3, groups=3)), 2, images),
     Architecture("conv circular padding", lambda: convolution(
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), "DDL", images),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), 2, images),
     Architecture("conv used twice", lambda: Net(
         lambda net, x: net.b(net.a(torch.tanh(net.a(x))).flatten(1)),
-        a=nn.Conv2d(3, 3, 3), b=nn.Linear(27, 2)), "LL", images),
+        a=nn.Conv2d(3, 3, 3), b=nn.Linear(27, 2)), 0, images),
     Architecture("conv and group norm", lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2)), "LDDL", images),
-    Architecture("conv1d", lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(12, 2)), "DDL", sequences),
+        nn.Conv2d(3, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2)), 2, images),
+    Architecture("conv1d", lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(12, 2)), 2, sequences),
     Architecture("transposed conv", lambda: nn.Sequential(
-        nn.ConvTranspose2d(3, 2, 2), nn.Flatten(), nn.Linear(128, 2)), "DDL", images),
+        nn.ConvTranspose2d(3, 2, 2), nn.Flatten(), nn.Linear(128, 2)), 2, images),
 ]  # fmt: skip

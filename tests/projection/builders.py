@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class _Bound(nn.Module):
 
 def jacrev_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Tensor] | None = None,
                   names: Iterable[str] | None = None) -> Tensor:  # fmt: skip
-    """The whole-batch Jacobian (N * O, P) by reverse mode over `functional_call`: no hooks, no factors, no vmap of ours."""
+    """The whole-batch Jacobian (N * O, P) by `torch.func.jacrev` over `functional_call`: no hooks and no factors."""
     bound = _Bound(module, forward or (lambda module, inputs: module(inputs)))
     wanted = {
         name: p for name, p in bound.named_parameters()
@@ -84,6 +85,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Sequential:
     """A fully connected network without activation behind the last layer."""
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])

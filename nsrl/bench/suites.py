@@ -119,13 +119,17 @@ def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
         for key in ("wall_seconds", "training_seconds", "overhead_fraction", "rollbacks"):
             row[key] = metrics.get(key)
         rows.append(row)
+    plain_returns = {
+        row["seed"]: row["after/new_return"] for row in rows if suite.methods[row["method"]].method == "finetune"
+    }
     return {
         "suite": suite.name,
         "environment": describe_environment(),
         "pretraining": _portable(plain(suite.pretraining)),
         "methods": {name: _portable(plain(config)) for name, config in suite.methods.items()},
         "rows": rows,
-        "summary": [_summary(method, [row for row in rows if row["method"] == method]) for method in suite.methods],
+        "summary": [_summary(method, [row for row in rows if row["method"] == method], plain_returns)
+                    for method in suite.methods],
     }
 
 
@@ -134,7 +138,7 @@ def write_suite(content: dict[str, Any], path: Path) -> None:
     write_json(path, content)
 
 
-def _summary(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(method: str, rows: list[dict[str, Any]], plain_returns: dict[int, float]) -> dict[str, Any]:
     summary: dict[str, Any] = {"method": method, "seeds": len(rows)}
     for key in ("before/old_return", "before/new_return", "after/old_return", "after/new_return", "after/kl_mean",
                 "after/kl_heldout", "after/agreement"):  # fmt: skip
@@ -145,6 +149,10 @@ def _summary(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
                             "minimum": min(values)}  # fmt: skip
     kept = [row["after/old_return"] / row["before/old_return"] for row in rows]
     summary["old_return_kept"] = {"mean": sum(kept) / len(kept), "minimum": min(kept)}
+    # Paired over seeds: agents of different seeds differ far more than methods do.
+    learnt = [row["after/new_return"] / plain_returns[row["seed"]] for row in rows if row["seed"] in plain_returns]
+    if learnt:
+        summary["new_return_of_plain"] = {"mean": sum(learnt) / len(learnt), "minimum": min(learnt)}
     return summary
 
 

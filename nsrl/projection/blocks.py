@@ -88,8 +88,12 @@ class LinearBlock:
         if isinstance(other, DenseBlock):
             transposed = other.cross_gram(self)
             return None if transposed is None else transposed.T
-        if not isinstance(other, LinearBlock) or (self.weight, self.bias) != (other.weight, other.bias):
+        if not isinstance(other, LinearBlock):
             return None
+        if (self.weight, self.bias) != (other.weight, other.bias):
+            weight, bias = self.weight == other.weight, self.bias == other.bias
+            ours, theirs = self._restricted(weight, bias), other._restricted(weight, bias)
+            return None if ours is None or theirs is None else ours.cross_gram(theirs)
         positions, width_in = self.inputs.shape[1:]
         width_out = self.grads.shape[-1]
         if positions == 1 == other.inputs.shape[1]:
@@ -140,6 +144,15 @@ class LinearBlock:
         gram = self.grads.flatten(0, 2).double() @ other.grads.flatten(0, 2).double().T
         product = gram.view(n, r, t, m, s, u) * samples.view(n, 1, t, m, 1, u)
         return product.sum((2, 5)).reshape(n * r, m * s)
+
+    def _restricted(self, weight: bool, bias: bool) -> LinearBlock | None:
+        """The block of only those of its columns; None when none is left."""
+        weight, bias = weight and self.weight is not None, bias and self.bias is not None
+        if not (weight or bias):
+            return None
+        width = self.inputs.shape[-1] - (self.bias is not None)
+        inputs = self.inputs if weight and bias else self.inputs[..., :width] if weight else self.inputs[..., -1:]
+        return LinearBlock(inputs, self.grads, self.weight if weight else None, self.bias if bias else None)
 
     def _matrices(self) -> Tensor:
         """The block's rows as matrices, shape (N R, d_out, d_in)."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nsrl.projection.jacobian import Jacobian
-from nsrl.projection.spectrum import Spectrum, spectrum
+from nsrl.projection.spectrum import Spectrum, spectrum, tolerance
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Projection:
         damping: lambda; infinity when the proposal was inside the budget, 0 for the hard null space.
         predicted: the model's KL at d*.
         kept: |d*| / |d0|, the share of the proposed displacement's norm that survives.
-        residual: |K y + lambda y - b| / |b| of the solve behind d* (0 when nothing was to solve).
-        iterations: Krylov dimension, or 1.
+        residual: |K y + lambda y - b| / |b| of the solve behind d*, measured (0 when nothing was to solve).
+        iterations: Krylov dimension, or passes.
         seconds: wall time.
     """
 
@@ -62,15 +62,16 @@ def _kept(projected: Tensor, proposal: Tensor) -> float:
     return float(projected.norm()) / norm if norm > 0 else 1.0
 
 
-def solve_damping(values: Tensor, weights: Tensor, target: float) -> float:
+def solve_damping(values: Tensor, weights: Tensor, target: float, floor: float = 0.0) -> float:
     """The lambda at which 1/2 sum weights (lambda / (values + lambda))^2 equals `target`.
 
-    Monotone in lambda, so bisection on log lambda brackets and Newton finishes; O(k) an evaluation.
+    Monotone in lambda, so bisection on log lambda finds it; O(k) an evaluation.
 
     Args:
         values: eigenvalues s >= 0, shape (k,).
         weights: squared components b^2 of J d0 + rho in the eigenbasis, shape (k,).
         target: what the quadratic term may amount to.
+        floor: share of the largest eigenvalue that is round-off; a smaller lambda would invert noise.
 
     Returns:
         lambda in [0, infinity]; 0 when even the hard projection leaves more than `target`.
@@ -81,7 +82,8 @@ def solve_damping(values: Tensor, weights: Tensor, target: float) -> float:
     top = float(values.max()) if values.numel() else 0.0
     if top <= 0.0:
         return 0.0
-    low, high = math.log(top) - 60.0, math.log(top) + 0.5 * math.log(max(total / max(target, 1e-300), 1.0)) + 60.0
+    low = math.log(top) + max(math.log(floor) if floor > 0.0 else -60.0, -60.0)
+    high = math.log(top) + 0.5 * math.log(max(total / max(target, 1e-300), 1.0)) + 60.0
 
     def excess(log_damping: float) -> float:
         damping = math.exp(log_damping)
@@ -100,76 +102,33 @@ def solve_damping(values: Tensor, weights: Tensor, target: float) -> float:
     return math.exp(low)
 
 
-class SpectralProjection:
-    """Budgeted projection through one eigen-decomposition of the Gram matrix.
+class _Projector:
+    """What both solvers share: J V^{1/2}, rho and the constant of the quadratic model."""
 
-    Args:
-        jacobian: J at the linearisation point, shape (k, P).
-        residual: rho, shape (k,).
-        divergence: KL(0) at the linearisation point, on the same states.
-        scale: V^{1/2}, shape (P,), or None for the Euclidean metric. Linear layers use its rank-one fit.
-        passes: projection passes of the hard null space; two reach 1e-9 in float32 (DESIGN, section 3).
-    """
-
-    def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
-                 passes: int = 2):  # fmt: skip
+    def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None):
+        rows, columns = jacobian.shape
+        if residual.shape != (rows,):
+            raise ValueError(f"the residual must have shape ({rows},), one entry a row of J, not {tuple(residual.shape)}")
+        if not bool(torch.isfinite(residual).all()) or not math.isfinite(divergence):
+            raise ValueError("the residual or the divergence is NaN or infinite; the model's outputs have diverged")
         self.jacobian = jacobian
         self.scale: Tensor | None = None
         if scale is not None:
+            if scale.shape != (columns,) or not bool((scale > 0.0).all()):
+                raise ValueError(f"the scale must be {columns} positive numbers")
             self.jacobian, self.scale = jacobian.scaled(scale)
         self.residual = residual
         self.offset = divergence - 0.5 * float(residual.double().square().sum())
-        self.passes = passes
-        self.spectrum: Spectrum = spectrum(self.jacobian.gram(), jacobian.shape[1], residual.dtype)
 
-    def project(self, proposal: Tensor, budget: float) -> Projection:
-        """The closest displacement to `proposal` (P,) whose modelled KL is at most `budget` (0: hard null space)."""
-        start = perf_counter()
-        if budget <= 0.0:
-            return self._harden(proposal, start)
-        moved = self.residual.double() + self.jacobian.matvec(self._whitened(proposal)).double()
-        components = self.spectrum.vectors.T @ moved
-        damping = solve_damping(self.spectrum.values, components.square(), budget - self.offset)
-        if math.isinf(damping):
-            predicted = self.offset + 0.5 * float(moved.square().sum())
-            return Projection(proposal, damping, predicted, 1.0, 0.0, 0, perf_counter() - start)
-        if damping == 0.0:
-            return self._harden(proposal, start)
-        filtered = self.spectrum.vectors @ (components / (self.spectrum.values + damping))
-        displacement = proposal - self._pulled(filtered)
-        left = (components * (damping / (self.spectrum.values + damping))).square().sum()
-        predicted = self.offset + 0.5 * float(left)
-        return Projection(displacement, damping, predicted, _kept(displacement, proposal), 0.0, 1,
-                          perf_counter() - start)  # fmt: skip
+    def _check(self, proposal: Tensor, budget: float) -> None:
+        if math.isnan(budget):
+            raise ValueError("the budget is NaN")
+        if proposal.shape != (self.jacobian.shape[1],) or not bool(torch.isfinite(proposal).all()):
+            raise ValueError(f"the proposal must be {self.jacobian.shape[1]} finite numbers")
 
-    def null(self, vector: Tensor, damping: float = 0.0) -> Tensor:
-        """Remove the protected directions from a vector, without the pull to the reference.
-
-        `damping` 0 is the hard projector I - V J^T (J V J^T)^+ J; larger values soften it.
-        """
-        result = vector
-        for _ in range(self.passes if damping == 0.0 else 1):
-            moved = self.spectrum.vectors.T @ self.jacobian.matvec(self._whitened(result)).double()
-            result = result - self._pulled(self.spectrum.vectors @ (moved * self._inverse(damping)))
-        return result
-
-    def _harden(self, proposal: Tensor, start: float) -> Projection:
-        displacement = proposal
-        for _ in range(self.passes):
-            moved = self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
-            components = (self.spectrum.vectors.T @ moved) * self._inverse(0.0)
-            displacement = displacement - self._pulled(self.spectrum.vectors @ components)
-        left = self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
-        predicted = self.offset + 0.5 * float(left.square().sum())
-        return Projection(displacement, 0.0, predicted, _kept(displacement, proposal), 0.0, self.passes,
-                          perf_counter() - start)  # fmt: skip
-
-    def _inverse(self, damping: float) -> Tensor:
-        values = self.spectrum.values
-        if damping > 0.0:
-            return 1.0 / (values + damping)
-        kept = torch.arange(values.numel(), device=values.device) < self.spectrum.rank
-        return torch.where(kept, 1.0 / values.clamp_min(1e-300), torch.zeros_like(values))
+    def _reached(self, displacement: Tensor) -> Tensor:
+        """rho + J d, float64."""
+        return self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
 
     # The scaled Jacobian is J V^{1/2}: a displacement enters it as V^{-1/2} d and a pull leaves it as V^{1/2} (...).
     def _whitened(self, vector: Tensor) -> Tensor:
@@ -179,8 +138,86 @@ class SpectralProjection:
         pulled = self.jacobian.rmatvec(rows.to(self.residual.dtype))
         return pulled if self.scale is None else pulled * self.scale
 
+    def _inside(self, proposal: Tensor, reached: Tensor, start: float) -> Projection:
+        """The proposal as it is: its model is within the budget."""
+        predicted = self.offset + 0.5 * float(reached.square().sum())
+        return Projection(proposal, math.inf, predicted, 1.0, 0.0, 0, perf_counter() - start)
 
-class KrylovProjection:
+
+class SpectralProjection(_Projector):
+    """Budgeted projection through one eigen-decomposition of the Gram matrix.
+
+    Args:
+        jacobian: J at the linearisation point, shape (k, P).
+        residual: rho, shape (k,).
+        divergence: KL(0) at the linearisation point, on the same states.
+        scale: V^{1/2}, positive, shape (P,), or None for the Euclidean metric. Linear layers use its rank-one fit.
+        passes: largest number of projection passes; two reach 1e-9 in float32 (DESIGN, section 3).
+
+    Raises:
+        ValueError: wrong shapes, a scale that is not positive, NaN or infinite entries.
+    """
+
+    def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
+                 passes: int = 2):  # fmt: skip
+        super().__init__(jacobian, residual, divergence, scale)
+        self.passes = passes
+        self.spectrum: Spectrum = spectrum(self.jacobian.gram(), residual.dtype)
+        self._floor = tolerance(len(residual), residual.dtype)
+
+    def project(self, proposal: Tensor, budget: float) -> Projection:
+        """The closest displacement to `proposal` (P,) whose modelled KL is at most `budget` (0: hard null space)."""
+        start = perf_counter()
+        self._check(proposal, budget)
+        reached = self._reached(proposal)
+        target = budget - self.offset
+        if budget > 0.0 and 0.5 * float(reached.square().sum()) <= target:
+            return self._inside(proposal, reached, start)
+        damping = 0.0
+        if budget > 0.0:
+            components = self.spectrum.vectors.T @ reached
+            damping = solve_damping(self.spectrum.values, components.square(), target, self._floor)
+        return self._damped(proposal, reached, damping, start)
+
+    def null(self, vector: Tensor, damping: float = 0.0) -> Tensor:
+        """Remove the protected directions from a vector, without the pull to the reference.
+
+        `damping` 0 is the hard projector I - V J^T (J V J^T)^+ J; larger values soften it.
+        """
+        result = vector
+        for _ in range(self.passes if damping == 0.0 else 1):
+            result = result - self._pulled(self._solve(self.jacobian.matvec(self._whitened(result)).double(), damping))
+        return result
+
+    def _damped(self, proposal: Tensor, reached: Tensor, damping: float, start: float) -> Projection:
+        """d0 - V J^T y with (K + lambda) y = b, refined until rho + J d = lambda y, as the exact solution has it."""
+        norm = float(reached.norm())
+        displacement, dual, wrong = proposal, torch.zeros_like(reached), reached
+        passes = 0
+        while passes < self.passes and float(wrong.norm()) > 1e-9 * norm:
+            correction = self._solve(wrong, damping)
+            displacement = displacement - self._pulled(correction)
+            dual = dual + correction
+            reached = self._reached(displacement)
+            wrong = reached - damping * dual
+            passes += 1
+        predicted = self.offset + 0.5 * float(reached.square().sum())
+        residual = float(wrong.norm()) / norm if norm > 0.0 else 0.0
+        return Projection(displacement, damping, predicted, _kept(displacement, proposal), residual, passes,
+                          perf_counter() - start)  # fmt: skip
+
+    def _solve(self, rows: Tensor, damping: float) -> Tensor:
+        """(K + lambda)^{-1} times rows; for lambda 0 the pseudo-inverse at the numerical rank."""
+        values = self.spectrum.values
+        if damping > 0.0:
+            inverse = 1.0 / (values + damping)
+        else:
+            kept = torch.arange(values.numel(), device=values.device) < self.spectrum.rank
+            inverse = torch.where(kept, 1.0 / values.clamp_min(1e-300), torch.zeros_like(values))
+        return self.spectrum.vectors @ ((self.spectrum.vectors.T @ rows) * inverse)
+
+
+class KrylovProjection(_Projector):
     """Budgeted projection of one proposal by Lanczos on K = J V J^T, started at b = J d0 + rho.
 
     In the Krylov basis the filter lambda (K + lambda)^{-1} b is known for *every* lambda from one small tridiagonal
@@ -189,32 +226,31 @@ class KrylovProjection:
     Args:
         jacobian, residual, divergence, scale: as for `SpectralProjection`.
         iterations: largest Krylov dimension.
-        tolerance: stop when the unresolved part of the modelled KL is below this share of the budget.
+        precision: stop when the unresolved part of the modelled KL is below this share of the budget.
+
+    Raises:
+        ValueError: as `SpectralProjection`.
     """
 
     def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
-                 iterations: int = 40, tolerance: float = 0.02):  # fmt: skip
-        self.jacobian = jacobian
-        self.scale: Tensor | None = None
-        if scale is not None:
-            self.jacobian, self.scale = jacobian.scaled(scale)
-        self.residual = residual
-        self.offset = divergence - 0.5 * float(residual.double().square().sum())
+                 iterations: int = 40, precision: float = 0.02):  # fmt: skip
+        super().__init__(jacobian, residual, divergence, scale)
         self.iterations = iterations
-        self.tolerance = tolerance
+        self.precision = precision
 
     def project(self, proposal: Tensor, budget: float) -> Projection:
-        """The closest displacement to `proposal` whose modelled KL is at most `budget`, up to the Krylov tolerance."""
+        """The closest displacement to `proposal` whose modelled KL is at most `budget`, up to the Krylov precision."""
         start = perf_counter()
-        moved = self.residual.double() + self.jacobian.matvec(self._whitened(proposal)).double()
-        norm = float(moved.norm())
+        self._check(proposal, budget)
+        reached = self._reached(proposal)
+        norm = float(reached.norm())
         target = budget - self.offset
-        if 0.5 * norm**2 <= target or norm == 0.0:
-            return Projection(proposal, math.inf, self.offset + 0.5 * norm**2, 1.0, 0.0, 0, perf_counter() - start)
-        basis = [moved / norm]
+        if 0.5 * float(reached.square().sum()) <= target or norm == 0.0:
+            return self._inside(proposal, reached, start)
+        floor = tolerance(len(reached), self.residual.dtype)
+        basis = [reached / norm]
         diagonal: list[float] = []
         beside: list[float] = []
-        damping, small, left = 0.0, torch.zeros(0), math.inf
         for step in range(1, self.iterations + 1):
             image = self._gram_product(basis[-1])
             diagonal.append(float(basis[-1] @ image))
@@ -222,10 +258,10 @@ class KrylovProjection:
             for _ in range(2):  # full reorthogonalisation, twice: few vectors, exact arithmetic matters more
                 image = image - stacked.T @ (stacked @ image)
             beta = float(image.norm())
-            damping, small, left = _filter(diagonal, beside, beta, norm, target)
+            damping, small, left = _filter(diagonal, beside, beta, norm, target, floor)
             unresolved = 0.5 * (beta * float(small[-1])) ** 2
-            resolved = unresolved <= self.tolerance * max(budget, 0.0) or beta <= 1e-10 * diagonal[0]
-            if resolved or step in (self.iterations, len(moved)):
+            resolved = unresolved <= self.precision * max(budget, 0.0) or beta <= 1e-10 * diagonal[0]
+            if resolved or step in (self.iterations, len(reached)):
                 break
             beside.append(beta)
             basis.append(image / beta)
@@ -238,16 +274,9 @@ class KrylovProjection:
     def _gram_product(self, rows: Tensor) -> Tensor:
         return self.jacobian.matvec(self.jacobian.rmatvec(rows.to(self.residual.dtype))).double()
 
-    def _whitened(self, vector: Tensor) -> Tensor:
-        return vector if self.scale is None else vector / self.scale
-
-    def _pulled(self, rows: Tensor) -> Tensor:
-        pulled = self.jacobian.rmatvec(rows.to(self.residual.dtype))
-        return pulled if self.scale is None else pulled * self.scale
-
 
 def _filter(
-    diagonal: list[float], beside: list[float], beta: float, norm: float, target: float
+    diagonal: list[float], beside: list[float], beta: float, norm: float, target: float, relative: float
 ) -> tuple[float, Tensor, float]:
     """Root of the budget in the Krylov space: lambda, y = |b| (T + lambda)^{-1} e_1, and the modelled 1/2 |b - K y|^2."""
     size = len(diagonal)
@@ -258,8 +287,12 @@ def _filter(
     values, vectors = torch.linalg.eigh(tri)
     values = values.clamp_min(0.0)
     first = vectors[0] * norm
-    damping = solve_damping(values, first.square(), max(target, 0.0))
-    floor = 1e-12 * float(values.max())
-    small = vectors @ (first / (values + max(damping, floor)))
-    inside = 0.5 * float((first * (damping / (values + max(damping, floor)))).square().sum())
+    damping = solve_damping(values, first.square(), target, relative)
+    if math.isinf(damping):
+        return damping, torch.zeros_like(first), 0.5 * float(first.square().sum())
+    # Out of reach: the pseudo-inverse, without the Ritz values that are round-off.
+    real = values > relative * float(values.max())
+    inverse = 1.0 / (values + damping) if damping > 0.0 else torch.where(real, 1.0 / values.clamp_min(1e-300), 0.0)
+    small = vectors @ (first * inverse)
+    inside = 0.5 * float((first * (1.0 - values * inverse)).square().sum())
     return damping, small, inside + 0.5 * (beta * float(small[-1])) ** 2

@@ -49,9 +49,15 @@ def refuse_sample_mixing(module: nn.Module) -> None:
         JacobianError: batch normalisation or dropout in train mode.
     """
     for name, child in module.named_modules():
+        is_batch_norm = isinstance(child, nn.modules.batchnorm._BatchNorm)
+        if is_batch_norm and child.running_mean is None:
+            raise JacobianError(
+                f"{name or type(child).__name__}: batch normalisation without running statistics mixes the samples of "
+                "a batch in eval mode too, so there is no per-sample Jacobian"
+            )
         if not child.training:
             continue
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if is_batch_norm:
             raise JacobianError(
                 f"{name or type(child).__name__}: batch normalisation in train mode mixes the samples of a batch, so "
                 "there is no per-sample Jacobian; call module.eval() first"
@@ -88,8 +94,7 @@ def capture_blocks(
     finally:
         for handle in handles:
             handle.remove()
-    if outputs.dim() != 2:
-        raise JacobianError(f"the outputs must have shape (samples, outputs), not {tuple(outputs.shape)}")
+    _check_outputs(outputs)
     for usage in usages:
         if usage.input._version != usage.version:
             raise JacobianError(
@@ -108,12 +113,41 @@ def capture_blocks(
     for layer, names in owners.items():
         used = [usage for usage in usages if usage.layer is layer]
         if used:
-            blocks += _layer_blocks(layer, names, used, columns)
+            try:
+                blocks += _layer_blocks(layer, names, used, columns)
+            except RuntimeError:  # vmap cannot follow every layer; the whole-model path below can
+                continue
             covered.update(names.values())
-    free = [name for name in columns if name not in covered]
+    free = _reached(module, outputs, [name for name in columns if name not in covered])
     if free:
-        blocks += _free_blocks(module, inputs, forward, free, columns, seeds)
+        try:
+            blocks += _free_blocks(module, inputs, forward, free, columns, seeds)
+        except RuntimeError:
+            blocks += _row_by_row(module, outputs, free, columns, seeds)
     return blocks, outputs, seeds
+
+
+def _check_outputs(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise JacobianError(f"the outputs must be one tensor of shape (samples, outputs), not {found}")
+    if not outputs.numel():
+        raise JacobianError(f"there are no samples or no outputs to linearise: the outputs have shape {tuple(outputs.shape)}")
+    if not outputs.requires_grad:
+        raise JacobianError("the outputs do not depend on any trainable parameter, or were computed without gradients")
+    if not bool(torch.isfinite(outputs).all()):
+        raise JacobianError("the outputs have NaN or infinite entries; the model has diverged or its input is bad")
+
+
+def _reached(module: nn.Module, outputs: Tensor, names: list[str]) -> list[str]:
+    """Those of the parameters that the outputs depend on; the others' columns are zero and cost nothing."""
+    if not names:
+        return []
+    parameters = dict(module.named_parameters())
+    grads = torch.autograd.grad(
+        outputs.sum(), [parameters[name] for name in names], retain_graph=True, allow_unused=True
+    )
+    return [name for name, grad in zip(names, grads, strict=True) if grad is not None]
 
 
 def _owners(
@@ -176,7 +210,7 @@ def _layer_blocks(
     bias = columns[names["bias"]] if "bias" in names else None
     if type(layer) is nn.Linear:
         return [_linear_block(used, weight, bias)]
-    if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
+    if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same":
         unfolded = [_unfold(layer, usage) for usage in used]
         return [_linear_block(unfolded, weight, bias)]
     total: dict[str, Tensor] = {}
@@ -203,9 +237,7 @@ def _positions(tensor: Tensor, axis: int) -> Tensor:
 
 def _unfold(layer: nn.Conv2d, usage: Usage) -> Usage:
     """A convolution as a linear layer over its patches (one position an output pixel)."""
-    padding = layer.padding
-    if isinstance(padding, str):
-        raise JacobianError(f"Conv2d with padding={padding!r} is not supported; give the padding as numbers")
+    padding: Any = 0 if layer.padding == "valid" else layer.padding
     patches = nn.functional.unfold(
         usage.input, layer.kernel_size, dilation=layer.dilation, padding=padding, stride=layer.stride
     )
@@ -262,9 +294,34 @@ def _free_blocks(
         back = vjp(call, wanted)[1]
         return vmap(lambda cotangent: back(cotangent)[0])(cotangents)
 
-    rows = vmap(pull)(inputs, seeds)
+    held = [(owner, dict(owner._parameters)) for owner in bound.modules()]
+    try:
+        rows = vmap(pull)(inputs, seeds)
+    finally:
+        # functional_call leaves its substitutes behind in submodules that have two names (torch 2.13).
+        for owner, own in held:
+            owner._parameters.clear()
+            owner._parameters.update(own)
     return [
         DenseBlock(rows[f"module.{name}"].detach().flatten(2), columns[name])
         for name in names
         if bool(rows[f"module.{name}"].any())
     ]
+
+
+def _row_by_row(
+    module: nn.Module, outputs: Tensor, names: list[str], columns: Mapping[str, tuple[int, int]], seeds: Tensor
+) -> list[Block]:
+    """Dense columns by one backward pass a row: for recurrent layers and whatever else vmap cannot follow."""
+    parameters = dict(module.named_parameters())
+    wanted = [parameters[name] for name in names]
+    samples, rows = seeds.shape[:2]
+    values = [outputs.new_zeros(samples, rows, parameter.numel()) for parameter in wanted]
+    for sample in range(samples):
+        for row in range(rows):
+            cotangent = torch.zeros_like(outputs)
+            cotangent[sample] = seeds[sample, row]
+            grads = torch.autograd.grad(outputs, wanted, cotangent, retain_graph=True)
+            for value, grad in zip(values, grads, strict=True):
+                value[sample, row] = grad.flatten()
+    return [DenseBlock(value, columns[name]) for name, value in zip(names, values, strict=True)]

@@ -21,6 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+#: Probabilities below this count as this much in a denominator: a float32 softmax underflows to zero.
+SMALLEST = 1e-30
+
+
 class OutputMetric(Protocol):
     """What the projection core asks of a policy head."""
 
@@ -74,7 +78,7 @@ class Categorical:
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """(p - p_ref) / sqrt(p): its image under S^T is dKL/dz = p - p_ref because the differences sum to zero."""
         parts = [
-            (F.softmax(out, -1) - F.softmax(ref, -1)) / self._tempered(out).sqrt()
+            (F.softmax(out, -1) - F.softmax(ref, -1)) / self._tempered(out).clamp_min(SMALLEST).sqrt()
             for ref, out in self._heads(reference, outputs)
         ]
         return torch.cat(parts, -1)
@@ -114,7 +118,7 @@ class Bernoulli:
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """(p - p_ref) / sqrt(p (1 - p)), shape (N, O)."""
-        return (torch.sigmoid(outputs) - torch.sigmoid(reference)) / self._variance(outputs).sqrt()
+        return (torch.sigmoid(outputs) - torch.sigmoid(reference)) / self._variance(outputs).clamp_min(SMALLEST).sqrt()
 
     def agreement(self, reference: Tensor, outputs: Tensor) -> float:
         """Share of states on which every coin falls on the same likelier side."""

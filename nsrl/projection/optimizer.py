@@ -118,6 +118,8 @@ def attach_projection(
     Returns:
         Hooks; call `.detach()` to stop.
     """
+    if every < 1:
+        raise ValueError(f"every must be at least 1 step, not {every}")
     flat = FlatParameters(parameters)
     anchor = flat.read()
     steps = 0

@@ -32,15 +32,15 @@ class Spectrum:
         return float((self.values / (self.values + damping)).sum())
 
 
-def spectrum(gram: Tensor, parameters: int, storage: torch.dtype = torch.float32) -> Spectrum:
+def spectrum(gram: Tensor, storage: torch.dtype = torch.float32) -> Spectrum:
     """Decompose a Gram matrix.
 
-    The tolerance of the rank is max(k, P) * eps(storage) * sigma_max on the singular values of J, hence squared on
-    K: what lies below is round-off of the stored factors.
+    Eigenvalues at most `tolerance` times the largest are round-off and do not count towards the rank: of the stored
+    factors, whose error moves the singular values of J by up to sqrt(k) eps sigma_max (squared, on K), or of the
+    eigen-decomposition itself.
 
     Args:
         gram: K, symmetric, shape (k, k).
-        parameters: P.
         storage: dtype of the factors that K was formed from.
 
     Raises:
@@ -50,6 +50,13 @@ def spectrum(gram: Tensor, parameters: int, storage: torch.dtype = torch.float32
         raise ValueError("the Gram matrix has NaN or infinite entries; the model's outputs have diverged")
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    relative = max(gram.shape[0], parameters) * torch.finfo(storage).eps
-    rank = int((values > relative**2 * values[0]).sum()) if values.numel() and float(values[0]) > 0 else 0
+    relative = tolerance(gram.shape[0], storage)
+    rank = int((values > relative * values[0]).sum()) if values.numel() and float(values[0]) > 0 else 0
     return Spectrum(values, vectors, rank)
+
+
+def tolerance(rows: int, storage: torch.dtype) -> float:
+    """Share of the largest eigenvalue of a Gram matrix below which there is only round-off."""
+    factors = rows * torch.finfo(storage).eps ** 2
+    decomposition = 10 * rows * torch.finfo(torch.float64).eps
+    return max(factors, decomposition)

@@ -9,7 +9,7 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
 
 from nsrl.errors import NsrlError
@@ -45,5 +45,6 @@ def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tens
     Goes through the actor only, as `ActorCriticPolicy.get_distribution` does, but builds no distribution object:
     SB3's is a mutable singleton that the next call overwrites.
     """
-    features = policy.extract_features(observations, policy.pi_features_extractor)
+    # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
+    features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
     return policy.action_net(policy.mlp_extractor.forward_actor(features))  # type: ignore[arg-type]

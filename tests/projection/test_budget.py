@@ -16,7 +16,7 @@ from tests.projection.builders import matrix_jacobian, matrix_of_condition, mlp,
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 SOLVERS = {
     "spectral": SpectralProjection,
-    "krylov": lambda *args, **kw: KrylovProjection(*args, iterations=60, tolerance=0.0, **kw),
+    "krylov": lambda *args, **kw: KrylovProjection(*args, iterations=60, precision=0.0, **kw),
 }
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 

@@ -291,6 +291,17 @@ def test_positions_of_any_shape(samples, width_in, width_out, positions, bias, s
     torch.testing.assert_close(result.rmatvec(expected[:, 0]), expected.T @ expected[:, 0], **EXACT)
 
 
+@pytest.mark.parametrize("widths", [(4, 30, 20), (4, 2, 2)], ids=["factored", "materialised"])
+@pytest.mark.parametrize("positions", [(1, 3), (3, 1), (2, 3)])
+def test_cross_gram_of_sequences_of_different_length(widths, positions):
+    torch.manual_seed(0)
+    body = mlp(*widths).double()
+    module = Net(lambda net, x: net.a(x).mean(1), a=body)
+    here, there = (normal(3, length, 4, seed=length) for length in positions)
+    expected = jacrev_matrix(module, here) @ jacrev_matrix(module, there).T
+    torch.testing.assert_close(jacobian(module, here).cross_gram(jacobian(module, there)), expected, **EXACT)
+
+
 def test_the_builder_of_matrices_is_honest():
     matrix = normal(3, 5)
     torch.testing.assert_close(matrix_jacobian(matrix).dense(), matrix, **EXACT)

@@ -3,6 +3,7 @@
 For outputs z (N states x O outputs) and the reference outputs z_ref, every metric offers
 
 * `divergence(reference, outputs)`: KL(pi_ref || pi) per state, shape (N,), evaluated in float64;
+* `slope(reference, outputs)`: dKL/dz, shape (N, O);
 * `seeds(outputs)`: S of shape (N, R, O) with S^T S = H, the Hessian of the KL in the outputs *at the current outputs*
   (the Fisher information), so that S dz/dtheta is the whitened Jacobian;
 * `residual(reference, outputs)`: rho of shape (N, R) with S^T rho = dKL/dz, so that 1/2 |rho + S dz|^2 has the slope
@@ -29,6 +30,8 @@ class OutputMetric(Protocol):
     """What the projection core asks of a policy head."""
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
+
+    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
 
     def seeds(self, outputs: Tensor) -> Tensor: ...
 
@@ -57,6 +60,11 @@ class Categorical:
             log_p, log_q = F.log_softmax(ref, -1), F.log_softmax(out, -1)
             total = total + (log_p.exp() * (log_p - log_q)).sum(-1)
         return total
+
+    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """p - p_ref per head, shape (N, O)."""
+        parts = [F.softmax(out, -1) - F.softmax(ref, -1) for ref, out in self._heads(reference, outputs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def seeds(self, outputs: Tensor) -> Tensor:
         """diag(sqrt p) (I - 1 p^T) per head, block diagonal over heads, shape (N, O, O)."""
@@ -112,6 +120,10 @@ class Bernoulli:
         tails = F.logsigmoid(-ref) - F.logsigmoid(-out)
         return (p * heads + (1.0 - p) * tails).sum(-1)
 
+    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """p - p_ref, shape (N, O)."""
+        return torch.sigmoid(outputs) - torch.sigmoid(reference)
+
     def seeds(self, outputs: Tensor) -> Tensor:
         """diag(sqrt(p (1 - p))), shape (N, O, O)."""
         return torch.diag_embed(self._variance(outputs).sqrt())
@@ -150,6 +162,10 @@ class Gaussian:
         shift = (reference.double() - outputs.double()) * torch.exp(-log_std)
         constant = (log_std - ref + 0.5 * torch.exp(2 * (ref - log_std)) - 0.5).sum()
         return 0.5 * shift.square().sum(-1) + constant
+
+    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """(mean - mean_ref) / s^2, shape (N, A)."""
+        return (outputs - reference) * torch.exp(-2 * self.log_std.detach())
 
     def seeds(self, outputs: Tensor) -> Tensor:
         """diag(1 / s), shape (N, A, A) (an expanded view)."""

@@ -89,6 +89,7 @@ class RetentionConstraint:
         self.names = self._protected_names()
         named = dict(policy.named_parameters())
         self.parameters = FlatParameters([named[name] for name in self.names])
+        self._log_std = named["log_std"] if self.protects_log_std else None
         self._checked = False
 
     @property
@@ -139,11 +140,20 @@ class RetentionConstraint:
 
     def gradient(self, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some states and its gradient in the protected parameters, shape (P,)."""
+        metric, reference = self.metric, self.reference[indices]
         with torch.enable_grad():
             outputs = policy_outputs(self.policy, _select(self.inputs, indices))
-            kl = self.metric.divergence(self.reference[indices], outputs).mean()
-            grads = torch.autograd.grad(kl, self.parameters.parameters)
-        return float(kl.detach()), torch.cat([grad.flatten() for grad in grads])
+        with torch.no_grad():
+            # dKL/dz is known in closed form: the backward pass starts at the outputs, not at the KL.
+            kl = float(metric.divergence(reference, outputs).mean())
+            slope = metric.slope(reference, outputs) / len(indices)
+        reached = [p for p in self.parameters.parameters if p is not self._log_std]
+        pieces = [grad.flatten() for grad in torch.autograd.grad(outputs, reached, slope)]
+        if self._log_std is not None:
+            assert isinstance(metric, Gaussian)
+            spread = math.sqrt(2.0) * metric.log_std_residual(reference, outputs.detach())
+            pieces.insert(self.names.index("log_std"), spread)
+        return kl, torch.cat(pieces)
 
     def linearise(self, indices: Tensor) -> Linearisation:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.

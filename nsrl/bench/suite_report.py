@@ -8,7 +8,10 @@ from nsrl.bench.report import Table, scientific
 
 
 def suite_table(content: dict[str, Any]) -> Table:
-    """Mean and 95 % bootstrap interval over seeds of every method: old and new return, KL on the buffer and held out."""
+    """Mean and 95 % bootstrap interval over seeds of every method.
+
+    `kept`: old-task return as a share of the agent's before; `learnt`: new-task return as a share of plain PPO's.
+    """
     first = content["summary"][0]
     rows = [("before fine-tuning", _interval(first["before/old_return"]), _interval(first["before/new_return"]),
              "100 %", "-", "-", "-")]  # fmt: skip
@@ -19,7 +22,7 @@ def suite_table(content: dict[str, Any]) -> Table:
             scientific(entry["after/kl_mean"]["mean"]), scientific(entry["after/kl_heldout"]["mean"]),
         ))  # fmt: skip
     seeds = first["seeds"]
-    head = ("method", "old task", "new task", "old kept", "of plain's new", "KL", "held-out")
+    head = ("method", "old task", "new task", "kept", "learnt", "KL", "held out")
     return Table(head, tuple(rows), f"{content['suite']}, {seeds} seeds, mean [95 % interval]")
 
 

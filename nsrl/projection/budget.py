@@ -247,7 +247,8 @@ class KrylovProjection(_Projector):
         target = budget - self.offset
         if 0.5 * float(reached.square().sum()) <= target or norm == 0.0:
             return self._inside(proposal, reached, start)
-        floor = tolerance(len(reached), self.residual.dtype)
+        # K enters through products in the factors' precision: smaller Ritz values are round-off.
+        floor = 10 * torch.finfo(self.residual.dtype).eps
         basis = [reached / norm]
         diagonal: list[float] = []
         beside: list[float] = []
@@ -258,7 +259,7 @@ class KrylovProjection(_Projector):
             for _ in range(2):  # full reorthogonalisation, twice: few vectors, exact arithmetic matters more
                 image = image - stacked.T @ (stacked @ image)
             beta = float(image.norm())
-            damping, small, left = _filter(diagonal, beside, beta, norm, target, floor)
+            damping, small = _filter(diagonal, beside, norm, target, floor)
             unresolved = 0.5 * (beta * float(small[-1])) ** 2
             resolved = unresolved <= self.precision * max(budget, 0.0) or beta <= 1e-10 * diagonal[0]
             if resolved or step in (self.iterations, len(reached)):
@@ -268,7 +269,8 @@ class KrylovProjection(_Projector):
         stacked = torch.stack(basis)
         displacement = proposal - self._pulled(stacked.T @ small.to(stacked))
         residual = beta * abs(float(small[-1])) / norm
-        return Projection(displacement, damping, self.offset + left, _kept(displacement, proposal), residual,
+        predicted = self.offset + 0.5 * float(self._reached(displacement).square().sum())
+        return Projection(displacement, damping, predicted, _kept(displacement, proposal), residual,
                           len(basis), perf_counter() - start)  # fmt: skip
 
     def _gram_product(self, rows: Tensor) -> Tensor:
@@ -276,9 +278,9 @@ class KrylovProjection(_Projector):
 
 
 def _filter(
-    diagonal: list[float], beside: list[float], beta: float, norm: float, target: float, relative: float
-) -> tuple[float, Tensor, float]:
-    """Root of the budget in the Krylov space: lambda, y = |b| (T + lambda)^{-1} e_1, and the modelled 1/2 |b - K y|^2."""
+    diagonal: list[float], beside: list[float], norm: float, target: float, relative: float
+) -> tuple[float, Tensor]:
+    """Root of the budget in the Krylov space: lambda and y = |b| (T + lambda)^{-1} e_1."""
     size = len(diagonal)
     tri = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     if beside:
@@ -289,10 +291,8 @@ def _filter(
     first = vectors[0] * norm
     damping = solve_damping(values, first.square(), target, relative)
     if math.isinf(damping):
-        return damping, torch.zeros_like(first), 0.5 * float(first.square().sum())
+        return damping, torch.zeros_like(first)
     # Out of reach: the pseudo-inverse, without the Ritz values that are round-off.
     real = values > relative * float(values.max())
     inverse = 1.0 / (values + damping) if damping > 0.0 else torch.where(real, 1.0 / values.clamp_min(1e-300), 0.0)
-    small = vectors @ (first * inverse)
-    inside = 0.5 * float((first * (1.0 - values * inverse)).square().sum())
-    return damping, small, inside + 0.5 * (beta * float(small[-1])) ** 2
+    return damping, vectors @ (first * inverse)

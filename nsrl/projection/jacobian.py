@@ -140,15 +140,16 @@ class StackedJacobian:
         return torch.cat([part.dense() for part in self.parts])
 
     def scaled(self, scale: Tensor) -> tuple[StackedJacobian, Tensor]:
-        """As `FactoredJacobian.scaled`; the fit is a function of `scale` alone, hence the same for every part."""
-        fitted = scale.clone()
-        parts = []
-        for part in self.parts:
-            scaled, part_fit = part.scaled(scale)
-            touched = part_fit != scale.to(part_fit)
-            fitted = torch.where(touched, part_fit, fitted)
-            parts.append(scaled)
-        return StackedJacobian(parts), fitted
+        """As `FactoredJacobian.scaled`, with one fit for all parts.
+
+        A layer may be factored in one part and dense in another. The fit of a fit is itself, also on some of its
+        columns, so two sweeps over the parts agree whatever their order.
+        """
+        fitted = scale
+        for _ in range(2):
+            for part in self.parts:
+                _, fitted = part.scaled(fitted)
+        return StackedJacobian([part.scaled(fitted)[0] for part in self.parts]), fitted
 
     def nbytes(self) -> int:
         """Memory held by the factors, in bytes."""

@@ -225,6 +225,17 @@ def test_predicted_is_true_in_single_precision(condition, share):
     assert result.predicted <= budget * 1.001
 
 
+@pytest.mark.parametrize("share", [1e-4, 1e-8])
+@pytest.mark.parametrize("iterations", [10, 60])
+def test_krylov_tells_what_it_reached_in_single_precision(share, iterations):
+    """Float32 products may miss a tiny budget, but not silently."""
+    matrix, proposal = matrix_of_condition(64, 200, 1e5).float(), normal(200, dtype=torch.float32)
+    budget = share * model(matrix, torch.zeros(64), 0.0, proposal)
+    projection = KrylovProjection(matrix_jacobian(matrix), torch.zeros(64), 0.0, iterations=iterations)
+    result = projection.project(proposal, budget)
+    assert result.predicted == pytest.approx(model(matrix, torch.zeros(64), 0.0, result.displacement), rel=0.05)
+
+
 @every_solver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_budgets_out_of_reach_give_the_least_value(solver, dtype):

@@ -26,8 +26,7 @@ class SwapActions(gym.ActionWrapper, gym.utils.RecordConstructorArgs):
         space = env.action_space
         if not isinstance(space, spaces.Discrete):
             raise TaskError(
-                f"SwapActions needs a Discrete action space, but {env} has {space}; "
-                "use ReverseActions for a Box"
+                f"SwapActions needs a Discrete action space, but {env} has {space}; use ReverseActions for a Box"
             )
         self._first_plus_last = int(2 * space.start + space.n - 1)
 
@@ -53,8 +52,7 @@ class ReverseActions(gym.ActionWrapper, gym.utils.RecordConstructorArgs):
         space = env.action_space
         if not isinstance(space, spaces.Box):
             raise TaskError(
-                f"ReverseActions needs a Box action space, but {env} has {space}; "
-                "use SwapActions for Discrete"
+                f"ReverseActions needs a Box action space, but {env} has {space}; use SwapActions for Discrete"
             )
         if not np.array_equal(space.low, -space.high):
             raise TaskError(

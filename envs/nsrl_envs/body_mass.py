@@ -32,9 +32,7 @@ class ScaleBodyMass(gym.Wrapper, gym.utils.RecordConstructorArgs):
             raise TaskError(f"ScaleBodyMass needs a MuJoCo environment with a compiled model, but got {env}")
         names = [model.body(i).name for i in range(model.nbody)]
         if body not in names:
-            raise TaskError(
-                f"ScaleBodyMass knows no body {body!r} in {env}; its bodies are {', '.join(names)}"
-            )
+            raise TaskError(f"ScaleBodyMass knows no body {body!r} in {env}; its bodies are {', '.join(names)}")
         if not 0 < factor < float("inf"):
             raise TaskError(f"ScaleBodyMass factor is {factor}, but must be a number greater than 0")
         index = names.index(body)

@@ -10,14 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from nsrl.bench.config import FinetuneConfig
 from nsrl.bench.environment import describe_environment
-
-#: ru_maxrss counts kilobytes on Linux and bytes on macOS.
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def measure_overhead(config: FinetuneConfig, agent: Path, *, repeats: int = 3, steps: int | None = None,
@@ -63,16 +61,31 @@ def measure_overhead(config: FinetuneConfig, agent: Path, *, repeats: int = 3, s
 
 
 def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]:
-    """Peak resident memory of both, each in a process of its own, in MB, over the same short run."""
+    """Peak resident memory of both, each in a process of its own, in MB, over the same short run.
+
+    The buffer is collected beforehand; the process of NullSpacePPO loads it, that of stock PPO does without.
+    """
+    from nsrl.bench.buffers import obtain_buffer
+    from nsrl.bench.settings import load
+    from nsrl.bench.tasks import resolve_tasks
+    from nsrl.rl import agents
+
     peaks = {}
-    for name in ("stock", "null_space"):
-        command = [sys.executable, "-m", "nsrl.bench.overhead", name, str(config_path), str(agent), str(steps)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
+    config = load(FinetuneConfig, config_path)
+    with TemporaryDirectory() as folder:
+        buffer = Path(folder) / "retention.npz"
+        obtain_buffer(config, agents.load(agent), resolve_tasks(config).old).save(buffer)
+        for name in ("stock", "null_space"):
+            command = [sys.executable, "-m", "nsrl.bench.overhead", name, str(config_path), str(agent), str(buffer),
+                       str(steps)]  # fmt: skip
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
     return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}
 
 
-def _run(name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int) -> dict[str, Any] | None:
+def _run(
+    name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int
+) -> dict[str, Any] | None:
     from nsrl.bench.finetuning import build_model
     from nsrl.rl import agents
 
@@ -98,27 +111,37 @@ def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
     if loaded.normalizer is not None:
         envs = RetainingVecNormalize(envs, loaded.normalizer, gamma=settings["gamma"])
     policy_kwargs = settings.pop("policy_kwargs", loaded.model.policy_kwargs)
-    stock = PPO(loaded.model.policy_class, envs, policy_kwargs=policy_kwargs, seed=config.seed, device="cpu", **settings)
+    stock = PPO(
+        loaded.model.policy_class, envs, policy_kwargs=policy_kwargs, seed=config.seed, device="cpu", **settings
+    )
     stock.policy.load_state_dict(loaded.model.policy.state_dict())
     return stock
 
 
 def main(arguments: list[str]) -> int:
-    """The process of one memory measurement: NAME CONFIG AGENT STEPS."""
-    from nsrl.bench.buffers import obtain_buffer
-    from nsrl.bench.training import use_one_thread
+    """The process of one memory measurement: NAME CONFIG AGENT BUFFER STEPS."""
     from nsrl.bench.settings import load
     from nsrl.bench.tasks import resolve_tasks
-    from nsrl.rl import agents
+    from nsrl.bench.training import use_one_thread
+    from nsrl.rl.buffer import RetentionBuffer
 
-    name, config_path, agent, steps = arguments
+    name, config_path, agent, buffer_path, steps = arguments
     use_one_thread()
     config = load(FinetuneConfig, config_path)
-    tasks = resolve_tasks(config)
-    buffer = obtain_buffer(config, agents.load(agent), tasks.old)
-    _run(name, config, Path(agent), buffer, tasks.new, int(steps))
-    print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**20}))
+    buffer = RetentionBuffer.load(buffer_path) if name == "null_space" else None
+    _run(name, config, Path(agent), buffer, resolve_tasks(config).new, int(steps))
+    print(json.dumps({"peak_mb": _peak_mb()}))
     return 0
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: on Linux a child starts with its parent's.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+#: Colours of the methods that keep a budget.
+OURS = ("tab:red", "tab:orange", "tab:purple", "tab:green", "tab:brown", "tab:pink")
+
 
 def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
     """Draw a suite's runs as a scatter: up is better on the old task, right is better on the new one.
@@ -31,10 +34,12 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
         elif kind == "finetune":
             colour, marker = "0.45", "X"
         else:
-            colour, marker = colormaps["autumn"](min(0.25 * other, 0.8)), "o"
+            colour, marker = OURS[other % len(OURS)], "o"
             other += 1
         axes.scatter(x, y, s=18, color=colour, alpha=0.45, linewidths=0)
-        axes.scatter(*mean, s=80, color=colour, marker=marker, edgecolors="black", linewidths=0.8, label=method, zorder=3)
+        axes.scatter(
+            *mean, s=80, color=colour, marker=marker, edgecolors="black", linewidths=0.8, label=method, zorder=3
+        )
     if len(penalties) > 1:
         points = [mean for _, mean in sorted(penalties)]
         axes.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1, alpha=0.6, zorder=1)

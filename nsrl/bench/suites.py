@@ -6,7 +6,8 @@ method, the settings in which it differs:
     pretraining: ../pretrain_halfcheetah.yaml
     finetuning: ../halfcheetah_backward.yaml
     seeds: [0, 1, 2]
-    methods:
+
+Methods:
       plain PPO: {method: finetune}
       KL penalty 1: {method: kl_penalty, penalty: 1.0}
       KL budget 0.01: {}
@@ -128,8 +129,10 @@ def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
         "pretraining": _portable(plain(suite.pretraining)),
         "methods": {name: _portable(plain(config)) for name, config in suite.methods.items()},
         "rows": rows,
-        "summary": [_summary(method, [row for row in rows if row["method"] == method], plain_returns)
-                    for method in suite.methods],
+        "summary": [
+            _summary(method, [row for row in rows if row["method"] == method], plain_returns)
+            for method in suite.methods
+        ],
     }
 
 

@@ -63,11 +63,11 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
 
 
 def _overhead(configs: Path, out: Path, reference: Path) -> int:
-    from nsrl.bench.training import use_one_thread
     from nsrl.bench.jobs import run_jobs
     from nsrl.bench.overhead import measure_memory, measure_overhead
     from nsrl.bench.runs import write_json
     from nsrl.bench.suites import read_suite
+    from nsrl.bench.training import use_one_thread
     from nsrl.cli.status_line import StatusLine
 
     use_one_thread()

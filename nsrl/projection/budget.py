@@ -2,7 +2,7 @@
 
 Around the linearisation point the measured KL of a displacement d is modelled as
 
-    KL(d) = KL(0) - 1/2 |rho|^2 + 1/2 |rho + J d|^2                                                   (DESIGN, section 2)
+    KL(d) = KL(0) - 1/2 |rho|^2 + 1/2 |rho + J d|^2
 
 and the closest displacement to a proposal d0 (in the metric V^{-1}) with KL(d) <= budget is
 
@@ -108,7 +108,9 @@ class _Projector:
     def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None):
         rows, columns = jacobian.shape
         if residual.shape != (rows,):
-            raise ValueError(f"the residual must have shape ({rows},), one entry a row of J, not {tuple(residual.shape)}")
+            raise ValueError(
+                f"the residual must have shape ({rows},), one entry a row of J, not {tuple(residual.shape)}"
+            )
         if not bool(torch.isfinite(residual).all()) or not math.isfinite(divergence):
             raise ValueError("the residual or the divergence is NaN or infinite; the model's outputs have diverged")
         self.jacobian = jacobian
@@ -127,7 +129,7 @@ class _Projector:
             raise ValueError(f"the proposal must be {self.jacobian.shape[1]} finite numbers")
 
     def _reached(self, displacement: Tensor) -> Tensor:
-        """rho + J d, float64."""
+        """Rho + J d, float64."""
         return self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
 
     # The scaled Jacobian is J V^{1/2}: a displacement enters it as V^{-1/2} d and a pull leaves it as V^{1/2} (...).
@@ -152,7 +154,7 @@ class SpectralProjection(_Projector):
         residual: rho, shape (k,).
         divergence: KL(0) at the linearisation point, on the same states.
         scale: V^{1/2}, positive, shape (P,), or None for the Euclidean metric. Linear layers use its rank-one fit.
-        passes: largest number of projection passes; two reach 1e-9 in float32 (DESIGN, section 3).
+        passes: largest number of projection passes; two reach 1e-9 in float32 up to condition number 1e5.
 
     Raises:
         ValueError: wrong shapes, a scale that is not positive, NaN or infinite entries.

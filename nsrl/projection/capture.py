@@ -132,7 +132,9 @@ def _check_outputs(outputs: Any) -> None:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise JacobianError(f"the outputs must be one tensor of shape (samples, outputs), not {found}")
     if not outputs.numel():
-        raise JacobianError(f"there are no samples or no outputs to linearise: the outputs have shape {tuple(outputs.shape)}")
+        raise JacobianError(
+            f"there are no samples or no outputs to linearise: the outputs have shape {tuple(outputs.shape)}"
+        )
     if not outputs.requires_grad:
         raise JacobianError("the outputs do not depend on any trainable parameter, or were computed without gradients")
     if not bool(torch.isfinite(outputs).all()):

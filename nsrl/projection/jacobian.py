@@ -42,7 +42,10 @@ class FactoredJacobian:
         shape: (k, P) with k = samples * rows per sample.
         names: the parameters that own the columns, in order.
         outputs: the module's outputs at the linearisation point, (N, O), detached.
+        recomputed: parameters whose factors disagreed with autograd and were recomputed densely.
     """
+
+    recomputed: tuple[str, ...] = ()
 
     def __init__(self, blocks: Sequence[Block], shape: tuple[int, int], rows: int, names: tuple[str, ...],
                  outputs: Tensor):  # fmt: skip
@@ -165,6 +168,7 @@ def jacobian(
     seed: Callable[[Tensor], Tensor] | None = None,
     scale: float = 1.0,
     check: bool = True,
+    dense: Iterable[str] = (),
 ) -> FactoredJacobian:
     """Linearise a module's outputs at a batch.
 
@@ -180,6 +184,8 @@ def jacobian(
         scale: factor on every row (1 / sqrt(N) turns the Gram into a mean over samples).
         check: evaluate twice to refuse randomness, and compare one random product with autograd; parameters whose
             factors disagree (used outside their own layer) are recomputed densely.
+        dense: parameters known to be used outside their own layer; with check=False, what an earlier checked call
+            left in `recomputed`.
 
     Returns:
         A `FactoredJacobian` of shape (N * R, P).
@@ -191,14 +197,16 @@ def jacobian(
     columns, names = _columns(module, parameters)
     width = sum(stop - start for start, stop in columns.values())
     refuse_sample_mixing(module)
-    blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed)
+    known = frozenset(dense)
+    blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed, known)
     shape = (outputs.shape[0] * seeds.shape[1], width)
     result = FactoredJacobian(blocks, shape, seeds.shape[1], names, outputs.detach())
     if check:
         _refuse_randomness(module, inputs, forward, outputs)
         wrong = _mismatches(module, result, outputs, seeds, columns)
         if wrong:
-            blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed, frozenset(wrong))
+            known |= frozenset(wrong)
+            blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed, known)
             result = FactoredJacobian(blocks, shape, seeds.shape[1], names, outputs.detach())
             wrong = _mismatches(module, result, outputs, seeds, columns)
             if wrong:
@@ -210,12 +218,11 @@ def jacobian(
         result = FactoredJacobian(
             [block.multiplied(scale) for block in result.blocks], shape, seeds.shape[1], names, result.outputs
         )
+    result.recomputed = tuple(sorted(known))
     return result
 
 
-def _columns(
-    module: nn.Module, parameters: Iterable[str] | None
-) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     wanted = set(trainable) if parameters is None else set(parameters)
     unknown = wanted - set(trainable)

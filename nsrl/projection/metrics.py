@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 #: Probabilities below this count as this much in a denominator: a float32 softmax underflows to zero.
 SMALLEST = 1e-30
 
@@ -62,7 +61,7 @@ class Categorical:
         return total
 
     def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """p - p_ref per head, shape (N, O)."""
+        """P - p_ref per head, shape (N, O)."""
         parts = [F.softmax(out, -1) - F.softmax(ref, -1) for ref, out in self._heads(reference, outputs)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -121,7 +120,7 @@ class Bernoulli:
         return (p * heads + (1.0 - p) * tails).sum(-1)
 
     def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """p - p_ref, shape (N, O)."""
+        """P - p_ref, shape (N, O)."""
         return torch.sigmoid(outputs) - torch.sigmoid(reference)
 
     def seeds(self, outputs: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ class Gaussian:
         return float((shift <= 0.5).all(-1).double().mean())
 
     def log_std_residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """d mean-KL / d log_std divided by sqrt(2), shape (A,): the log_std rows of rho."""
+        """D mean-KL / d log_std divided by sqrt(2), shape (A,): the log_std rows of rho."""
         log_std, ref = self.log_std.detach().double(), self.reference_log_std.double()
         spread = torch.exp(2 * ref) + (reference.double() - outputs.double()).square().mean(0)
         return ((1.0 - spread * torch.exp(-2 * log_std)) / math.sqrt(2.0)).to(outputs.dtype)

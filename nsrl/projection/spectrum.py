@@ -24,7 +24,7 @@ class Spectrum:
     rank: int
 
     def effective_dimension(self, damping: float) -> float:
-        """sum s / (s + damping): how many directions a damped projector really removes."""
+        """Sum s / (s + damping): how many directions a damped projector really removes."""
         if math.isinf(damping):
             return 0.0
         if damping <= 0.0:

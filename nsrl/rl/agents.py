@@ -87,9 +87,7 @@ def load(
 def _in_memory(model: BaseAlgorithm) -> Agent:
     _check_supported(model, "the agent")
     vec_normalize = model.get_vec_normalize_env()
-    normalizer = (
-        ObservationNormalizer.from_vec_normalize(vec_normalize) if vec_normalize is not None else None
-    )
+    normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize) if vec_normalize is not None else None
     return Agent(model, normalizer, None, hyperparameters(model))  # type: ignore[arg-type]
 
 
@@ -102,9 +100,7 @@ def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
         try:
             model = algorithm.load(path, device=device)
         except Exception as error:  # whatever the unpickled objects raise
-            raise NsrlError(
-                f"Stable-Baselines3 cannot load {path}: {type(error).__name__}: {error}"
-            ) from error
+            raise NsrlError(f"Stable-Baselines3 cannot load {path}: {type(error).__name__}: {error}") from error
     else:
         archive = read_archive(path, env)
         model, untrusted, vec_normalized = rebuilt(archive, device), archive.untrusted, archive.vec_normalized
@@ -131,8 +127,7 @@ def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
 def _check_supported(model: BaseAlgorithm, name: str) -> None:
     if not isinstance(model, OnPolicyAlgorithm) or not isinstance(model.policy, ActorCriticPolicy):
         raise NsrlError(
-            f"{name} is a {type(model).__name__}; "
-            "only on-policy actor-critic agents (PPO, A2C, TRPO) can be fine-tuned"
+            f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO) can be fine-tuned"
         )
     if hasattr(model.policy, "lstm_actor") or "Maskable" in type(model.policy).__name__:
         raise NsrlError(

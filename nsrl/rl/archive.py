@@ -127,29 +127,22 @@ def read_members(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | N
             missing = {"data", "policy.pth"} - set(archive.namelist())
             if missing:
                 raise NsrlError(
-                    f"{path} is a zip without {' and '.join(sorted(missing))}; "
-                    "expected one saved by Stable-Baselines3"
+                    f"{path} is a zip without {' and '.join(sorted(missing))}; expected one saved by Stable-Baselines3"
                 )
             # Whole members, so that their checksums are verified before anything interprets them.
             text, weights = archive.read("data"), archive.read("policy.pth")
             version_file = "_stable_baselines3_version"
-            version = (
-                archive.read(version_file).decode().strip() if version_file in archive.namelist() else None
-            )
+            version = archive.read(version_file).decode().strip() if version_file in archive.namelist() else None
     except NsrlError:
         raise
     except Exception as error:  # zipfile answers damage with a dozen types, zlib.error and RuntimeError too
-        raise NsrlError(
-            f"{path} is not a zip file or is damaged ({error}); copy or save the agent again"
-        ) from error
+        raise NsrlError(f"{path} is not a zip file or is damaged ({error}); copy or save the agent again") from error
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise NsrlError(f"the metadata of {path} is not JSON ({error}); save the agent again") from error
     if not isinstance(data, dict):
-        raise NsrlError(
-            f"the metadata of {path} is not a JSON object; expected a zip saved by Stable-Baselines3"
-        )
+        raise NsrlError(f"the metadata of {path} is not a JSON object; expected a zip saved by Stable-Baselines3")
     return data, _tensors(path, weights), version
 
 
@@ -162,8 +155,7 @@ def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:
     module, policy_class = described_policy_class(data.get("policy_class"))
     if "learning_starts" in data or "buffer_size" in data or "delta_std" in data:
         raise NsrlError(
-            f"{path} is no on-policy agent ({policy_class}); "
-            "only on-policy actor-critic agents can be fine-tuned"
+            f"{path} is no on-policy agent ({policy_class}); only on-policy actor-critic agents can be fine-tuned"
         )
     if ".recurrent." in module:
         return "RecurrentPPO"
@@ -172,9 +164,7 @@ def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:
     for algorithm, key in (("TRPO", "cg_max_steps"), ("PPO", "n_epochs"), ("A2C", "gae_lambda")):
         if key in data:
             return algorithm
-    raise NsrlError(
-        f"{path} holds none of the algorithms PPO, A2C and TRPO; only on-policy agents can be fine-tuned"
-    )
+    raise NsrlError(f"{path} holds none of the algorithms PPO, A2C and TRPO; only on-policy agents can be fine-tuned")
 
 
 def policy_spaces(env: Any) -> tuple[spaces.Space, spaces.Space]:
@@ -219,9 +209,7 @@ def _tensors(path: Path, weights: bytes) -> dict[str, Tensor]:
     except Exception as error:  # torch answers damage with RuntimeError, EOFError, KeyError, ...
         raise NsrlError(f"the weights of {path} cannot be read ({error}); save the agent again") from error
     if not finite:
-        raise NsrlError(
-            f"the weights of {path} contain NaN or infinity; the agent diverged, use an earlier checkpoint"
-        )
+        raise NsrlError(f"the weights of {path} contain NaN or infinity; the agent diverged, use an earlier checkpoint")
     return dict(state)
 
 
@@ -236,9 +224,7 @@ def _architecture(
     widths = {"pi": _widths(state_dict, "policy_net"), "vf": _widths(state_dict, "value_net")}
     stored = kwargs.get("net_arch")
     if stored is None:
-        stored = (
-            [] if "Cnn" in policy_class or kwargs.get("features_extractor_class") is NatureCNN else [64, 64]
-        )
+        stored = [] if "Cnn" in policy_class or kwargs.get("features_extractor_class") is NatureCNN else [64, 64]
     # Before 1.8 it could be [{"pi": ..., "vf": ...}], which newer versions only take with a warning.
     if isinstance(stored, list) and stored and isinstance(stored[0], dict):
         return {"net_arch": widths}
@@ -258,9 +244,7 @@ def _widths(state_dict: Mapping[str, Tensor], net: str) -> list[int]:
 
 def _hyperparameters(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     plain: dict[str, Any] = {
-        key: value
-        for key, value in data.items()
-        if isinstance(value, int | float | None) and not key.startswith("_")
+        key: value for key, value in data.items() if isinstance(value, int | float | None) and not key.startswith("_")
     }
     untrusted = []
     for key in SCHEDULES:
@@ -271,9 +255,6 @@ def _hyperparameters(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
             else:
                 plain[key] = schedule
     rollout_buffer = data.get("rollout_buffer_class")
-    if (
-        isinstance(rollout_buffer, dict)
-        and rollout_buffer.get("__module__") != "stable_baselines3.common.buffers"
-    ):
+    if isinstance(rollout_buffer, dict) and rollout_buffer.get("__module__") != "stable_baselines3.common.buffers":
         untrusted.append("rollout_buffer_class")
     return plain, tuple(untrusted)

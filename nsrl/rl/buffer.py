@@ -166,9 +166,7 @@ class RetentionBuffer:
         origin = self.provenance
         for key in ("observation_space", "action_space", "fingerprint"):
             if key not in origin and not (trust_agent and key == "fingerprint"):
-                raise NsrlError(
-                    f"the buffer's provenance has no {key!r}; collect it with RetentionBuffer.collect"
-                )
+                raise NsrlError(f"the buffer's provenance has no {key!r}; collect it with RetentionBuffer.collect")
         check_spaces(agent, origin["observation_space"], origin["action_space"], "the buffer's task")
         if env is not None:
             agents.check_spaces(agent, env)
@@ -257,9 +255,7 @@ def _fields(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> dict[str, 
         try:
             normalizer = ObservationNormalizer.from_arrays(parts["normalizer"])
         except (ValueError, KeyError, TypeError) as error:
-            raise NsrlError(
-                f"the keys 'normalizer/...' are damaged ({error}); collect the buffer again"
-            ) from error
+            raise NsrlError(f"the keys 'normalizer/...' are damaged ({error}); collect the buffer again") from error
     nvec = arrays.get("nvec")
     if nvec is not None:
         check_array("nvec", nvec, np.int64, (None,))

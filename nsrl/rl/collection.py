@@ -117,9 +117,7 @@ def collect(
     if given is None and isinstance(owner, BaseAlgorithm):
         given = owner.get_env()
     if given is None:
-        raise NsrlError(
-            "the agent carries no environment; pass env, for instance the id of the task it was trained on"
-        )
+        raise NsrlError("the agent carries no environment; pass env, for instance the id of the task it was trained on")
     vec_env = as_vec_env(given, config.n_envs)
     try:
         model, trained, source = resolve_agent(agent, trust, vec_env)
@@ -130,14 +128,10 @@ def collect(
         rng = np.random.default_rng(config.seed)
         with own_randomness(config.seed), evaluation_mode(policy):
             with raw_observations(vec_env):
-                rollout = roll_out(
-                    policy, family, vec_env, config.n_transitions(), config.seed, normalizer, progress
-                )
+                rollout = roll_out(policy, family, vec_env, config.n_transitions(), config.seed, normalizer, progress)
             candidates, scale = np.arange(rollout.rewards.size), None
             if config.select == "advantage":
-                advantage, scale = advantages(
-                    policy, rollout, normalizer, model.gamma, model.gae_lambda, *unit
-                )
+                advantage, scale = advantages(policy, rollout, normalizer, model.gamma, model.gae_lambda, *unit)
                 n_best = max(config.n_states, round(config.quantile * advantage.size))
                 candidates = np.argsort(-advantage.ravel(), kind="stable")[:n_best]
             chosen = np.sort(rng.choice(candidates, config.n_states, replace=False))
@@ -193,9 +187,7 @@ def provenance(
         "return_mean": float(np.mean(returns)) if returns else None,
         "observation_space": describe_space(model.observation_space),
         "action_space": describe_space(model.action_space),
-        "versions": {
-            name: version(name) for name in ("nsrl", "torch", "stable-baselines3", "gymnasium", "numpy")
-        },
+        "versions": {name: version(name) for name in ("nsrl", "torch", "stable-baselines3", "gymnasium", "numpy")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -250,15 +242,11 @@ def frozen_normalizer(trained: ObservationNormalizer | None, env: VecEnv) -> Obs
     normalizer = trained or given
     if normalizer is not None:
         if normalizer.count < 1.0:
-            warnings.warn(
-                "the VecNormalize has seen no observations: are these the agent's statistics?", stacklevel=4
-            )
+            warnings.warn("the VecNormalize has seen no observations: are these the agent's statistics?", stacklevel=4)
         try:
             normalizer.check(env.observation_space)
         except NsrlError as error:
-            raise NsrlError(
-                f"{error}; VecNormalize must be the last wrapper that changes observations"
-            ) from error
+            raise NsrlError(f"{error}; VecNormalize must be the last wrapper that changes observations") from error
     return normalizer
 
 

@@ -65,7 +65,9 @@ class RetentionConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kl_budget, int | float) or math.isnan(self.kl_budget) or self.kl_budget < 0:
-            raise NsrlError(f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}")
+            raise NsrlError(
+                f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}"
+            )
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise NsrlError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")

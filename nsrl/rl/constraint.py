@@ -90,7 +90,7 @@ class RetentionConstraint:
         named = dict(policy.named_parameters())
         self.parameters = FlatParameters([named[name] for name in self.names])
         self._log_std = named["log_std"] if self.protects_log_std else None
-        self._checked = False
+        self._dense: tuple[str, ...] | None = None  # not known before the first, checked linearisation
 
     @property
     def protects_log_std(self) -> bool:
@@ -165,9 +165,9 @@ class RetentionConstraint:
         scale = 1.0 / math.sqrt(len(indices))
         factored = jacobian(
             self.policy, _select(self.inputs, indices), forward=_forward, parameters=self.names,
-            seed=metric.seeds, scale=scale, check=not self._checked,
+            seed=metric.seeds, scale=scale, check=self._dense is None, dense=self._dense or (),
         )  # fmt: skip
-        self._checked = True
+        self._dense = factored.recomputed
         outputs = factored.outputs
         residual = (metric.residual(reference, outputs) * scale).flatten()
         divergence = float(metric.divergence(reference, outputs).detach().mean())

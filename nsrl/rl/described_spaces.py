@@ -105,9 +105,7 @@ def _counted(
     return spaces.MultiDiscrete(nvec, dtype=whole.type, start=starts)
 
 
-def _box(
-    low: str, high: str, shape: tuple[int, ...], dtype: str, env_space: spaces.Space | None
-) -> spaces.Box | None:
+def _box(low: str, high: str, shape: tuple[int, ...], dtype: str, env_space: spaces.Space | None) -> spaces.Box | None:
     number = DTYPES[dtype]
     if isinstance(env_space, spaces.Box) and env_space.shape == shape and env_space.dtype == number:
         if _shows(env_space.low, low) and _shows(env_space.high, high):

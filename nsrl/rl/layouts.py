@@ -70,10 +70,7 @@ def find_statistics(agent: Path) -> Path | None:
             if (place / name).is_file():
                 return place / name
     below = [
-        file
-        for name in STATISTICS
-        for file in sorted(folder.glob(f"*/{name}"))
-        if not any(file.parent.glob("*.zip"))
+        file for name in STATISTICS for file in sorted(folder.glob(f"*/{name}")) if not any(file.parent.glob("*.zip"))
     ]
     if len(below) > 1:
         raise _ambiguous(folder, "observation statistics", below)
@@ -82,9 +79,7 @@ def find_statistics(agent: Path) -> Path | None:
     if checkpoint:
         return None  # another step's statistics are not this checkpoint's
     saved = {
-        file: match
-        for file in folder.glob("*_vecnormalize_*_steps.pkl")
-        if (match := CHECKPOINT.fullmatch(file.stem))
+        file: match for file in folder.glob("*_vecnormalize_*_steps.pkl") if (match := CHECKPOINT.fullmatch(file.stem))
     }
     if len({match["prefix"] for match in saved.values()}) > 1:
         raise _ambiguous(folder, "observation statistics", sorted(saved))

@@ -45,13 +45,9 @@ class ObservationNormalizer:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         mean, var = _by_key(self.mean), _by_key(self.var)
         if mean.keys() != var.keys() or any(mean[key].shape != var[key].shape for key in mean):
-            raise NsrlError(
-                "mean and variance of the observation statistics differ in shape or keys; save them again"
-            )
+            raise NsrlError("mean and variance of the observation statistics differ in shape or keys; save them again")
         if not all(np.isfinite(array).all() for array in [*mean.values(), *var.values()]):
-            raise NsrlError(
-                "the observation statistics contain NaN or infinity; use those of an earlier checkpoint"
-            )
+            raise NsrlError("the observation statistics contain NaN or infinity; use those of an earlier checkpoint")
         if any((array < 0).any() for array in var.values()):
             raise NsrlError("the observation statistics contain a negative variance; save them again")
         if not (self.epsilon >= 0 and self.clip_obs > 0 and self.count > 0):
@@ -64,8 +60,7 @@ class ObservationNormalizer:
         """Normalised observations, float32, in any batch shape; Dict keys without statistics pass through."""
         if isinstance(self.mean, dict):
             return {
-                key: self._normalized(value, key) if key in self.mean else np.copy(value)
-                for key, value in obs.items()
+                key: self._normalized(value, key) if key in self.mean else np.copy(value) for key, value in obs.items()
             }
         return self._normalized(obs)
 
@@ -94,9 +89,7 @@ class ObservationNormalizer:
         arrays = {name: np.float64(getattr(self, name)) for name in ("epsilon", "clip_obs", "count")}
         for name in ("mean", "var"):
             value = getattr(self, name)
-            arrays |= (
-                {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-            )
+            arrays |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         return {name: np.asarray(value) for name, value in arrays.items()}
 
     @classmethod
@@ -105,9 +98,7 @@ class ObservationNormalizer:
         try:
             statistics: dict[str, Any] = {}
             for name in ("mean", "var"):
-                keyed = {
-                    key.removeprefix(f"{name}."): arrays[key] for key in arrays if key.startswith(f"{name}.")
-                }
+                keyed = {key.removeprefix(f"{name}."): arrays[key] for key in arrays if key.startswith(f"{name}.")}
                 statistics[name] = keyed or arrays[name]
             statistics |= {name: float(arrays[name]) for name in ("epsilon", "clip_obs", "count")}
             return cls(**statistics)
@@ -159,9 +150,7 @@ class ObservationNormalizer:
                 raise NsrlError("it holds no VecNormalize")
             return cls.from_vec_normalize(record)
         except FileNotFoundError as error:
-            raise NsrlError(
-                f"no observation statistics at {path}; expected an npz or a VecNormalize pickle"
-            ) from error
+            raise NsrlError(f"no observation statistics at {path}; expected an npz or a VecNormalize pickle") from error
         except NsrlError as error:
             raise error if str(path) in str(error) else NsrlError(f"cannot use {path}: {error}") from error
         except Exception as error:  # numpy and pickle answer damage with a dozen types

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,

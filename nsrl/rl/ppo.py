@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from stable_baselines3 import PPO
 
@@ -90,7 +90,8 @@ class NullSpacePPO(ProtectedMixin, PPO):
         env = agents.training_env(env, source.normalizer if normalize else None, seed=seed,
                                   gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
         agents.check_spaces(source.model, env)
-        model = cls(cast(Any, source.model.policy_class), env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
+        policy: Any = source.model.policy_class
+        model = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
                     seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
         model.policy.load_state_dict(source.model.policy.state_dict())
         if retain is not None:

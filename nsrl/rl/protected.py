@@ -153,7 +153,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
 
 
 def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
-            config: RetentionConfig | None = None, trust_buffer: bool = False, **options: Any) -> Algorithm:  # fmt: skip
+            config: RetentionConfig | None = None, trust_buffer: bool = False,
+            **options: Any) -> Algorithm:  # fmt: skip
     """Put a KL budget around an existing SB3 PPO or A2C, in place.
 
     The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself.

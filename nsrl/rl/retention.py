@@ -171,7 +171,7 @@ class Retention:
 
     @property
     def _damping(self) -> float:
-        """lambda of the last projection; for the Lagrangian 1 / (multiplier * learning rate), its equivalent."""
+        """Lambda of the last projection; for the Lagrangian 1 / (multiplier * learning rate), its equivalent."""
         if self._projections:
             return self._projections[-1].damping
         coefficient = self._coefficients[-1] if self._coefficients else 0.0

@@ -76,9 +76,7 @@ def stack(observations: list[Any]) -> Observations:
     return np.stack(observations)
 
 
-def policy_inputs(
-    observations: Observations, normalizer: Normalizer | None, device: Any = "cpu"
-) -> Observation:
+def policy_inputs(observations: Observations, normalizer: Normalizer | None, device: Any = "cpu") -> Observation:
     """Raw observations as the tensors that `policy.extract_features` takes.
 
     Floating point becomes float32; images stay uint8 and indices stay integers, since the policy scales and
@@ -160,9 +158,7 @@ def evaluation_mode(policy: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def sample_actions(
-    policy: ActorCriticPolicy, family: str, outputs: Tensor, generator: torch.Generator
-) -> np.ndarray:
+def sample_actions(policy: ActorCriticPolicy, family: str, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
     """Draw one action a row from the policy's distribution, in the form that SB3 hands to `env.step`."""
     space = policy.action_space
     outputs = outputs.float().cpu()

@@ -39,9 +39,7 @@ def same_observations(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether a policy reads both observation spaces alike: bounds and float width mean nothing to it."""
 
     def read(description: dict[str, Any]) -> dict[str, Any]:
-        kept = {
-            key: value for key, value in description.items() if key in ("type", "shape", "image", "n", "nvec")
-        }
+        kept = {key: value for key, value in description.items() if key in ("type", "shape", "image", "n", "nvec")}
         return kept | {"spaces": {key: read(sub) for key, sub in description.get("spaces", {}).items()}}
 
     return read(first) == read(second)
@@ -52,9 +50,7 @@ def same_actions(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return {**first, "text": "", "dtype": ""} == {**second, "text": "", "dtype": ""}
 
 
-def check_spaces(
-    model: BaseAlgorithm, observations: dict[str, Any], actions: dict[str, Any], whose: str
-) -> None:
+def check_spaces(model: BaseAlgorithm, observations: dict[str, Any], actions: dict[str, Any], whose: str) -> None:
     """Raise NsrlError, naming both, unless the described spaces are those of the model."""
     for kind, same, found, space in (
         ("observation", same_observations, observations, model.observation_space),

@@ -23,9 +23,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl.archive import Archive
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO}
-POLICIES = {
-    cls.__name__: cls for cls in (ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy)
-}
+POLICIES = {cls.__name__: cls for cls in (ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy)}
 # Constructor arguments that describe a run, not an algorithm: a fine-tuning run sets its own.
 OF_THE_RUN = {
     "self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log",
@@ -54,17 +52,13 @@ def rebuilt(archive: Archive, device: str = "cpu") -> OnPolicyAlgorithm:
             model.policy_kwargs, model.n_envs = dict(archive.policy_kwargs), 1
             model.num_timesteps = int(archive.hyperparameters.get("num_timesteps") or 0)
             model._setup_model()
-    except (
-        Exception
-    ) as error:  # SB3 checks its arguments with assertions, numpy and torch with exceptions of all kinds
+    except Exception as error:  # SB3 checks its arguments with assertions, numpy and torch with exceptions of all kinds
         raise NsrlError(f"the policy that {archive.path} describes cannot be built: {error}") from error
     _fill(archive.path, model.policy, archive.state_dict)
     return model
 
 
-def bare(
-    algorithm: type[OnPolicyAlgorithm], policy: type[ActorCriticPolicy], device: str
-) -> OnPolicyAlgorithm:
+def bare(algorithm: type[OnPolicyAlgorithm], policy: type[ActorCriticPolicy], device: str) -> OnPolicyAlgorithm:
     """An instance without environment, spaces and networks, as SB3's own `load` starts from."""
     return algorithm(policy, None, device=device, _init_setup_model=False)  # type: ignore[call-arg, arg-type]
 
@@ -77,9 +71,7 @@ def _fill(path: Path, policy: ActorCriticPolicy, state_dict: dict[str, Tensor]) 
             shared = name.replace(alias, "features_extractor", 1)
             if shared in given and policy.share_features_extractor:
                 given[name] = given[shared]
-    wanted, found = (
-        {name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, given)
-    )
+    wanted, found = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, given))
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise NsrlError(

@@ -103,19 +103,13 @@ def numbers(raw: Any, number_type: Any, shape: Any, order: str) -> np.ndarray | 
 
 
 def _records(names: dict[str, str]) -> dict[tuple[str, str], type]:
-    return {
-        (module, name): Sealed(name, (Record,), {})
-        for module, listed in names.items()
-        for name in listed.split()
-    }
+    return {(module, name): Sealed(name, (Record,), {}) for module, listed in names.items() for name in listed.split()}
 
 
 VEC_NORMALIZE = ("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
 GYMS = ("gymnasium", "gym")
 ALLOWED: dict[tuple[str, str], Any] = {
-    **_records(
-        {VEC_NORMALIZE[0]: VEC_NORMALIZE[1], "stable_baselines3.common.running_mean_std": "RunningMeanStd"}
-    ),
+    **_records({VEC_NORMALIZE[0]: VEC_NORMALIZE[1], "stable_baselines3.common.running_mean_std": "RunningMeanStd"}),
     **_records({"nsrl.rl.normalization": "RetainingVecNormalize FrozenMeanStd"}),
     **_records({f"{gym}.spaces.box": "Box" for gym in GYMS}),
     **_records({f"{gym}.spaces.dict": "Dict" for gym in GYMS}),
@@ -175,6 +169,4 @@ def read_pickle(path: str | Path) -> Any:
     except OSError as error:
         raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise NsrlError(
-            f"{path} is not a pickle or is damaged ({error}); save the statistics again"
-        ) from error
+        raise NsrlError(f"{path} is not a pickle or is damaged ({error}); save the statistics again") from error

@@ -20,9 +20,7 @@ def check_content(buffer: RetentionBuffer) -> None:
     check_array("outputs", buffer.outputs, np.float32, (None, None))
     n, n_outputs = buffer.outputs.shape
     if n == 0 or n_outputs == 0:
-        raise NsrlError(
-            f"the buffer is empty (outputs has shape {buffer.outputs.shape}); collect at least one state"
-        )
+        raise NsrlError(f"the buffer is empty (outputs has shape {buffer.outputs.shape}); collect at least one state")
     named = buffer.observations if isinstance(buffer.observations, dict) else {"": buffer.observations}
     if not named:
         raise NsrlError("observations is an empty dict; it must hold an array for each key of the Dict space")
@@ -38,9 +36,7 @@ def check_content(buffer: RetentionBuffer) -> None:
     if buffer.log_std is not None:
         check_array("log_std", buffer.log_std, np.float32, (n_outputs,))
     if buffer.nvec is not None and (min(buffer.nvec, default=0) < 1 or sum(buffer.nvec) != n_outputs):
-        raise NsrlError(
-            f"nvec is {buffer.nvec}, but must be positive and sum to the {n_outputs} columns of outputs"
-        )
+        raise NsrlError(f"nvec is {buffer.nvec}, but must be positive and sum to the {n_outputs} columns of outputs")
     check_array("heldout", buffer.heldout, np.bool_, (n,))
     check_array("weights", buffer.weights, np.float32, (n,))
     if buffer.heldout.all():
@@ -57,21 +53,13 @@ def check_content(buffer: RetentionBuffer) -> None:
 def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
     """Refuse all but a finite array of this dtype (None: any number) and shape (None: any, ...: more)."""
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise NsrlError(
-            f"{name} is {getattr(array, 'dtype', type(array).__name__)}, but must be an array of numbers"
-        )
+        raise NsrlError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}, but must be an array of numbers")
     if dtype is not None and array.dtype != dtype:
         raise NsrlError(f"{name} has dtype {array.dtype}, but must be {np.dtype(dtype)}")
     expected = shape[:-1] + array.shape[len(shape) - 1 :] if shape[-1] is ... else shape
-    if len(expected) != array.ndim or any(
-        e is not None and e != a for e, a in zip(expected, array.shape, strict=True)
-    ):
-        raise NsrlError(
-            f"{name} has shape {array.shape}, but must be {str(shape).replace('Ellipsis', '...')}"
-        )
+    if len(expected) != array.ndim or any(e is not None and e != a for e, a in zip(expected, array.shape, strict=True)):
+        raise NsrlError(f"{name} has shape {array.shape}, but must be {str(shape).replace('Ellipsis', '...')}")
     with np.errstate(over="ignore"):
         finite = array.dtype.kind != "f" or bool(np.isfinite(array.astype(np.float32, copy=False)).all())
     if not finite:
-        raise NsrlError(
-            f"{name} holds NaN or infinity (in float32); check environment and agent, collect again"
-        )
+        raise NsrlError(f"{name} holds NaN or infinity (in float32); check environment and agent, collect again")

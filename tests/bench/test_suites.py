@@ -22,7 +22,8 @@ def write_small_suite(folder: Path, methods: str) -> Path:
         f"ppo: {{n_envs: 2, n_steps: 64, batch_size: 64, n_epochs: 2}}\nevaluation: {SMALL}\n"
     )
     (folder / "tune.yaml").write_text(
-        f"pair: cartpole_swapped\ntotal_timesteps: 256\nppo: {{n_envs: 2}}\nevaluation: {SMALL}\nstates: {{n_states: 100}}\n"
+        f"pair: cartpole_swapped\ntotal_timesteps: 256\nppo: {{n_envs: 2}}\n"
+        f"evaluation: {SMALL}\nstates: {{n_states: 100}}\n"
     )
     path = folder / "small.yaml"
     path.write_text(f"pretraining: agent.yaml\nfinetuning: tune.yaml\nseeds: [0, 1]\nmethods:\n{methods}")
@@ -40,7 +41,7 @@ def test_the_committed_suites_are_readable_and_fair(path: Path) -> None:
     assert len({config.retention.critic for config in suite.methods.values()}) == 1
 
 
-class hashable:  # noqa: N801  a view of a configuration whose parts can be put in a set
+class hashable:
     def __init__(self, config: object):
         self.total_timesteps = config.total_timesteps
         self.ppo, self.evaluation, self.states = repr(config.ppo), repr(config.evaluation), repr(config.states)

@@ -30,9 +30,7 @@ def _of_extra(extra: str | None, *values):
     return pytest.param(*values, marks=pytest.mark.skipif(missing, reason=f"extra {extra} is not installed"))
 
 
-every_pair = pytest.mark.parametrize(
-    "pair_", [_of_extra(p.extra, p) for p in PAIRS.values()], ids=lambda p: p.name
-)
+every_pair = pytest.mark.parametrize("pair_", [_of_extra(p.extra, p) for p in PAIRS.values()], ids=lambda p: p.name)
 every_task = pytest.mark.parametrize(
     "task",
     [
@@ -168,9 +166,7 @@ def test_unknown_pair_suggests_the_nearest_name():
         pair("chess")
 
 
-@pytest.mark.parametrize(
-    "task", ["nsrl/CartPoleSwapped-v0", _of_extra("mujoco", "nsrl/HalfCheetahHeavyTorso-v0")]
-)
+@pytest.mark.parametrize("task", ["nsrl/CartPoleSwapped-v0", _of_extra("mujoco", "nsrl/HalfCheetahHeavyTorso-v0")])
 def test_vectorised(task):
     env = make_vec_env(task, n_envs=2, seed=0)
     observation = env.reset()

@@ -32,9 +32,7 @@ def _sent(env: gym.Env, action):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    "value, size, expected", [(0, 1, [0]), (1, 2, [1, 1]), ([0, 0.5, 1], 3, [0, 0.5, 1])]
-)
+@pytest.mark.parametrize("value, size, expected", [(0, 1, [0]), (1, 2, [1, 1]), ([0, 0.5, 1], 3, [0, 0.5, 1])])
 def test_context_is_appended_with_its_bounds_and_dtype(dtype, value, size, expected):
     inner = spaces.Box(np.array([-1, -np.inf], dtype), np.array([2, np.inf], dtype), dtype=dtype)
     env = TaskContext(Echo(inner), value, size)

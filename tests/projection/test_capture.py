@@ -134,6 +134,7 @@ def test_batch_norm_without_running_statistics():
 @pytest.mark.parametrize("layer", [nn.LSTM(4, 3, batch_first=True), nn.GRUCell(4, 3)], ids=["lstm", "gru cell"])
 def test_layers_that_vmap_cannot_follow(layer):
     """Right or refused in a sentence, but not a stack trace from inside functorch."""
+
     def function(net, x):
         hidden = net.a(x)
         return net.b(hidden[0][:, -1] if isinstance(hidden, tuple) else hidden)
@@ -170,6 +171,7 @@ def test_named_padding(padding):
 
 def test_parameters_that_the_outputs_do_not_reach_cost_nothing():
     """A value net next to a policy whose forward vmap cannot follow: `one_hot` looks at its data."""
+
     def function(net, x):
         return net.a(F.one_hot(x, 5).double()) if net.training else net.value(x)
 

@@ -108,9 +108,9 @@ def test_categorical_seeds_give_the_covariance_at_the_current_outputs(spread, se
     metric = Categorical((3, 1, 2), 0.0)
     outputs = spread * normal(4, 6, seed=seed)
     blocks = [h.softmax(-1) for h in outputs.split([3, 1, 2], -1)]
-    expected = torch.stack([
-        torch.block_diag(*[torch.diag(p[n]) - torch.outer(p[n], p[n]) for p in blocks]) for n in range(4)
-    ])
+    expected = torch.stack(
+        [torch.block_diag(*[torch.diag(p[n]) - torch.outer(p[n], p[n]) for p in blocks]) for n in range(4)]
+    )
     result = metric.seeds(outputs).mT @ metric.seeds(outputs)
     torch.testing.assert_close(result, expected, **CLOSE)
     torch.testing.assert_close(result, hessians(metric, normal(4, 6, seed=seed + 1), outputs), **CLOSE)
@@ -121,9 +121,9 @@ def test_tempering_mixes_in_the_uniform_distribution(tempering, spread, seed):
     outputs = spread * normal(4, 5, seed=seed)
     metric = Categorical((3, 2), tempering)
     p = [(1 - tempering) * h.softmax(-1) + tempering / h.shape[-1] for h in outputs.split([3, 2], -1)]
-    expected = torch.stack([
-        torch.block_diag(*[torch.diag(q[n]) - torch.outer(q[n], q[n]) for q in p]) for n in range(4)
-    ])
+    expected = torch.stack(
+        [torch.block_diag(*[torch.diag(q[n]) - torch.outer(q[n], q[n]) for q in p]) for n in range(4)]
+    )
     torch.testing.assert_close(metric.seeds(outputs).mT @ metric.seeds(outputs), expected, **CLOSE)
 
 
@@ -174,6 +174,7 @@ def test_log_std_residual_gives_the_gradient_of_the_mean_divergence(spread, seed
 
 def test_log_std_rows_give_the_hessian_at_the_reference():
     reference, log_std = normal(5, 3), normal(3, seed=1)
+
     def mean_divergence(value: Tensor) -> Tensor:
         return torch_divergence(Gaussian(value, log_std), reference, reference).mean()
 

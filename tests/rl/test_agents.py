@@ -81,9 +81,7 @@ def test_acts_as_stock_load_does(case, tmp_path):
     assert type(agent.model) in (PPO, A2C, TRPO) and agent.path == tmp_path / "agent.zip"
     assert str(agent.model.policy) == str(stock.policy)
     samples = [stock.observation_space.sample() for _ in range(32)]
-    batch = (
-        {k: np.stack([s[k] for s in samples]) for k in samples[0]} if case == "dict" else np.stack(samples)
-    )
+    batch = {k: np.stack([s[k] for s in samples]) for k in samples[0]} if case == "dict" else np.stack(samples)
     for deterministic in (True, False):
         actions = []
         for model in (agent.model, stock):
@@ -93,9 +91,7 @@ def test_acts_as_stock_load_does(case, tmp_path):
     tensors = stock.policy.obs_to_tensor(batch)[0]
     with torch.no_grad():
         taken = stock.policy.get_distribution(tensors).mode()
-        ours, theirs = (
-            policy.evaluate_actions(tensors, taken) for policy in (agent.model.policy, stock.policy)
-        )
+        ours, theirs = (policy.evaluate_actions(tensors, taken) for policy in (agent.model.policy, stock.policy))
     assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
     assert agents.fingerprint(agent.model.policy) == agents.fingerprint(stock.policy)
     assert type(agent.model.policy.optimizer) is type(stock.policy.optimizer)
@@ -157,15 +153,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "mixed.zip", "w") as mixed:
         for name, content in parts.items():
             mixed.writestr(name, content)
-    with pytest.raises(
-        NsrlError, match=r"mixed.zip.*policy_net.0.weight has shape \(64, 5\), expected \(64, 3\)"
-    ):
+    with pytest.raises(NsrlError, match=r"mixed.zip.*policy_net.0.weight has shape \(64, 5\), expected \(64, 3\)"):
         agents.load(tmp_path / "mixed.zip")
 
 
-@pytest.mark.parametrize(
-    "key, value", [("n_steps", -1), ("gamma", "x"), ("n_steps", 10**17), ("clip_range", None)]
-)
+@pytest.mark.parametrize("key, value", [("n_steps", -1), ("gamma", "x"), ("n_steps", 10**17), ("clip_range", None)])
 def test_tampered_hyperparameters_are_refused_or_default(key, value, tmp_path):
     build().save(tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "a.zip") as old:
@@ -401,9 +393,7 @@ def test_exports_are_stock_agents(tmp_path):
         assert json.loads(archive.read("data")).keys() == json.loads(stock.read("data")).keys()
     loaded = PPO.load(path, device="cpu")
     obs = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
-    assert np.array_equal(
-        loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0]
-    )
+    assert np.array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     assert loaded.clip_range(1.0) == 0.15 and loaded.num_timesteps == 8
     stock_env = VecNormalize.load(str(path.with_name("vecnormalize.pkl")), DummyVecEnv([FakeEnv]))
     assert np.array_equal(stock_env.normalize_obs(obs), normalizer.normalize(obs))

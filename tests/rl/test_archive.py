@@ -154,9 +154,7 @@ def test_archive_says_what_stock_load_unpickles(case, tmp_path, monkeypatch):
 
 
 def test_functions_are_listed_as_untrusted(tmp_path):
-    build(PPO, "MlpPolicy", learning_rate=lambda p: p * 1e-3, clip_range=lambda p: 0.1 * p).save(
-        tmp_path / "a.zip"
-    )
+    build(PPO, "MlpPolicy", learning_rate=lambda p: p * 1e-3, clip_range=lambda p: 0.1 * p).save(tmp_path / "a.zip")
     archive = read_archive(tmp_path / "a.zip")
     assert archive.untrusted == ("learning_rate", "clip_range")
     assert not {"learning_rate", "clip_range"} & archive.hyperparameters.keys()
@@ -224,9 +222,7 @@ def boxes(draw):
 def counts():
     vectors = st.lists(st.integers(1, 300), min_size=1, max_size=40)
     return st.one_of(
-        st.builds(
-            lambda n, start: spaces.Discrete(n, start=start), st.integers(1, 10**6), st.integers(-9, 9)
-        ),
+        st.builds(lambda n, start: spaces.Discrete(n, start=start), st.integers(1, 10**6), st.integers(-9, 9)),
         vectors.map(spaces.MultiDiscrete),
         st.builds(spaces.MultiDiscrete, st.just([3, 4]), start=st.just([1, -2])),
         st.just([[2, 3], [4, 5]]).map(lambda nvec: spaces.MultiDiscrete(np.array(nvec))),
@@ -244,11 +240,7 @@ def test_spaces_are_read_back_from_their_text(space, printed_before):
     assert read == space and read.dtype == space.dtype and read.shape == space.shape
 
 
-@given(
-    st.lists(
-        st.tuples(names(), st.one_of(boxes(), counts())), min_size=1, max_size=4, unique_by=lambda p: p[0]
-    )
-)
+@given(st.lists(st.tuples(names(), st.one_of(boxes(), counts())), min_size=1, max_size=4, unique_by=lambda p: p[0]))
 @settings(max_examples=100, deadline=None)
 def test_dict_spaces_are_read_back_in_order(entries):
     space = spaces.Dict([(key, s) for key, s in entries if getattr(s, "nvec", np.zeros(1)).ndim == 1])
@@ -269,9 +261,7 @@ def test_ordered_dicts_as_python_before_3_12_prints_them():
 def test_elided_bounds_come_from_the_env_or_are_refused(tmp_path):
     low = -np.linspace(1, 2, 1500, dtype=np.float32)
     space = spaces.Box(low, -low)
-    build(PPO, "MlpPolicy", space, n_steps=2, batch_size=2, policy_kwargs={"net_arch": [1]}).save(
-        tmp_path / "a.zip"
-    )
+    build(PPO, "MlpPolicy", space, n_steps=2, batch_size=2, policy_kwargs={"net_arch": [1]}).save(tmp_path / "a.zip")
     with pytest.raises(NsrlError, match=r"observation_space .* give an env"):
         read_archive(tmp_path / "a.zip")
     assert read_archive(tmp_path / "a.zip", FakeEnv(space, TORQUE)).observation_space == space
@@ -407,9 +397,7 @@ class Payload:
         return (Path.touch, (Path(self.path),))
 
 
-@pytest.mark.parametrize(
-    "key", ["observation_space", "policy_class", "policy_kwargs", "clip_range", "stranger"]
-)
+@pytest.mark.parametrize("key", ["observation_space", "policy_class", "policy_kwargs", "clip_range", "stranger"])
 def test_payloads_in_the_metadata_are_not_decoded(key, tmp_path, small):
     trace = tmp_path / "trace"
     serialized = json.loads(save_util.data_to_json({key: Payload(trace)}))[key][":serialized:"]

@@ -151,9 +151,7 @@ def test_logits_give_sb3s_probabilities(cartpole):
         (spaces.Box(-0.1, 0.1, (2, 2), np.float32), "gaussian", 4, None),
     ],
 )
-def test_other_action_spaces_are_sampled_legally_and_survive_a_file(
-    action_space, family, n_outputs, nvec, tmp_path
-):
+def test_other_action_spaces_are_sampled_legally_and_survive_a_file(action_space, family, n_outputs, nvec, tmp_path):
     env = fake_vec(action_space=action_space)
     model = model_on(env)
     buffer = RetentionBuffer.collect(model, env, n_states=30)
@@ -197,9 +195,7 @@ def test_states_come_from_whole_episodes():
     model = model_on("Pendulum-v1")
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 4)
     totals = []
-    buffer = RetentionBuffer.collect(
-        model, env, n_states=16, progress=lambda done, total: totals.append((done, total))
-    )
+    buffer = RetentionBuffer.collect(model, env, n_states=16, progress=lambda done, total: totals.append((done, total)))
     assert totals[-1] == (800, 800)  # four whole episodes of 200 steps, though 64 transitions were asked for
     assert all(done <= total for done, total in totals)
     assert buffer.provenance["episodes"] == 4
@@ -209,9 +205,7 @@ def test_states_come_from_whole_episodes():
 def test_return_of_the_collected_episodes():
     env = fake_vec(n_envs=1)
     model = model_on(env)
-    model.policy.action_net.bias.data = torch.tensor(
-        [-50.0, 50.0]
-    )  # always action 1: each episode has seven steps
+    model.policy.action_net.bias.data = torch.tensor([-50.0, 50.0])  # always action 1: each episode has seven steps
     env.envs[0].total = 0
     buffer = RetentionBuffer.collect(model, env, n_states=15, oversample=1)
     expected = np.mean([sum(np.sin(range(1, 8))), sum(np.sin(range(8, 15)))])
@@ -221,9 +215,7 @@ def test_return_of_the_collected_episodes():
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.37, 0.99])
 def test_share_held_out(cartpole, share):
-    buffer = RetentionBuffer.collect(
-        cartpole, "CartPole-v1", n_states=100, heldout=share, n_envs=2, oversample=1
-    )
+    buffer = RetentionBuffer.collect(cartpole, "CartPole-v1", n_states=100, heldout=share, n_envs=2, oversample=1)
     assert len(buffer.heldout_indices) == round(share * 100)
     both = np.concatenate([buffer.train_indices, buffer.heldout_indices])
     np.testing.assert_array_equal(np.sort(both), np.arange(100))
@@ -249,8 +241,7 @@ def test_provenance_tells_where_the_buffer_comes_from(small, cartpole):
 
 def test_same_seed_same_buffer_other_seed_other_buffer(cartpole):
     one, two, other = (
-        RetentionBuffer.collect(cartpole, "CartPole-v1", n_states=30, seed=seed, n_envs=2)
-        for seed in (3, 3, 4)
+        RetentionBuffer.collect(cartpole, "CartPole-v1", n_states=30, seed=seed, n_envs=2) for seed in (3, 3, 4)
     )
     assert one.digest() == two.digest()
     assert_same(replace(one, provenance={}), replace(two, provenance={}))
@@ -293,9 +284,7 @@ def test_the_models_own_env_can_be_used_between_two_learns():
     RetentionBuffer.collect(model, n_states=10)
     model.learn(8, reset_num_timesteps=False)
     assert model.num_timesteps == 16
-    assert model.rollout_buffer.episode_starts[
-        0
-    ].all()  # the env has moved on, so SB3 has to begin an episode
+    assert model.rollout_buffer.episode_starts[0].all()  # the env has moved on, so SB3 has to begin an episode
 
 
 # ------------------------------------------------------------------------------------------- normalisation
@@ -320,13 +309,9 @@ def test_vecnormalize_is_left_as_it_was(normalized, training):
     env.training = training
     flags = ("training", "norm_obs", "norm_reward")
     before = [getattr(env, flag) for flag in flags]
-    moments = [
-        np.copy(getattr(rms, name)) for rms in (env.obs_rms, env.ret_rms) for name in ("mean", "var", "count")
-    ]
+    moments = [np.copy(getattr(rms, name)) for rms in (env.obs_rms, env.ret_rms) for name in ("mean", "var", "count")]
     RetentionBuffer.collect(model, env, n_states=20, select="advantage")
-    after = [
-        np.copy(getattr(rms, name)) for rms in (env.obs_rms, env.ret_rms) for name in ("mean", "var", "count")
-    ]
+    after = [np.copy(getattr(rms, name)) for rms in (env.obs_rms, env.ret_rms) for name in ("mean", "var", "count")]
     np.testing.assert_equal(after, moments)
     assert [getattr(env, flag) for flag in flags] == before
 
@@ -387,9 +372,7 @@ def test_images_stay_bytes_in_the_policys_channel_order():
 def test_dict_observations(tmp_path):
     space = spaces.Dict({"pixels": IMAGE, "joints": VECTOR, "mode": spaces.Discrete(3)})
     env = VecNormalize(fake_vec(space), norm_obs_keys=["joints"])
-    model = PPO(
-        "MultiInputPolicy", env, policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}}, **TINY
-    )
+    model = PPO("MultiInputPolicy", env, policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 8}}, **TINY)
     env.reset()
     buffer = RetentionBuffer.collect(model, env, n_states=12)
     raw = buffer.observations
@@ -432,15 +415,11 @@ def rolled_out(model, env, n_transitions=60):
 def sb3_advantages(model, rollout, scale):
     """Advantages as SB3's own RolloutBuffer computes them, fed as `collect_rollouts` feeds it."""
     n_steps, n_envs = rollout.rewards.shape
-    stock = RolloutBuffer(
-        n_steps, VECTOR, TWO, "cpu", gae_lambda=model.gae_lambda, gamma=model.gamma, n_envs=n_envs
-    )
+    stock = RolloutBuffer(n_steps, VECTOR, TWO, "cpu", gae_lambda=model.gae_lambda, gamma=model.gamma, n_envs=n_envs)
     rewards = rollout.rewards * scale
     with torch.no_grad():
         for (step, index), final in zip(rollout.truncations, rollout.truncation_observations, strict=True):
-            rewards[step, index] += (
-                model.gamma * model.policy.predict_values(torch.as_tensor(final)[None]).item()
-            )
+            rewards[step, index] += model.gamma * model.policy.predict_values(torch.as_tensor(final)[None]).item()
         starts = np.ones(n_envs, dtype=bool)
         for step in range(n_steps):
             values = model.policy.predict_values(torch.as_tensor(rollout.observations[step]))
@@ -486,20 +465,14 @@ def test_rewards_are_scaled_by_the_frozen_statistics(normalized):
     assert buffer.provenance["reward_scale"] == pytest.approx(expected, rel=1e-12)
     env.norm_reward = False  # whether the critic was trained with it can no longer be told, so it is fitted
     model.policy.value_net.weight.data.zero_()
-    model.policy.value_net.bias.data.fill_(
-        -3.0
-    )  # it expects V(s) - gamma V(s') = -3 (1 - 0.9) of every reward
+    model.policy.value_net.bias.data.fill_(-3.0)  # it expects V(s) - gamma V(s') = -3 (1 - 0.9) of every reward
     fitted = RetentionBuffer.collect(model, env, n_states=20, select="advantage")
     with raw_observations(env):
         rewards = roll_out(model.policy, "gaussian", env, 80, 0, fitted.normalizer).rewards
-    assert fitted.provenance["reward_scale"] == pytest.approx(
-        -0.3 * rewards.sum() / (rewards**2).sum(), rel=1e-4
-    )
+    assert fitted.provenance["reward_scale"] == pytest.approx(-0.3 * rewards.sum() / (rewards**2).sum(), rel=1e-4)
     told = RetentionBuffer.collect(model, env, n_states=20, select="advantage", reward_scale=0.5)
     assert told.provenance["reward_scale"] == 0.5
-    raw = RetentionBuffer.collect(
-        model_on("Pendulum-v1"), "Pendulum-v1", n_states=20, select="advantage", n_envs=1
-    )
+    raw = RetentionBuffer.collect(model_on("Pendulum-v1"), "Pendulum-v1", n_states=20, select="advantage", n_envs=1)
     assert raw.provenance["reward_scale"] == 1.0
 
 
@@ -778,9 +751,7 @@ def test_spaces_are_alike_when_the_policy_reads_them_alike():
     box = describe_space(spaces.Box(-1, 1, (3,), np.float32))
     assert same_observations(box, describe_space(spaces.Box(-np.inf, np.inf, (3,), np.float64)))
     assert not same_observations(box, describe_space(spaces.Box(-1, 1, (4,), np.float32)))
-    assert not same_observations(
-        describe_space(IMAGE), describe_space(spaces.Box(0, 1, IMAGE.shape, np.float32))
-    )
+    assert not same_observations(describe_space(IMAGE), describe_space(spaces.Box(0, 1, IMAGE.shape, np.float32)))
     assert not same_observations(describe_space(spaces.Discrete(2)), describe_space(spaces.Discrete(3)))
     nested = [describe_space(spaces.Dict({"a": spaces.Discrete(n)})) for n in (2, 2, 3)]
     assert same_observations(nested[0], nested[1]) and not same_observations(nested[0], nested[2])

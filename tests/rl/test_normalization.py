@@ -66,35 +66,27 @@ def same(first, second):
 
 
 def normalizer(**changes):
-    return ObservationNormalizer(
-        **{"mean": np.array([1.0, -2.0, 0.5]), "var": np.array([0.0, 4.0, 1e-3]), **changes}
-    )
+    return ObservationNormalizer(**{"mean": np.array([1.0, -2.0, 0.5]), "var": np.array([0.0, 4.0, 1e-3]), **changes})
 
 
 arrays = hnp.arrays(np.float64, (3,), elements=st.floats(-1e6, 1e6))
 
 
-@given(
-    arrays, arrays, st.floats(1e-12, 1.0), st.floats(0.1, 100), st.sampled_from(["f4", "f8", "i8"]), st.data()
-)
+@given(arrays, arrays, st.floats(1e-12, 1.0), st.floats(0.1, 100), st.sampled_from(["f4", "f8", "i8"]), st.data())
 @settings(max_examples=150, deadline=None)
 def test_normalises_as_stock_to_the_last_bit(mean, root, epsilon, clip_obs, dtype, data):
     stock = VecNormalize(vec_env(), training=False, epsilon=epsilon, clip_obs=clip_obs)
     stock.obs_rms.mean, stock.obs_rms.var = mean, np.square(root)
     ours = ObservationNormalizer.from_vec_normalize(stock)
     shape = data.draw(st.sampled_from([(3,), (1, 3), (4, 2, 3)]))
-    elements = (
-        st.integers(-(10**6), 10**6) if dtype == "i8" else st.floats(-1e6, 1e6, width=int(dtype[1]) * 8)
-    )
+    elements = st.integers(-(10**6), 10**6) if dtype == "i8" else st.floats(-1e6, 1e6, width=int(dtype[1]) * 8)
     obs = data.draw(hnp.arrays(dtype, shape, elements=elements))
     before = obs.copy()
     assert same(ours.normalize(obs), stock.normalize_obs(obs))
     assert np.array_equal(obs, before)
 
 
-@pytest.mark.parametrize(
-    "options", [{"norm_obs_keys": ["a"]}, {"norm_obs_keys": ["z", "a"], "clip_obs": 0.5}]
-)
+@pytest.mark.parametrize("options", [{"norm_obs_keys": ["a"]}, {"norm_obs_keys": ["z", "a"], "clip_obs": 0.5}])
 def test_dict_observations_normalise_as_stock(options):
     env = trained(DICT, **options)
     ours = ObservationNormalizer.from_vec_normalize(env)
@@ -323,8 +315,7 @@ def test_reward_state_restores_a_run_exactly(tmp_path):
         second.set_reward_state(dict(state))
     for _ in range(5):
         assert all(
-            same(a, b)
-            for a, b in zip(*(env.step(np.zeros(2, dtype=int))[:2] for env in (first, second)), strict=True)
+            same(a, b) for a, b in zip(*(env.step(np.zeros(2, dtype=int))[:2] for env in (first, second)), strict=True)
         )
     assert same(first.reward_state(), second.reward_state())
     with pytest.raises(NsrlError, match="returns"):
@@ -348,9 +339,7 @@ def test_wrong_environment_is_refused():
 
 @pytest.mark.parametrize("space", [ROWS, DICT])
 def test_stock_code_plays_with_the_saved_statistics(space, tmp_path):
-    ours = ObservationNormalizer.from_vec_normalize(
-        trained(space, norm_obs_keys=["a"] if space is DICT else None)
-    )
+    ours = ObservationNormalizer.from_vec_normalize(trained(space, norm_obs_keys=["a"] if space is DICT else None))
     env = RetainingVecNormalize(vec_env(space), ours)
     run(env)
     env.save_stock(tmp_path / "vecnormalize.pkl")

@@ -22,7 +22,9 @@ from tests.rl.builders import NEW, OLD, SMALL, SpikyReward, cached_buffer
 STEPS = 512
 
 
-def finetuned(kind: str = "discrete", *, seed: int = 0, steps: int = STEPS, wrapper: type | None = None, **options: object):
+def finetuned(
+    kind: str = "discrete", *, seed: int = 0, steps: int = STEPS, wrapper: type | None = None, **options: object
+):
     agent, buffer = cached_buffer(kind)
     envs = make_vec_env(NEW[kind], 2, seed=seed, wrapper_class=wrapper)
     model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, seed=seed, **{**SMALL, **options})
@@ -126,7 +128,9 @@ def test_exported_zip_is_stock_and_acts_identically(tmp_path: Path) -> None:
     stock = PPO.load(model.export(tmp_path / "agent"), device="cpu")
     assert type(stock) is PPO
     observations = np.asarray(buffer.observations)
-    assert np.array_equal(stock.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0])
+    assert np.array_equal(
+        stock.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
     assert torch.equal(policy_outputs(stock.policy, buffer.inputs()), policy_outputs(model.policy, buffer.inputs()))
 
 

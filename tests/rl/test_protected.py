@@ -32,7 +32,9 @@ def test_a_protected_model_stays_within_the_budget(algorithm: type, kind: str, t
     model.save(tmp_path / "agent.zip")
     stock = algorithm.load(tmp_path / "agent.zip", device="cpu")
     observations = np.asarray(buffer.observations)
-    assert np.array_equal(stock.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0])
+    assert np.array_equal(
+        stock.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
 
 
 def test_what_cannot_be_protected_is_refused_in_a_sentence() -> None:

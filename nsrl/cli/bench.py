@@ -79,11 +79,14 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
             run_jobs(jobs, on_status=line.show)
         config = next(config for config in suite.methods.values() if config.method == "null_space")
         print(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
-        results[name] = measure_overhead(config, jobs[0].folder, steps=steps,
-                                         on_run=lambda method, seconds: print(f"  {method:<10} {seconds:7.1f} s"))  # fmt: skip
+        results[name] = measure_overhead(config, jobs[0].folder, steps=steps, on_run=_print_run)
         print(f"  ratio of medians {results[name]['ratio']:.3f}")
         results[name]["memory"] = measure_memory(configs / f"{name}.yaml", jobs[0].folder, 20_000)
         print(f"  constraint's peak memory {results[name]['memory']['constraint_mb']:.1f} MB")
     write_json(reference / "overhead.json", results)
     print(f"results  {reference / 'overhead.json'}")
     return 0
+
+
+def _print_run(method: str, seconds: float) -> None:
+    print(f"  {method:<10} {seconds:7.1f} s", flush=True)

@@ -40,13 +40,14 @@ class FlatParameters:
                           for p in self.parameters])  # fmt: skip
 
     @torch.no_grad()
-    def add_gradient(self, vector: Tensor) -> None:
-        """Add a flat vector to the gradients."""
-        for p, piece in zip(self.parameters, self._split(vector), strict=True):
+    def add_gradients(self, pieces: Sequence[Tensor], factor: float = 1.0) -> None:
+        """Add factor times one tensor a parameter to the gradients."""
+        gradients = []
+        for p in self.parameters:
             if p.grad is None:
-                p.grad = piece.clone()
-            else:
-                p.grad.add_(piece)
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        torch._foreach_add_(gradients, list(pieces), alpha=factor)
 
     @torch.no_grad()
     def set_gradient(self, vector: Tensor) -> None:

@@ -55,8 +55,8 @@ class KLPenalty(Monitor):
             super()._before_step()
             return
         start = perf_counter()
-        _, gradient = self.constraint.gradient(self.minibatches.draw(self.config.batch_states))
-        self.constraint.parameters.add_gradient(self.coefficient * gradient)
+        _, pull = self.constraint.probe(self.minibatches.draw(self.config.batch_states))
+        self.constraint.parameters.add_gradients(pull(), self.coefficient)
         self._coefficients.append(self.coefficient)
         self.seconds["lagrangian"] += perf_counter() - start
 

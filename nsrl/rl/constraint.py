@@ -6,7 +6,7 @@ Measures the KL, differentiates it, linearises it. Knows nothing of training loo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -140,6 +140,11 @@ class RetentionConstraint:
 
     def gradient(self, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some states and its gradient in the protected parameters, shape (P,)."""
+        kl, pull = self.probe(indices)
+        return kl, torch.cat([piece.flatten() for piece in pull()])
+
+    def probe(self, indices: Tensor) -> tuple[float, Callable[[], list[Tensor]]]:
+        """Mean KL of some states, and a function that goes back for its gradients, one a protected parameter."""
         metric, reference = self.metric, self.reference[indices]
         with torch.enable_grad():
             outputs = policy_outputs(self.policy, _select(self.inputs, indices))
@@ -147,13 +152,17 @@ class RetentionConstraint:
             # dKL/dz is known in closed form: the backward pass starts at the outputs, not at the KL.
             kl = float(metric.divergence(reference, outputs).mean())
             slope = metric.slope(reference, outputs) / len(indices)
-        reached = [p for p in self.parameters.parameters if p is not self._log_std]
-        pieces = [grad.flatten() for grad in torch.autograd.grad(outputs, reached, slope)]
-        if self._log_std is not None:
-            assert isinstance(metric, Gaussian)
-            spread = math.sqrt(2.0) * metric.log_std_residual(reference, outputs.detach())
-            pieces.insert(self.names.index("log_std"), spread)
-        return kl, torch.cat(pieces)
+
+        def pull() -> list[Tensor]:
+            reached = [p for p in self.parameters.parameters if p is not self._log_std]
+            pieces = list(torch.autograd.grad(outputs, reached, slope))
+            if self._log_std is not None:
+                assert isinstance(metric, Gaussian)
+                spread = math.sqrt(2.0) * metric.log_std_residual(reference, outputs.detach())
+                pieces.insert(self.names.index("log_std"), spread)
+            return pieces
+
+        return kl, pull
 
     def linearise(self, indices: Tensor) -> Linearisation:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.

@@ -210,10 +210,10 @@ class Retention:
 
     def _add_lagrangian(self) -> None:
         start = perf_counter()
-        kl, gradient = self.constraint.gradient(self.minibatches.draw(self.config.batch_states))
+        kl, pull = self.constraint.probe(self.minibatches.draw(self.config.batch_states))
         coefficient = self.multiplier.update(kl)
         if coefficient > 0.0:
-            self.constraint.parameters.add_gradient(coefficient * gradient)
+            self.constraint.parameters.add_gradients(pull(), coefficient)
         self._coefficients.append(coefficient)
         self.seconds["lagrangian"] += perf_counter() - start
 

@@ -243,8 +243,8 @@ def test_flat_parameters():
     flat.read().zero_()
     assert net[1].bias.item() == 12.0  # a copy, not a view
     assert torch.equal(flat.gradient(), torch.zeros(13).double())
-    flat.add_gradient(torch.ones(13).double())
-    flat.add_gradient(torch.ones(13).double())
+    flat.add_gradients([torch.ones_like(p) for p in flat.parameters])
+    flat.add_gradients([torch.ones_like(p) for p in flat.parameters])
     assert torch.equal(flat.gradient(), 2 * torch.ones(13).double())
     flat.set_gradient(torch.arange(13.0).double())
     assert torch.equal(net[0].bias.grad, torch.arange(6.0, 9.0).double())

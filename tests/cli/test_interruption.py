@@ -51,7 +51,8 @@ def test_a_run_survives_ctrl_c_and_kill(finetuning, tmp_path, capsys):
 
     killed = stop(["finetune", "--resume", str(folder), "--progress", "false"], folder, signal.SIGKILL, 4)
     assert killed.returncode == -signal.SIGKILL
-    reached = read_lines(folder / "history.jsonl")[-1]["timesteps"]
+    # TensorBoard reads event files in the order of the seconds in their names; a new process would take longer
+    time.sleep(1.1)
 
     assert main(["finetune", "--resume", str(folder), "--progress", "false"]) == 0
     assert not (folder / "checkpoint.zip").exists()
@@ -65,7 +66,7 @@ def test_a_run_survives_ctrl_c_and_kill(finetuning, tmp_path, capsys):
     events = EventAccumulator(str(folder / "tb"), purge_orphaned_data=True)
     events.Reload()
     steps = [event.step for event in events.Scalars("retain/kl_mean")]
-    assert steps == sorted(set(steps)) and steps[-1] == TOTAL and min(reached, TOTAL) in steps
+    assert steps == list(range(0, TOTAL + 1, ROLLOUT))
 
 
 @pytest.mark.slow

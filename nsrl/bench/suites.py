@@ -117,8 +117,10 @@ def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
         kls = [entry["kl_mean"] for entry in read_lines(job.run.history) if entry.get("kl_mean") is not None]
         row["largest_kl_mean"] = max(kls, default=None)
         row["budget"] = metrics.get("kl_budget")
-        for key in ("wall_seconds", "training_seconds", "overhead_fraction", "rollbacks"):
+        for key in ("wall_seconds", "training_seconds"):
             row[key] = metrics.get(key)
+        for key in ("overhead_fraction", "rollbacks"):
+            row[key] = metrics["retention"][key]
         rows.append(row)
     plain_returns = {
         row["seed"]: row["after/new_return"] for row in rows if suite.methods[row["method"]].method == "finetune"

@@ -175,8 +175,8 @@ class RetentionBuffer:
             if found != expected:
                 raise NsrlError(
                     f"the buffer holds the outputs of another agent (fingerprint {expected[:12]}, this one "
-                    f"has {found[:12]}); collect it again with this agent, or pass trust_agent=True to hold "
-                    "this agent to the other's behaviour"
+                    f"has {found[:12]}); collect it again with this agent, or pass trust_agent=True "
+                    "(trust_buffer in configurations) to hold this agent to the other's behaviour"
                 )
 
     def digest(self) -> str:

@@ -31,7 +31,7 @@ class RetentionConfig:
             multiplier driven by measured KL against the budget, so that Adam's moments vanish where the constrained
             optimum is; "projected" removes the protected directions from the gradient; "plain" leaves it alone.
         projection: metric in which realised displacements are projected inside the update: "none", "euclidean", or
-            "optimizer" (Adam's own; Euclidean in the first rollout, when Adam has no second moments yet). Whatever it is,
+            "optimizer" (Adam's own; Euclidean in the first rollout, when Adam has no second moments yet). In any case
             the budget is enforced after every update. With kl_budget 0, "none" counts as "euclidean" and the gradient
             "lagrangian" as "projected": the hard null space has no finite multiplier.
         project_every: project after every so many minibatches.

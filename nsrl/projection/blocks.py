@@ -1,4 +1,4 @@
-"""The pieces of a factored Jacobian: one block a layer, four operations a block.
+"""The pieces of a factored Jacobian: one block a layer, a handful of operations a block.
 
 Rows are indexed by (n, o): sample n of N, row o of R (outputs, or whitened outputs); columns are the entries of the
 flattened parameters. A block owns some columns and never materialises its part of the Jacobian unless it is dense.
@@ -12,12 +12,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nsrl.projection import products
+
+#: Start and stop of a parameter in the flat vector.
+Range = tuple[int, int]
+
 
 class Block(Protocol):
     """The columns of one layer. `rows` = (N, R)."""
 
     @property
     def rows(self) -> tuple[int, int]: ...
+
+    @property
+    def owned(self) -> tuple[Range, ...]:
+        """The parameters, by their columns, that the block has a part of."""
+        ...
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Rows times the full flat vector (P,): shape (N, R)."""
@@ -27,12 +37,24 @@ class Block(Protocol):
         """Add the transposed product with `rows` (N, R) to the flat vector `out` (P,)."""
         ...
 
-    def cross_gram(self, other: Block) -> Tensor | None:
-        """Inner products with the rows of another block, (N R, M S) in float64; None when no column is shared."""
+    def gram(self, precision: torch.dtype) -> Tensor:
+        """Inner products of the block's rows, (N R, N R)."""
+        ...
+
+    def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
+        """Inner products with the rows of another block, (N R, M S); None when no column is shared."""
         ...
 
     def dense_into(self, out: Tensor) -> None:
-        """Write the block's columns into the dense Jacobian `out` (N R, P)."""
+        """Add the block's columns to the dense Jacobian `out` (N R, P)."""
+        ...
+
+    def materialised(self, columns: Range) -> Tensor | None:
+        """The columns of one parameter, (N R, p), in the order of the parameter; None when the block has them not."""
+        ...
+
+    def column_squares_into(self, out: Tensor) -> None:
+        """Add the squared norms of the block's columns to the flat float64 vector `out` (P,)."""
         ...
 
     def scaled(self, scale: Tensor) -> Block:
@@ -58,16 +80,22 @@ class LinearBlock:
         grads: G, shape (N, R, T, d_out), derivative of the (whitened) outputs in the layer's outputs.
         weight: columns of the weight, as start and stop, or None when the weight is frozen.
         bias: columns of the bias, or None.
+        transposed: the weight is stored as (d_in, d_out), as in GPT-2's Conv1D, not as (d_out, d_in).
     """
 
     inputs: Tensor
     grads: Tensor
-    weight: tuple[int, int] | None
-    bias: tuple[int, int] | None
+    weight: Range | None
+    bias: Range | None
+    transposed: bool = False
 
     @property
     def rows(self) -> tuple[int, int]:
         return self.grads.shape[0], self.grads.shape[1]
+
+    @property
+    def owned(self) -> tuple[Range, ...]:
+        return tuple(columns for columns in (self.weight, self.bias) if columns is not None)
 
     def matvec(self, vector: Tensor) -> Tensor:
         moved = self.inputs @ self._matrix(vector).T
@@ -82,33 +110,43 @@ class LinearBlock:
         else:
             pulled = torch.einsum("no,notd->ntd", rows, self.grads)
             matrix = pulled.flatten(0, 1).T @ self.inputs.flatten(0, 1)
-        self._scatter(matrix, out)
+        for view, part in self._parts(matrix, out):
+            view.add_(part)
 
-    def cross_gram(self, other: Block) -> Tensor | None:
-        if isinstance(other, DenseBlock):
-            transposed = other.cross_gram(self)
-            return None if transposed is None else transposed.T
+    def gram(self, precision: torch.dtype) -> Tensor:
+        return products.gram(self.inputs, self.grads, precision)
+
+    def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
         if not isinstance(other, LinearBlock):
-            return None
-        if (self.weight, self.bias) != (other.weight, other.bias):
-            weight, bias = self.weight == other.weight, self.bias == other.bias
+            transposed = other.cross_gram(self, precision)
+            return None if transposed is None else transposed.T
+        weight, bias = self.weight == other.weight, self.bias == other.bias
+        if not (weight and bias):
             ours, theirs = self._restricted(weight, bias), other._restricted(weight, bias)
-            return None if ours is None or theirs is None else ours.cross_gram(theirs)
-        positions, width_in = self.inputs.shape[1:]
-        width_out = self.grads.shape[-1]
-        if positions == 1 == other.inputs.shape[1]:
-            return self._hadamard(other)
-        if positions * other.inputs.shape[1] * (width_in + width_out) < width_in * width_out:
-            return self._hadamard_positions(other)
-        return self._matrices().flatten(1).double() @ other._matrices().flatten(1).double().T
+            return None if ours is None or theirs is None else ours.cross_gram(theirs, precision)
+        if self.weight is not None and self.transposed != other.transposed:
+            return self._across_layouts(other, precision)
+        return products.cross_gram(self.inputs, self.grads, other.inputs, other.grads, precision)
 
     def dense_into(self, out: Tensor) -> None:
-        matrices = self._matrices()
-        if self.weight is not None:
-            width = self.inputs.shape[-1] - (self.bias is not None)
-            out[:, slice(*self.weight)] += matrices[:, :, :width].flatten(1)
-        if self.bias is not None:
-            out[:, slice(*self.bias)] += matrices[:, :, -1]
+        for columns in self.owned:
+            values = self.materialised(columns)
+            assert values is not None
+            out[:, slice(*columns)] += values
+
+    def materialised(self, columns: Range) -> Tensor | None:
+        if columns == self.bias:
+            return torch.einsum("notd,nt->nod", self.grads, self.inputs[..., -1]).flatten(0, 1)
+        if columns != self.weight:
+            return None
+        inputs = self.inputs if self.bias is None else self.inputs[..., :-1]
+        matrices = products.matrices(inputs, self.grads)
+        return (matrices.transpose(1, 2) if self.transposed else matrices).flatten(1)
+
+    def column_squares_into(self, out: Tensor) -> None:
+        squares = products.squares(self.inputs, self.grads)
+        for view, part in self._parts(squares, out):
+            view.add_(part)
 
     def scaled(self, scale: Tensor) -> LinearBlock:
         """Scales columns by the rank-one geometric fit of `scale` (row factor x column factor).
@@ -116,34 +154,34 @@ class LinearBlock:
         An elementwise scale would destroy the outer-product form. Any positive scale gives a valid projection, so the
         fit costs optimality in the optimizer's metric, never the constraint.
         """
-        log = self._matrix(scale).clamp_min(1e-30).log()
-        mean = log.mean()
-        row, column = (log.mean(1) - mean / 2).exp(), (log.mean(0) - mean / 2).exp()
-        return LinearBlock(self.inputs * column, self.grads * row, self.weight, self.bias)
+        row, column = self._rank_one(scale)
+        return replace(self, inputs=self.inputs * column, grads=self.grads * row)
 
     def fitted_scale(self, scale: Tensor, out: Tensor) -> None:
-        log = self._matrix(scale).clamp_min(1e-30).log()
-        mean = log.mean()
-        fit = torch.outer((log.mean(1) - mean / 2).exp(), (log.mean(0) - mean / 2).exp())
-        self._assign(fit, out)
+        for view, part in self._parts(torch.outer(*self._rank_one(scale)), out):
+            view.copy_(part)
 
     def multiplied(self, factor: float) -> LinearBlock:
         return replace(self, grads=self.grads * factor)
 
-    def _hadamard(self, other: LinearBlock) -> Tensor:
-        (n, r), (m, s) = self.rows, other.rows
-        samples = self.inputs[:, 0].double() @ other.inputs[:, 0].double().T
-        gram = self.grads[:, :, 0].flatten(0, 1).double() @ other.grads[:, :, 0].flatten(0, 1).double().T
-        gram.view(n, r, m, s).mul_(samples.view(n, 1, m, 1))
-        return gram
+    def _rank_one(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        log = self._matrix(scale).clamp_min(1e-30).log()
+        mean = log.mean()
+        return (log.mean(1) - mean / 2).exp(), (log.mean(0) - mean / 2).exp()
 
-    def _hadamard_positions(self, other: LinearBlock) -> Tensor:
-        (n, r), (m, s) = self.rows, other.rows
-        t, u = self.inputs.shape[1], other.inputs.shape[1]
-        samples = self.inputs.flatten(0, 1).double() @ other.inputs.flatten(0, 1).double().T
-        gram = self.grads.flatten(0, 2).double() @ other.grads.flatten(0, 2).double().T
-        product = gram.view(n, r, t, m, s, u) * samples.view(n, 1, t, m, 1, u)
-        return product.sum((2, 5)).reshape(n * r, m * s)
+    def _across_layouts(self, other: LinearBlock, precision: torch.dtype) -> Tensor:
+        """A weight used as it is by one layer and transposed by another."""
+        assert self.weight is not None
+        ours, theirs = self.materialised(self.weight), other.materialised(self.weight)
+        assert ours is not None and theirs is not None
+        gram = ours.to(precision) @ theirs.to(precision).T
+        if self.bias is not None:
+            beside, other_beside = self._restricted(False, True), other._restricted(False, True)
+            assert beside is not None and other_beside is not None
+            part = beside.cross_gram(other_beside, precision)
+            assert part is not None
+            gram += part
+        return gram
 
     def _restricted(self, weight: bool, bias: bool) -> LinearBlock | None:
         """The block of only those of its columns; None when none is left."""
@@ -152,40 +190,34 @@ class LinearBlock:
             return None
         width = self.inputs.shape[-1] - (self.bias is not None)
         inputs = self.inputs if weight and bias else self.inputs[..., :width] if weight else self.inputs[..., -1:]
-        return LinearBlock(inputs, self.grads, self.weight if weight else None, self.bias if bias else None)
-
-    def _matrices(self) -> Tensor:
-        """The block's rows as matrices, shape (N R, d_out, d_in)."""
-        return torch.einsum("notd,nti->nodi", self.grads, self.inputs).flatten(0, 1)
+        return replace(self, inputs=inputs, weight=self.weight if weight else None, bias=self.bias if bias else None)
 
     def _matrix(self, vector: Tensor) -> Tensor:
         """The layer's part of a flat vector as a (d_out, d_in) matrix, bias in the last column."""
         width_out = self.grads.shape[-1]
         parts = []
         if self.weight is not None:
-            parts.append(vector[slice(*self.weight)].view(width_out, -1))
+            flat = vector[slice(*self.weight)]
+            parts.append(flat.view(-1, width_out).T if self.transposed else flat.view(width_out, -1))
         if self.bias is not None:
             parts.append(vector[slice(*self.bias)].view(width_out, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _scatter(self, matrix: Tensor, out: Tensor) -> None:
+    def _parts(self, matrix: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (view of the flat vector `out`, part of a (d_out, d_in) matrix that belongs there)."""
+        width = matrix.shape[1] - (self.bias is not None)
+        pairs = []
         if self.weight is not None:
-            width = matrix.shape[1] - (self.bias is not None)
-            out[slice(*self.weight)].view(-1, width).add_(matrix[:, :width])
+            stored = matrix[:, :width].T if self.transposed else matrix[:, :width]
+            pairs.append((out[slice(*self.weight)].view(stored.shape), stored))
         if self.bias is not None:
-            out[slice(*self.bias)].add_(matrix[:, -1])
-
-    def _assign(self, matrix: Tensor, out: Tensor) -> None:
-        if self.weight is not None:
-            width = matrix.shape[1] - (self.bias is not None)
-            out[slice(*self.weight)].view(-1, width).copy_(matrix[:, :width])
-        if self.bias is not None:
-            out[slice(*self.bias)].copy_(matrix[:, -1])
+            pairs.append((out[slice(*self.bias)], matrix[:, -1]))
+        return pairs
 
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """Materialised columns: norm scales, embeddings, free parameters, modules without a factored form.
+    """Materialised columns: norm scales, free parameters, modules without a factored form.
 
     Attributes:
         values: shape (N, R, p).
@@ -193,11 +225,15 @@ class DenseBlock:
     """
 
     values: Tensor
-    columns: tuple[int, int]
+    columns: Range
 
     @property
     def rows(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def owned(self) -> tuple[Range, ...]:
+        return (self.columns,)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.values @ vector[slice(*self.columns)]
@@ -205,36 +241,27 @@ class DenseBlock:
     def rmatvec_into(self, rows: Tensor, out: Tensor) -> None:
         out[slice(*self.columns)].add_(rows.flatten() @ self.values.flatten(0, 1))
 
-    def cross_gram(self, other: Block) -> Tensor | None:
-        if isinstance(other, DenseBlock):
-            if self.columns != other.columns:
-                return None
-            return self.values.flatten(0, 1).double() @ other.values.flatten(0, 1).double().T
-        if isinstance(other, LinearBlock):
-            return self._against_linear(other)
-        return None
+    def gram(self, precision: torch.dtype) -> Tensor:
+        return products.row_gram(self.values.flatten(0, 1), precision)
+
+    def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
+        theirs = other.materialised(self.columns)
+        return None if theirs is None else self.values.flatten(0, 1).to(precision) @ theirs.to(precision).T
 
     def dense_into(self, out: Tensor) -> None:
         out[:, slice(*self.columns)] += self.values.flatten(0, 1)
 
+    def materialised(self, columns: Range) -> Tensor | None:
+        return self.values.flatten(0, 1) if columns == self.columns else None
+
+    def column_squares_into(self, out: Tensor) -> None:
+        out[slice(*self.columns)] += self.values.flatten(0, 1).double().square().sum(0)
+
     def scaled(self, scale: Tensor) -> DenseBlock:
-        return DenseBlock(self.values * scale[slice(*self.columns)], self.columns)
+        return replace(self, values=self.values * scale[slice(*self.columns)])
 
     def fitted_scale(self, scale: Tensor, out: Tensor) -> None:
         out[slice(*self.columns)] = scale[slice(*self.columns)]
 
     def multiplied(self, factor: float) -> DenseBlock:
         return replace(self, values=self.values * factor)
-
-    def _against_linear(self, other: LinearBlock) -> Tensor | None:
-        # Happens only when one of two Jacobians had to fall back to dense columns for a layer.
-        owned = [columns for columns in (other.weight, other.bias) if columns is not None]
-        if self.columns not in owned:
-            return None
-        matrices = other._matrices()
-        if self.columns == other.bias:
-            columns = matrices[:, :, -1]
-        else:
-            width = other.inputs.shape[-1] - (other.bias is not None)
-            columns = matrices[:, :, :width].flatten(1)
-        return self.values.flatten(0, 1).double() @ columns.double().T

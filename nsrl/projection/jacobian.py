@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nsrl.projection.blocks import Block
-from nsrl.projection.capture import Forward, JacobianError, capture_blocks, refuse_sample_mixing
+from nsrl.projection.blocks import Block, Range
+from nsrl.projection.capture import JacobianError, capture_blocks, refuse_sample_mixing
+from nsrl.projection.fallback import Forward
 
 
 class Jacobian(Protocol):
@@ -46,6 +48,7 @@ class FactoredJacobian:
     """
 
     recomputed: tuple[str, ...] = ()
+    SWEEPS = 20
 
     def __init__(self, blocks: Sequence[Block], shape: tuple[int, int], rows: int, names: tuple[str, ...],
                  outputs: Tensor):  # fmt: skip
@@ -73,22 +76,54 @@ class FactoredJacobian:
             block.rmatvec_into(per_sample, out)
         return out
 
-    def gram(self) -> Tensor:
-        """K = J J^T, shape (k, k), float64: float32 factors, float64 products."""
-        gram = self.cross_gram(self)
-        return (gram + gram.T) / 2
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """J V for V of shape (P, c): shape (k, c)."""
+        return torch.stack([self.matvec(vector) for vector in vectors.T], 1)
 
-    def cross_gram(self, other: FactoredJacobian) -> Tensor:
-        """J J'^T against another batch of the same module, shape (k, k'), float64."""
+    def rmatmat(self, rows: Tensor) -> Tensor:
+        """J^T U for U of shape (k, c): shape (P, c)."""
+        return torch.stack([self.rmatvec(column) for column in rows.T], 1)
+
+    def gram(self, precision: torch.dtype = torch.float64) -> Tensor:
+        """K = J J^T, shape (k, k), symmetric to the last bit.
+
+        Args:
+            precision: of the products. In float64, the default, K carries the condition number of float32 factors; in
+                float32 it costs half, and eigenvalues below 1e-7 of the largest are noise (enough to look at a kernel,
+                not to project).
+        """
+        gram = self.outputs.new_zeros(self.shape[0], self.shape[0], dtype=precision)
+        for index, block in enumerate(self.blocks):
+            gram += block.gram(precision)
+            for partner in self.blocks[:index]:
+                product = block.cross_gram(partner, precision)
+                if product is not None:
+                    gram += product + product.T
+        return gram
+
+    def cross_gram(self, other: FactoredJacobian, precision: torch.dtype = torch.float64) -> Tensor:
+        """J J'^T against another batch of the same module, shape (k, k')."""
         if self.names != other.names or self.shape[1] != other.shape[1]:
             raise JacobianError("cross_gram needs two Jacobians over the same parameters")
-        gram = self.outputs.new_zeros(self.shape[0], other.shape[0], dtype=torch.float64)
+        gram = self.outputs.new_zeros(self.shape[0], other.shape[0], dtype=precision)
         for block in self.blocks:
             for partner in other.blocks:
-                product = block.cross_gram(partner)
+                product = block.cross_gram(partner, precision)
                 if product is not None:
                     gram += product
         return gram
+
+    def column_squares(self) -> Tensor:
+        """Diagonal of J^T J, shape (P,), float64: squared norms of the columns."""
+        out = self.outputs.new_zeros(self.shape[1], dtype=torch.float64)
+        for block in self.blocks:
+            block.column_squares_into(out)
+        for columns in self._tied():
+            # Tied parameters: the parts add up before they are squared.
+            parts = [block.materialised(columns) for block in self.blocks]
+            total = torch.stack([part for part in parts if part is not None]).double().sum(0)
+            out[slice(*columns)] = total.square().sum(0)
+        return out
 
     def dense(self) -> Tensor:
         """The materialised Jacobian, shape (k, P). For tests and small models."""
@@ -103,15 +138,25 @@ class FactoredJacobian:
         Linear layers take the rank-one (row x column) geometric fit of `scale`; dense blocks take it exactly.
         """
         fitted = scale.to(self.outputs).clone()
-        for block in self.blocks:
-            block.fitted_scale(scale.to(self.outputs), fitted)
-        blocks = [block.scaled(scale.to(self.outputs)) for block in self.blocks]
+        # Layers that share a tied weight must agree on its scale: each refits what the other fitted (a contraction).
+        for _ in range(self.SWEEPS if self._tied() else 1):
+            before = fitted.clone()
+            for block in self.blocks:
+                block.fitted_scale(fitted.clone(), fitted)
+            if torch.equal(before, fitted):
+                break
+        blocks = [block.scaled(fitted) for block in self.blocks]
         return FactoredJacobian(blocks, self.shape, self._rows, self.names, self.outputs), fitted
 
     def nbytes(self) -> int:
         """Memory held by the factors, in bytes."""
         tensors = [t for block in self.blocks for t in vars(block).values() if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _tied(self) -> list[Range]:
+        """Columns that more than one block has a part of."""
+        owners = Counter(columns for block in self.blocks for columns in block.owned)
+        return [columns for columns, count in owners.items() if count > 1]
 
     def _check(self, vector: Tensor, length: int, what: str) -> None:
         if vector.shape != (length,):
@@ -222,7 +267,7 @@ def jacobian(
     return result
 
 
-def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[str, Range], tuple[str, ...]]:
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     wanted = set(trainable) if parameters is None else set(parameters)
     unknown = wanted - set(trainable)
@@ -246,7 +291,7 @@ def _refuse_randomness(module: nn.Module, inputs: Any, forward: Forward, outputs
 
 
 def _mismatches(
-    module: nn.Module, result: FactoredJacobian, outputs: Tensor, seeds: Tensor, columns: dict[str, tuple[int, int]]
+    module: nn.Module, result: FactoredJacobian, outputs: Tensor, seeds: Tensor, columns: dict[str, Range]
 ) -> list[str]:
     """Parameters whose part of J^T u differs from autograd's for a fixed pseudo-random u."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from torch import nn
 
 from nsrl.projection import FactoredJacobian, JacobianError, StackedJacobian, jacobian
 from nsrl.projection.blocks import DenseBlock, LinearBlock
+from nsrl.projection.embedding import EmbeddingBlock
 from tests.projection.architectures import ARCHITECTURES, Architecture, vectors
 from tests.projection.builders import Net, jacrev_matrix, matrix_jacobian, mlp, normal
 
@@ -106,7 +107,7 @@ def test_kinds_of_blocks(architecture: Architecture):
     result, _ = solve(architecture)
     dense = [block for block in result.blocks if isinstance(block, DenseBlock)]
     assert len(dense) <= architecture.dense
-    assert all(isinstance(block, (DenseBlock, LinearBlock)) for block in result.blocks)
+    assert all(isinstance(block, (DenseBlock, LinearBlock, EmbeddingBlock)) for block in result.blocks)
 
 
 @every_architecture

@@ -44,11 +44,11 @@ class Projections:
                                        average_attn_weights, is_causal)  # fmt: skip
         if not layer.batch_first:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        projected = [tensor.transpose(0, 1) for tensor in self._project(query, key, value)]
+        queries, keys, values = (tensor.transpose(0, 1) for tensor in self._project(query, key, value))
         # Identity weights leave torch nothing to project: heads, masks and softmax stay its own.
-        eye = torch.eye(layer.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
+        eye = torch.eye(layer.embed_dim, dtype=queries.dtype, device=queries.device)
         attended, weights = F.multi_head_attention_forward(
-            *projected, layer.embed_dim, layer.num_heads, None, None, layer.bias_k, layer.bias_v,  # type: ignore[arg-type]
+            queries, keys, values, layer.embed_dim, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
             layer.add_zero_attn, layer.dropout, eye, None, training=layer.training, key_padding_mask=key_padding_mask,
             need_weights=need_weights, attn_mask=attn_mask, use_separate_proj_weight=True, q_proj_weight=eye,
             k_proj_weight=eye, v_proj_weight=eye, average_attn_weights=average_attn_weights, is_causal=is_causal,
@@ -71,9 +71,7 @@ class Projections:
         matrix, shift = _parameter(self.layer, weight), _parameter(self.layer, bias)
         assert matrix is not None
         whole = matrix.shape[0] == stop - start
-        output = F.linear(
-            inputs, matrix if whole else matrix[start:stop], None if shift is None else shift[start:stop]
-        )
+        output = F.linear(inputs, matrix if whole else matrix[start:stop], None if shift is None else shift[start:stop])
         columns = {}
         if weight in self.columns:
             first, width = self.columns[weight][0], matrix.shape[1]

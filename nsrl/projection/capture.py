@@ -21,6 +21,9 @@ from nsrl.projection.blocks import Block, Range
 from nsrl.projection.fallback import Forward, free_blocks, row_by_row
 from nsrl.projection.layers import Site, Usage, find_builder, shares_columns
 
+#: Precisions in which a Jacobian means something.
+EXACT = (torch.float32, torch.float64)
+
 
 class JacobianError(RuntimeError):
     """The module has no well-defined per-sample Jacobian, or its factors could not be captured."""
@@ -83,6 +86,7 @@ def capture_blocks(
     samples = outputs.shape[0]
     for site in sites:
         _refuse_overwritten(site)
+        _refuse_reduced(site)
         site.usages = [u for u in site.usages if u.output.requires_grad and u.output.shape[0] == samples]
     if seed is None:
         seeds = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device).expand(samples, -1, -1)
@@ -119,6 +123,11 @@ def _check_outputs(outputs: Any) -> None:
         raise JacobianError(
             f"there are no samples or no outputs to linearise: the outputs have shape {tuple(outputs.shape)}"
         )
+    if outputs.dtype not in EXACT:
+        raise JacobianError(
+            f"the outputs are {outputs.dtype}, whose Jacobian would be rounded to three digits; linearise a float32 "
+            "copy of the module: copy.deepcopy(module).float()"
+        )
     if not outputs.requires_grad:
         raise JacobianError("the outputs do not depend on any trainable parameter, or were computed without gradients")
     if not bool(torch.isfinite(outputs).all()):
@@ -134,6 +143,15 @@ def _reached(module: nn.Module, outputs: Tensor, names: list[str]) -> list[str]:
         outputs.sum(), [parameters[name] for name in names], retain_graph=True, allow_unused=True
     )
     return [name for name, grad in zip(names, grads, strict=True) if grad is not None]
+
+
+def _refuse_reduced(site: Site) -> None:
+    for usage in site.usages:
+        if usage.output.dtype not in EXACT:
+            raise JacobianError(
+                f"a {type(site.layer).__name__} computes in {usage.output.dtype}, whose Jacobian would be rounded to "
+                "three digits; linearise a float32 copy of the module, without an autocast of its own"
+            )
 
 
 def _refuse_overwritten(site: Site) -> None:

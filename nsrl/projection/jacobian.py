@@ -1,209 +1,23 @@
-"""The factored Jacobian: the one data structure that projection, NTK analysis and editing are written on.
-
-`J` has one row per sample and output (sample-major, n * R + o) and one column per trainable parameter entry (in
-`named_parameters()` order). It is never materialised: a linear layer keeps its inputs A and output gradients G, and
-
-    matvec   (J v)[n,o]  = sum_t <G[n,o,t], V A[n,t]>
-    rmatvec  J^T u       = sum_{n,o,t} u[n,o] G[n,o,t] A[n,t]^T
-    gram     K[no,mp]    = sum_{t,t'} <A[n,t],A[m,t']> <G[n,o,t],G[m,p,t']>      (the empirical neural tangent kernel)
-"""
+"""Linearising a module at a batch: capture the factors, and check them against autograd before they are trusted."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsrl.projection.blocks import Block, Range
+from nsrl.projection.blocks import Range
 from nsrl.projection.capture import JacobianError, capture_blocks, refuse_sample_mixing
+from nsrl.projection.factored import FactoredJacobian, Jacobian, StackedJacobian
 from nsrl.projection.fallback import Forward
+from nsrl.projection.precision import full_precision
+
+__all__ = ["FactoredJacobian", "Jacobian", "StackedJacobian", "jacobian"]
 
 
-class Jacobian(Protocol):
-    """What the solvers need: a shape and four products."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def matvec(self, vector: Tensor) -> Tensor: ...
-
-    def rmatvec(self, rows: Tensor) -> Tensor: ...
-
-    def gram(self) -> Tensor: ...
-
-    def scaled(self, scale: Tensor) -> tuple[Jacobian, Tensor]: ...
-
-
-class FactoredJacobian:
-    """Output Jacobian of a module at one batch, kept as per-layer factors.
-
-    Attributes:
-        shape: (k, P) with k = samples * rows per sample.
-        names: the parameters that own the columns, in order.
-        outputs: the module's outputs at the linearisation point, (N, O), detached.
-        recomputed: parameters whose factors disagreed with autograd and were recomputed densely.
-    """
-
-    recomputed: tuple[str, ...] = ()
-    SWEEPS = 20
-
-    def __init__(self, blocks: Sequence[Block], shape: tuple[int, int], rows: int, names: tuple[str, ...],
-                 outputs: Tensor):  # fmt: skip
-        self.blocks = tuple(blocks)
-        self.shape = shape
-        self.names = names
-        self.outputs = outputs
-        self._rows = rows
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """J v for v of shape (P,): shape (k,)."""
-        self._check(vector, self.shape[1], "vector")
-        vector = vector.to(self.outputs)
-        total = self.outputs.new_zeros(self.shape[0] // self._rows, self._rows)
-        for block in self.blocks:
-            total += block.matvec(vector)
-        return total.flatten()
-
-    def rmatvec(self, rows: Tensor) -> Tensor:
-        """J^T u for u of shape (k,): shape (P,)."""
-        self._check(rows, self.shape[0], "rows")
-        out = self.outputs.new_zeros(self.shape[1])
-        per_sample = rows.to(self.outputs).view(-1, self._rows)
-        for block in self.blocks:
-            block.rmatvec_into(per_sample, out)
-        return out
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """J V for V of shape (P, c): shape (k, c)."""
-        return torch.stack([self.matvec(vector) for vector in vectors.T], 1)
-
-    def rmatmat(self, rows: Tensor) -> Tensor:
-        """J^T U for U of shape (k, c): shape (P, c)."""
-        return torch.stack([self.rmatvec(column) for column in rows.T], 1)
-
-    def gram(self, precision: torch.dtype = torch.float64) -> Tensor:
-        """K = J J^T, shape (k, k), symmetric to the last bit.
-
-        Args:
-            precision: of the products. In float64, the default, K carries the condition number of float32 factors; in
-                float32 it costs half, and eigenvalues below 1e-7 of the largest are noise (enough to look at a kernel,
-                not to project).
-        """
-        gram = self.outputs.new_zeros(self.shape[0], self.shape[0], dtype=precision)
-        for index, block in enumerate(self.blocks):
-            gram += block.gram(precision)
-            for partner in self.blocks[:index]:
-                product = block.cross_gram(partner, precision)
-                if product is not None:
-                    gram += product + product.T
-        return gram
-
-    def cross_gram(self, other: FactoredJacobian, precision: torch.dtype = torch.float64) -> Tensor:
-        """J J'^T against another batch of the same module, shape (k, k')."""
-        if self.names != other.names or self.shape[1] != other.shape[1]:
-            raise JacobianError("cross_gram needs two Jacobians over the same parameters")
-        gram = self.outputs.new_zeros(self.shape[0], other.shape[0], dtype=precision)
-        for block in self.blocks:
-            for partner in other.blocks:
-                product = block.cross_gram(partner, precision)
-                if product is not None:
-                    gram += product
-        return gram
-
-    def column_squares(self) -> Tensor:
-        """Diagonal of J^T J, shape (P,), float64: squared norms of the columns."""
-        out = self.outputs.new_zeros(self.shape[1], dtype=torch.float64)
-        for block in self.blocks:
-            block.column_squares_into(out)
-        for columns in self._tied():
-            # Tied parameters: the parts add up before they are squared.
-            parts = [block.materialised(columns) for block in self.blocks]
-            total = torch.stack([part for part in parts if part is not None]).double().sum(0)
-            out[slice(*columns)] = total.square().sum(0)
-        return out
-
-    def dense(self) -> Tensor:
-        """The materialised Jacobian, shape (k, P). For tests and small models."""
-        out = self.outputs.new_zeros(self.shape)
-        for block in self.blocks:
-            block.dense_into(out)
-        return out
-
-    def scaled(self, scale: Tensor) -> tuple[FactoredJacobian, Tensor]:
-        """J diag(s) with s the closest scale that keeps the factored form, and s itself, shape (P,).
-
-        Linear layers take the rank-one (row x column) geometric fit of `scale`; dense blocks take it exactly.
-        """
-        fitted = scale.to(self.outputs).clone()
-        # Layers that share a tied weight must agree on its scale: each refits what the other fitted (a contraction).
-        for _ in range(self.SWEEPS if self._tied() else 1):
-            before = fitted.clone()
-            for block in self.blocks:
-                block.fitted_scale(fitted.clone(), fitted)
-            if torch.equal(before, fitted):
-                break
-        blocks = [block.scaled(fitted) for block in self.blocks]
-        return FactoredJacobian(blocks, self.shape, self._rows, self.names, self.outputs), fitted
-
-    def nbytes(self) -> int:
-        """Memory held by the factors, in bytes."""
-        tensors = [t for block in self.blocks for t in vars(block).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _tied(self) -> list[Range]:
-        """Columns that more than one block has a part of."""
-        owners = Counter(columns for block in self.blocks for columns in block.owned)
-        return [columns for columns, count in owners.items() if count > 1]
-
-    def _check(self, vector: Tensor, length: int, what: str) -> None:
-        if vector.shape != (length,):
-            raise JacobianError(f"the {what} must have shape ({length},), not {tuple(vector.shape)}")
-
-
-class StackedJacobian:
-    """Jacobians over the same parameters, one below the other (several tasks, or an extra group of rows)."""
-
-    def __init__(self, parts: Sequence[FactoredJacobian]):
-        self.parts = tuple(parts)
-        self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """J v, shape (k,)."""
-        return torch.cat([part.matvec(vector) for part in self.parts])
-
-    def rmatvec(self, rows: Tensor) -> Tensor:
-        """J^T u, shape (P,)."""
-        pieces = rows.split([part.shape[0] for part in self.parts])
-        return torch.stack([part.rmatvec(piece) for part, piece in zip(self.parts, pieces, strict=True)]).sum(0)
-
-    def gram(self) -> Tensor:
-        """K = J J^T, shape (k, k), float64."""
-        return torch.cat([torch.cat([a.cross_gram(b) for b in self.parts], 1) for a in self.parts], 0)
-
-    def dense(self) -> Tensor:
-        """The materialised Jacobian, shape (k, P)."""
-        return torch.cat([part.dense() for part in self.parts])
-
-    def scaled(self, scale: Tensor) -> tuple[StackedJacobian, Tensor]:
-        """As `FactoredJacobian.scaled`, with one fit for all parts.
-
-        A layer may be factored in one part and dense in another. The fit of a fit is itself, also on some of its
-        columns, so two sweeps over the parts agree whatever their order.
-        """
-        fitted = scale
-        for _ in range(2):
-            for part in self.parts:
-                _, fitted = part.scaled(fitted)
-        return StackedJacobian([part.scaled(fitted)[0] for part in self.parts]), fitted
-
-    def nbytes(self) -> int:
-        """Memory held by the factors, in bytes."""
-        return sum(part.nbytes() for part in self.parts)
-
-
+@full_precision()
 def jacobian(
     module: nn.Module,
     inputs: Any,
@@ -236,7 +50,8 @@ def jacobian(
         A `FactoredJacobian` of shape (N * R, P).
 
     Raises:
-        JacobianError: batch-norm or dropout in train mode, random outputs, in-place damage, no parameters.
+        JacobianError: batch-norm or dropout in train mode, random outputs, in-place damage, half precision, no
+            parameters. Autocast and TF32 are switched off inside.
     """
     forward = forward or (lambda module, inputs: module(inputs))
     columns, names = _columns(module, parameters)

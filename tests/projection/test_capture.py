@@ -94,11 +94,40 @@ def test_unknown_and_frozen_names():
     refuse(module, r"^0\.weight: no trainable parameter", parameters=["0.weight"])
 
 
-def test_autocast_is_not_taken_for_full_precision():
+def test_autocast_is_switched_off_inside():
     """bfloat16 factors would give a Gram matrix that is off by percents (pitfall 4)."""
     module = mlp(4, 6, 3)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(JacobianError):
-        jacobian(module, inputs().float())
+    expected = jacobian(module, inputs().float()).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(inputs().float()).dtype == torch.bfloat16
+        result = jacobian(module, inputs().float())
+        torch.testing.assert_close(result.dense(), expected, rtol=0, atol=0)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_of_the_module_itself_is_refused():
+    def half(net, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = net.a(x)
+        return net.b(hidden.float())
+
+    with pytest.raises(JacobianError, match=r"Linear computes in torch\.bfloat16"):
+        jacobian(Net(half, a=nn.Linear(4, 3), b=nn.Linear(3, 2)), inputs().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(dtype):
+    with pytest.raises(JacobianError, match="float32 copy"):
+        jacobian(mlp(4, 6, 3).to(dtype), inputs().to(dtype))
+
+
+def test_attention_computes_through_its_own_forward_again_afterwards():
+    module = Net(lambda net, x: net.a(x, x, x)[0].mean(1), a=nn.MultiheadAttention(4, 2, batch_first=True)).double()
+    x = normal(3, 5, 4)
+    before = module(x)
+    jacobian(module, x)
+    assert "forward" not in vars(module.a)
+    torch.testing.assert_close(module(x), before, rtol=0, atol=0)
 
 
 def test_hooks_are_removed_when_the_forward_pass_fails():

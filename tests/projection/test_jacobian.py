@@ -18,7 +18,12 @@ from tests.projection.architectures import ARCHITECTURES, Architecture, vectors
 from tests.projection.builders import Net, jacrev_matrix, matrix_jacobian, mlp, normal
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-SINGLE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the whole, as float32 factors have it."""
+    assert float((actual.double() - expected).norm()) <= 1e-5 * float(expected.norm())
+
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 
@@ -59,6 +64,20 @@ def test_products(architecture: Architecture):
 
 
 @every_architecture
+def test_products_with_many_vectors(architecture: Architecture):
+    result, expected = solve(architecture)
+    vectors, rows = normal(expected.shape[1], 3, seed=5), normal(expected.shape[0], 3, seed=6)
+    torch.testing.assert_close(result.matmat(vectors), expected @ vectors, **EXACT)
+    torch.testing.assert_close(result.rmatmat(rows), expected.T @ rows, **EXACT)
+
+
+@every_architecture
+def test_squared_column_norms(architecture: Architecture):
+    result, expected = solve(architecture)
+    torch.testing.assert_close(result.column_squares(), expected.square().sum(0), **EXACT)
+
+
+@every_architecture
 def test_gram_and_cross_gram(architecture: Architecture):
     module, _ = build(architecture)
     others = architecture.inputs(3, 2)
@@ -94,11 +113,17 @@ def test_single_precision(architecture: Architecture):
     result = jacobian(module.float(), inputs)
     vector, rows = normal(expected.shape[1], seed=5), normal(expected.shape[0], seed=6)
     assert result.dense().dtype == torch.float32
-    torch.testing.assert_close(result.dense().double(), expected, **SINGLE)
-    torch.testing.assert_close(result.matvec(vector.float()).double(), expected @ vector, **SINGLE)
-    torch.testing.assert_close(result.rmatvec(rows.float()).double(), expected.T @ rows, **SINGLE)
+    assert_near(result.dense(), expected)
+    assert_near(result.matvec(vector.float()), expected @ vector)
+    assert_near(result.rmatvec(rows.float()), expected.T @ rows)
     assert result.gram().dtype == torch.float64
-    torch.testing.assert_close(result.gram(), expected @ expected.T, **SINGLE)
+    assert_near(result.gram(), expected @ expected.T)
+    assert result.gram(torch.float32).dtype == torch.float32
+    assert_near(result.gram(torch.float32), expected @ expected.T)
+    others = architecture.inputs(3, 2)
+    others_expected = jacrev_matrix(module.double(), others)
+    others = jacobian(module.float(), others.float() if others.is_floating_point() else others)
+    assert_near(result.cross_gram(others), expected @ others_expected.T)
 
 
 @every_architecture
@@ -240,8 +265,24 @@ def test_stack_equals_concatenation():
     torch.testing.assert_close(stack.dense(), expected, **EXACT)
     torch.testing.assert_close(stack.matvec(normal(18)), expected @ normal(18), **EXACT)
     torch.testing.assert_close(stack.rmatvec(normal(19)), expected.T @ normal(19), **EXACT)
-    torch.testing.assert_close(stack.gram(), expected @ expected.T, **EXACT)
+    torch.testing.assert_close(stack.matmat(normal(18, 2)), expected @ normal(18, 2), **EXACT)
+    torch.testing.assert_close(stack.rmatmat(normal(19, 2)), expected.T @ normal(19, 2), **EXACT)
+    torch.testing.assert_close(stack.column_squares(), expected.square().sum(0), **EXACT)
+    gram, first = stack.gram(), stack.parts[0]
+    torch.testing.assert_close(gram, expected @ expected.T, **EXACT)
+    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(stack.cross_gram(first), expected @ first.dense().T, **EXACT)
+    torch.testing.assert_close(first.cross_gram(stack), first.dense() @ expected.T, **EXACT)
+    torch.testing.assert_close(stack.cross_gram(stack), gram, **EXACT)
     assert stack.nbytes() == sum(part.nbytes() for part in stack.parts)
+
+
+def test_a_stack_needs_the_same_parameters():
+    module = mlp(4, 5, 3).double()
+    parts = [jacobian(module, vectors(4, 0)), jacobian(module, vectors(4, 0), parameters=["0.weight"])]
+    for wrong in ([], parts):
+        with pytest.raises(JacobianError, match="same parameters"):
+            StackedJacobian(wrong)
 
 
 def test_scaled_stack_equals_concatenation():

@@ -66,28 +66,27 @@ class Categorical:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def seeds(self, outputs: Tensor) -> Tensor:
-        """diag(sqrt p) (I - 1 p^T) per head, block diagonal over heads, shape (N, O, O)."""
+        """A factor of diag(p) - p p^T per head with one row less than logits, shape (N, O - heads, O).
+
+        The Hessian does not see a common shift of the logits. With q = sqrt(p) it is diag(q) (I - q q^T) diag(q), and
+        a Householder reflection that carries q onto the first axis leaves O - 1 rows of the middle factor.
+        """
         blocks = []
         for (out,) in self._heads(outputs):
-            p = self._tempered(out)
-            eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-            blocks.append(p.sqrt().unsqueeze(-1) * (eye - p.unsqueeze(-2)))
-        if len(blocks) == 1:
-            return blocks[0]
-        seeds = outputs.new_zeros(outputs.shape[0], outputs.shape[1], outputs.shape[1])
-        start = 0
-        for block in blocks:
-            stop = start + block.shape[-1]
-            seeds[:, start:stop, start:stop] = block
-            start = stop
-        return seeds
+            q = self._tempered(out).sqrt()
+            first, others = q[:, :1], q[:, 1:]
+            left = -others * first
+            right = torch.diag_embed(others) - others.unsqueeze(2) * (others.square() / (1.0 + first)).unsqueeze(1)
+            blocks.append(torch.cat([left.unsqueeze(2), right], 2))
+        return _block_diagonal(blocks)
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """(p - p_ref) / sqrt(p): its image under S^T is dKL/dz = p - p_ref because the differences sum to zero."""
-        parts = [
-            (F.softmax(out, -1) - F.softmax(ref, -1)) / self._tempered(out).clamp_min(SMALLEST).sqrt()
-            for ref, out in self._heads(reference, outputs)
-        ]
+        """The same reflection of (p - p_ref) / q, which is orthogonal to q, shape (N, O - heads)."""
+        parts = []
+        for ref, out in self._heads(reference, outputs):
+            q = self._tempered(out).clamp_min(SMALLEST).sqrt()
+            pull = (F.softmax(out, -1) - F.softmax(ref, -1)) / q
+            parts.append(pull[:, 1:] - q[:, 1:] * (pull[:, :1] / (1.0 + q[:, :1])))
         return torch.cat(parts, -1)
 
     def agreement(self, reference: Tensor, outputs: Tensor) -> float:
@@ -103,6 +102,19 @@ class Categorical:
 
     def _heads(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         return list(zip(*(t.split(list(self.sizes), dim=-1) for t in tensors), strict=True))
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """Matrices (N, r_i, c_i) as one block diagonal (N, sum r, sum c)."""
+    if len(blocks) == 1:
+        return blocks[0]
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (1, 2))
+    whole = blocks[0].new_zeros(blocks[0].shape[0], rows, columns)
+    row = column = 0
+    for block in blocks:
+        whole[:, row : row + block.shape[1], column : column + block.shape[2]] = block
+        row, column = row + block.shape[1], column + block.shape[2]
+    return whole
 
 
 @dataclass(frozen=True)

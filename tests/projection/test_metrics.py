@@ -116,6 +116,17 @@ def test_categorical_seeds_give_the_covariance_at_the_current_outputs(spread, se
     torch.testing.assert_close(result, hessians(metric, normal(4, 6, seed=seed + 1), outputs), **CLOSE)
 
 
+@pytest.mark.parametrize("sizes", [(2,), (5,), (2, 3), (4, 1, 2)])
+def test_categorical_rows_are_independent(sizes):
+    """One row less than logits a head: a common shift of the logits changes nothing."""
+    metric = Categorical(sizes)
+    outputs = normal(6, sum(sizes), seed=2)
+    rows = metric.seeds(outputs)
+    assert rows.shape == (6, sum(sizes) - len(sizes), sum(sizes))
+    assert metric.residual(normal(6, sum(sizes)), outputs).shape == rows.shape[:2]
+    assert bool((torch.linalg.matrix_rank(rows) == rows.shape[1]).all())
+
+
 @given(tempering=st.floats(0.001, 1.0), spread=spreads, seed=seeds)
 def test_tempering_mixes_in_the_uniform_distribution(tempering, spread, seed):
     outputs = spread * normal(4, 5, seed=seed)

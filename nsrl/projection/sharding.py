@@ -1,0 +1,393 @@
+"""Scale-out: samples sharded for capture, layers sharded for everything after it.
+
+Every process of a `torch.distributed` group linearises its own samples; then each layer's factors travel to one owner,
+which from there on holds all samples of some layers. With J = [J_1 ... J_W] split by columns,
+
+    J v   = sum_w J_w v_w       one all-reduce of a k-vector
+    J^T u = (J_1^T u, ...)      local
+    J J^T = sum_w J_w J_w^T     one all-reduce of a k x k matrix
+
+so a solver written for the `Jacobian` protocol runs on every process unchanged, each on its own columns. Because the
+reduced numbers are the same bits everywhere, so are all decisions of the solvers (damping, passes): call them on every
+process, with the same residual and budget.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nsrl.projection.blocks import Block, Range
+from nsrl.projection.capture import JacobianError
+from nsrl.projection.columns import parameter_columns
+from nsrl.projection.factored import FactoredJacobian, StackedJacobian
+from nsrl.projection.jacobian import jacobian
+
+
+class ShardedJacobian:
+    """The columns of one process, all rows; satisfies the `Jacobian` protocol over these columns.
+
+    Rows are in rank order: all rows of rank 0's samples, then rank 1's. Norms that a solver takes of columns are
+    local: `Projection.kept` is this process's share; that of the whole update is `norm(displacement) / norm(proposal)`.
+
+    Attributes:
+        shape: (k, columns of this process); k counts the rows of all processes.
+        names: the parameters that own the columns here, in `named_parameters()` order.
+        columns: their start and stop in the whole flat vector.
+        total_columns: P, over all processes.
+        row_counts: rows of every rank's samples, in rank order.
+        outputs: the module's outputs at this process's own samples, (N of this process, O), detached.
+        local: these columns as an ordinary Jacobian; none of its methods communicates.
+        recomputed: parameters that had to be dense on any process; pass them as `dense` to an unchecked capture.
+    """
+
+    recomputed: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        local: FactoredJacobian | StackedJacobian,
+        outputs: Tensor,
+        names: tuple[str, ...],
+        columns: tuple[Range, ...],
+        total_columns: int,
+        row_counts: tuple[int, ...],
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.local = local
+        self.outputs = outputs
+        self.shape: tuple[int, int] = local.shape
+        self.names = names
+        self.columns = columns
+        self.total_columns = total_columns
+        self.row_counts = row_counts
+        self._group = group
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """J v, shape (k,), from this process's columns of v: one all-reduce of k numbers."""
+        return self._summed(self.local.matvec(vector))
+
+    def rmatvec(self, rows: Tensor) -> Tensor:
+        """This process's columns of J^T u, for u of shape (k,), the same on every process. No communication."""
+        return self.local.rmatvec(rows)
+
+    def gram(self) -> Tensor:
+        """K = J J^T over all columns, shape (k, k), float64, on every process: one all-reduce."""
+        return self._summed(self.local.gram())
+
+    def dense(self) -> Tensor:
+        """This process's columns of the materialised Jacobian, shape (k, local columns)."""
+        return self.local.dense()
+
+    def scaled(self, scale: Tensor) -> tuple[ShardedJacobian, Tensor]:
+        """As `FactoredJacobian.scaled`, for this process's columns of the scale. No communication."""
+        local, fitted = self.local.scaled(scale)
+        scaled = copy(self)
+        scaled.local = local
+        return scaled, fitted
+
+    def own_columns(self, vector: Tensor) -> Tensor:
+        """This process's columns of a whole flat vector (P,)."""
+        if vector.shape != (self.total_columns,):
+            raise JacobianError(f"the vector must have shape ({self.total_columns},), not {tuple(vector.shape)}")
+        return torch.cat([vector[slice(*columns)] for columns in self.columns]) if self.columns else vector[:0]
+
+    def gather_columns(self, vector: Tensor) -> Tensor:
+        """The whole flat vector (P,) on every process, from each process's columns: one all-reduce of P numbers."""
+        if vector.shape != (self.shape[1],):
+            raise JacobianError(f"the vector must have shape ({self.shape[1]},), not {tuple(vector.shape)}")
+        whole = vector.new_zeros(self.total_columns)
+        for (start, stop), piece in zip(self.columns, vector.split(_widths(self.columns)), strict=True):
+            whole[start:stop] = piece
+        return self._summed(whole)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All rows (k,) on every process, from one entry a row of each process's own samples: one all-reduce."""
+        rank = _rank(self._group)
+        if rows.shape != (self.row_counts[rank],):
+            raise JacobianError(f"the rows must have shape ({self.row_counts[rank]},), not {tuple(rows.shape)}")
+        start = sum(self.row_counts[:rank])
+        whole = rows.new_zeros(self.shape[0])
+        whole[start : start + len(rows)] = rows
+        return self._summed(whole)
+
+    def norm(self, vector: Tensor) -> float:
+        """Euclidean norm over all processes of a vector split like the columns: one all-reduce of a number."""
+        return float(self._summed(vector.double().square().sum()).sqrt())
+
+    def nbytes(self) -> int:
+        """Memory held by this process's factors, in bytes."""
+        return self.local.nbytes()
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        if _world(self._group) > 1:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+
+def sharded_jacobian(
+    module: nn.Module, inputs: Any, *, mean: bool = False, group: dist.ProcessGroup | None = None, **capture: Any
+) -> ShardedJacobian:
+    """Linearise this process's samples and share the layers out; the processes of the group call this together.
+
+    Args:
+        module: the same on every process; a DistributedDataParallel is unwrapped, and parameter names are those of the
+            module inside.
+        inputs: this process's samples; their number may differ between processes.
+        mean: multiply all rows by 1 / sqrt(N), N the samples of all processes, so that the Gram is a mean over samples.
+        group: processes to share with; default all. Without an initialised process group there is one process.
+        capture: `forward`, `parameters`, `seed`, `scale` and the other arguments of `jacobian`. A `scale` must be
+            made with the number of samples of all processes.
+
+    Raises:
+        JacobianError: on every process, when the capture fails on any; sharded (FSDP2) parameters; different modules.
+    """
+    module = _unwrapped(module)
+    own: FactoredJacobian | None = None
+    failure: Exception | None = None
+    try:
+        own = jacobian(module, inputs, **capture)
+    except Exception as error:  # the other processes wait in the next collective and have to be told
+        failure = error
+    samples = 0 if own is None else own.outputs.shape[0]
+    reports = _exchanged((samples, failure and f"{type(failure).__name__}: {failure}"), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(reports):
+        if message:
+            raise JacobianError(f"rank {rank} could not linearise its samples: {message}")
+    assert own is not None
+    if mean:
+        factor = sum(count for count, _ in reports) ** -0.5
+        blocks = [block.multiplied(factor) for block in own.blocks]
+        recomputed = own.recomputed
+        own = FactoredJacobian(blocks, own.shape, own.shape[0] // samples, own.names, own.outputs)
+        own.recomputed = recomputed
+    return shard_layers(own, module, group)
+
+
+def shard_layers(
+    jacobian: FactoredJacobian, module: nn.Module, group: dist.ProcessGroup | None = None
+) -> ShardedJacobian:
+    """Turn Jacobians of each process's own samples into one of all samples, its layers shared out over the processes.
+
+    Layers go, largest first, to the process that has least to hold so far; a layer is never split. They travel one by
+    one: on top of its own samples' factors and those of the layers it owns, a process holds one layer at a time.
+
+    Args:
+        jacobian: this process's rows; all processes use the same parameters.
+        module: what was linearised.
+        group: as for `sharded_jacobian`.
+
+    Raises:
+        JacobianError: on every process, when their parameters differ; sharded (FSDP2) parameters.
+        ValueError: the Jacobian's names are not those of the module.
+    """
+    parts = _exchanged(_Part.of(jacobian, _unwrapped(module)), group)
+    names, columns = parts[0].names, parts[0].columns
+    for rank, part in enumerate(parts):
+        if (part.names, part.columns) != (names, columns):
+            raise JacobianError(f"rank {rank} linearised other parameters than rank 0; give every rank the same module")
+    layers = _layers(parts)
+    owners = _owners(parts, layers)
+    mine = [index for index, owner in enumerate(owners) if owner == _rank(group)]
+    starts = list(accumulate((columns[index][1] - columns[index][0] for index in mine), initial=0))
+    shifts = {index: start - columns[index][0] for index, start in zip(mine, starts, strict=False)}
+    received = [
+        [_with_columns(block, lambda owned: _plus(owned, shifts[_position(owned, columns)])) for block in blocks]
+        for blocks in _travel(jacobian, parts, layers, owners, group)
+    ]
+    own_names = tuple(names[index] for index in mine)
+    local = _below_each_other(received, parts, own_names, starts[-1], jacobian.outputs)
+    own_columns = tuple(columns[index] for index in mine)
+    row_counts = tuple(part.rows for part in parts)
+    result = ShardedJacobian(local, jacobian.outputs, own_names, own_columns, columns[-1][1], row_counts, group)
+    result.recomputed = tuple(sorted({name for part in parts for name in part.recomputed}))
+    return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the other processes have to know of a process's Jacobian: all but the numbers (its blocks are on "meta")."""
+
+    names: tuple[str, ...]
+    columns: tuple[Range, ...]
+    samples: int
+    rows: int
+    recomputed: tuple[str, ...]
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(cls, jacobian: FactoredJacobian, module: nn.Module) -> _Part:
+        columns = tuple(parameter_columns(module, jacobian.names).values())
+        if columns[-1][1] != jacobian.shape[1]:
+            raise JacobianError("the Jacobian has other parameters than the module; give the module it was made from")
+        blocks = tuple(_with_tensors(block, lambda t: t.to("meta")) for block in jacobian.blocks)
+        return cls(jacobian.names, columns, jacobian.outputs.shape[0], jacobian.shape[0], jacobian.recomputed, blocks)
+
+
+def _layers(parts: list[_Part]) -> list[int]:
+    """The layer of every parameter; parameters that meet in a block of any process are in one layer."""
+    columns = parts[0].columns
+    layers = list(range(len(columns)))
+    for block in (block for part in parts for block in part.blocks):
+        met = {layers[_position(owned, columns)] for owned in block.owned}
+        if len(met) > 1:
+            layers = [min(met) if layer in met else layer for layer in layers]
+    return layers
+
+
+def _owners(parts: list[_Part], layers: list[int]) -> list[int]:
+    """The rank that owns each parameter: whole layers, largest first, each to the rank with the fewest numbers."""
+    columns = parts[0].columns
+    costs: Counter[int] = Counter()
+    for layer, (start, stop) in zip(layers, columns, strict=True):
+        costs[layer] += stop - start
+    for block in (block for part in parts for block in part.blocks):
+        costs[layers[_position(block.owned[0], columns)]] += sum(t.numel() for t in _tensors(block))
+    loads = [0] * len(parts)
+    owner: dict[int, int] = {}
+    for layer in sorted(costs, key=lambda layer: (-costs[layer], layer)):
+        owner[layer] = loads.index(min(loads))
+        loads[owner[layer]] += costs[layer]
+    return [owner[layer] for layer in layers]
+
+
+def _travel(
+    own: FactoredJacobian, parts: list[_Part], layers: list[int], owners: list[int], group: dist.ProcessGroup | None
+) -> list[list[Block]]:
+    """Send every layer's blocks to its owner; returns the blocks of this process's layers, by the rank they came from.
+
+    Point to point, because gloo has no all-to-all.
+    """
+    rank = _rank(group)
+    cargo: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for source, part in enumerate(parts):
+        for index, block in enumerate(part.blocks):
+            cargo[layers[_position(block.owned[0], part.columns)]].append((source, index))
+    received: list[list[Block]] = [[] for _ in parts]
+    for layer in sorted(cargo):
+        owner = owners[layer]
+        messages = []
+        for source, index in cargo[layer]:
+            if rank not in (source, owner):
+                continue
+            block = own.blocks[index] if source == rank else _empty(parts[source].blocks[index], own.outputs.device)
+            if owner == rank:
+                received[source].append(block)
+            if source != owner:
+                send = source == rank
+                peer = owner if send else source
+                peer = peer if group is None else dist.get_global_rank(group, peer)
+                operation = dist.isend if send else dist.irecv
+                messages += [dist.P2POp(operation, t.contiguous(), peer, group) for t in _tensors(block)]
+        for message in dist.batch_isend_irecv(messages) if messages else []:
+            message.wait()
+    return received
+
+
+def _below_each_other(
+    received: list[list[Block]], parts: list[_Part], names: tuple[str, ...], width: int, like: Tensor
+) -> FactoredJacobian | StackedJacobian:
+    """The rows of all ranks: one block a layer where the ranks' blocks are alike, else one Jacobian below the other.
+
+    They differ where a layer was factored on one rank and dense on another, unused, or met sequences of another length.
+    """
+    per_sample = [part.rows // part.samples for part in parts]
+    alike = [[_kind(block) for block in blocks] for blocks in received]
+    if per_sample.count(per_sample[0]) == len(parts) and alike.count(alike[0]) == len(parts):
+        merged = [_merged(blocks) for blocks in zip(*received, strict=True)]
+        samples, rows = sum(part.samples for part in parts), sum(part.rows for part in parts)
+        return FactoredJacobian(merged, (rows, width), per_sample[0], names, like.new_empty(samples, 0))
+    return StackedJacobian([
+        FactoredJacobian(blocks, (part.rows, width), rows, names, like.new_empty(part.samples, 0))
+        for blocks, part, rows in zip(received, parts, per_sample, strict=True)
+    ])  # fmt: skip
+
+
+# A block is a dataclass whose tensors have the samples first and whose other fields do not depend on the samples.
+
+
+def _tensors(block: Block) -> list[Tensor]:
+    return [value for value in vars(block).values() if isinstance(value, Tensor)]
+
+
+def _with_tensors(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
+    return _replaced(block, {name: change(v) for name, v in vars(block).items() if isinstance(v, Tensor)})
+
+
+def _replaced(block: Any, changes: dict[str, Any]) -> Block:
+    return replace(block, **changes)
+
+
+def _empty(block: Block, device: torch.device) -> Block:
+    return _with_tensors(block, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
+def _with_columns(block: Block, change: Callable[[Range], Range]) -> Block:
+    ranges = {name: value for name, value in vars(block).items() if isinstance(value, tuple) and value in block.owned}
+    return _replaced(block, {name: change(value) for name, value in ranges.items()})
+
+
+def _kind(block: Block) -> tuple[Any, ...]:
+    """What blocks have in common that can be merged: all but the number of samples."""
+    return type(block), [(v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for v in vars(block).values()]
+
+
+def _merged(blocks: tuple[Block, ...]) -> Block:
+    if len(blocks) == 1:
+        return blocks[0]
+    stacks = zip(*(_tensors(block) for block in blocks), strict=True)
+    joined = iter([torch.cat(tensors) for tensors in stacks])
+    return _with_tensors(blocks[0], lambda _: next(joined))
+
+
+def _plus(columns: Range, shift: int) -> Range:
+    return columns[0] + shift, columns[1] + shift
+
+
+def _position(columns: Range, parameters: tuple[Range, ...]) -> int:
+    """Index of the parameter that the columns belong to."""
+    return bisect_right(parameters, (columns[0], math.inf)) - 1
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, DistributedDataParallel):
+        module = module.module
+    if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+        raise JacobianError(
+            "the module's parameters are sharded (DTensor): linearise it before fully_shard, or call "
+            "set_reshard_after_forward(False), set_reshard_after_backward(False) and unshard() of every "
+            "fully_shard-ed submodule first (docs/distributed.md)"
+        )
+    return module
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if _world(group) > 1 else 0
+
+
+def _exchanged(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all processes, in rank order."""
+    values: list[Any] = [value] * _world(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _widths(columns: tuple[Range, ...]) -> list[int]:
+    return [stop - start for start, stop in columns]

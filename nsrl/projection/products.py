@@ -19,6 +19,8 @@ from torch import Tensor
 
 #: Numbers that a temporary may hold (256 MB in float64).
 CHUNK = 2**25
+#: A product of `pairs` takes this much longer than one of `materialised`: its matrices are thin, and memory binds it.
+SLOWER = 2.0
 #: Samples and features that `pairs` treats at once: its temporaries stay in a cache.
 SAMPLES, FEATURES = 4, 256
 #: A symmetric matrix is computed in this many stripes of samples, of which only the lower half is needed.
@@ -82,7 +84,7 @@ def _cheapest(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: 
     if positions == 1 == other_positions:
         return _hadamard
     pairs = positions * (other_positions + grads.shape[1])
-    return _pairs if pairs < grads.shape[1] * width_in else _materialised
+    return _pairs if SLOWER * pairs < grads.shape[1] * width_in else _materialised
 
 
 def _hadamard(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor,

@@ -42,7 +42,7 @@ def test_own_gram_is_symmetric_and_right(n, r, t, width_out, width_in):
 
 @pytest.mark.parametrize(("positions", "rows", "width_in", "form"), [
     (1, 10, 784, products._hadamard), (32, 16, 256, products._pairs), (400, 6, 257, products._materialised),
-    (49, 6, 577, products._pairs), (3, 1, 4, products._materialised),
+    (49, 6, 577, products._materialised), (3, 1, 4, products._materialised),
 ])  # fmt: skip
 def test_the_form_with_the_fewest_products_is_chosen(positions, rows, width_in, form):
     inputs, grads = torch.zeros(1, positions, width_in), torch.zeros(1, rows, positions, 1)

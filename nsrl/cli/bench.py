@@ -1,18 +1,22 @@
-"""`nsrl bench`: a suite of runs over methods and seeds, or what the budget costs; results as JSON and figure."""
+"""`nsrl bench`: a suite of runs over methods and seeds, what the budget costs, or the core's speed; JSON and figure."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nsrl.errors import NsrlError
 
+REFERENCE = Path("runs/reference")
 ABOUT = """\
 Run a benchmark and write its results.
 
   nsrl bench cartpole_swapped            all methods and seeds of configs/bench/cartpole_swapped.yaml
   nsrl bench overhead                    wall time and memory against stock PPO, interleaved
+  nsrl bench speed                       Gram matrices and projections against other libraries (nsrl[rivals])
+  nsrl bench speed --quick --only gram_mlp,scaling
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 
 Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
@@ -24,24 +28,33 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(prog="nsrl bench", description=ABOUT, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, or overhead")
+    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, overhead or speed")
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
-    parser.add_argument("--reference", type=Path, default=Path("runs/reference"), help="where the results go")
+    parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configurations")
+    speed = parser.add_argument_group("speed only")
+    speed.add_argument("--only", help="cases, separated by commas")
+    speed.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
+    speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
+    speed.add_argument("--threads", type=int, help="of every measurement (default all processors)")
     try:
         options = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
         raise NsrlError(f"nsrl bench: {error}") from error
     if options.workers < 1:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
+    if options.name == "speed":
+        return _speed(options)
+    if options.only or options.quick or options.again or options.threads:
+        raise NsrlError(f"--only, --quick, --again and --threads are for nsrl bench speed, not for {options.name}")
     out = options.out or Path("runs/bench") / Path(options.name).stem
     if options.name == "overhead":
         return _overhead(options.configs, out, options.reference)
     path = Path(options.name) if options.name.endswith(".yaml") else options.configs / "bench" / f"{options.name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
-        raise NsrlError(f"there is no suite {options.name!r}; known: {', '.join([*known, 'overhead'])}")
+        raise NsrlError(f"there is no suite {options.name!r}; known: {', '.join([*known, 'overhead', 'speed'])}")
     return _suite(path, out, options.reference, options.workers)
 
 
@@ -86,6 +99,36 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
     write_json(reference / "overhead.json", results)
     print(f"results  {reference / 'overhead.json'}")
     return 0
+
+
+def _speed(options: argparse.Namespace) -> int:
+    from nsrl.bench.environment import describe_environment
+    from nsrl.bench.runs import write_json
+    from nsrl.bench.speed.benchmark import Settings, measure_speed
+    from nsrl.bench.speed.report import draw_scaling, speed_tables
+    from nsrl.cli.command import print_table
+
+    threads = describe_environment()["cpus"] if options.threads is None else options.threads
+    if threads < 1:
+        raise NsrlError(f"--threads must be at least 1, not {threads}")
+    out = options.out or Path("runs/bench/speed_quick" if options.quick else "runs/bench/speed")
+    # The committed numbers are not overwritten by those of small sizes.
+    reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
+    content = measure_speed(out, Settings(options.quick, threads), only=options.only.split(",") if options.only else (),
+                            again=options.again, on_progress=_print_progress)  # fmt: skip
+    write_json(reference / "speed.json", content)
+    for table in speed_tables(content):
+        print_table(table)
+        print()
+    print("* first run only: its library has a clearly faster variant")
+    print(f"results  {reference / 'speed.json'}")
+    if "scaling" in content:
+        print(f"figure   {draw_scaling(content['scaling'], reference / 'speed.png')}")
+    return 0
+
+
+def _print_progress(text: str) -> None:
+    print(f"nsrl bench speed: {text}", file=sys.stderr, flush=True)
 
 
 def _print_run(method: str, seconds: float) -> None:

@@ -1,0 +1,1 @@
+"""`nsrl bench speed`: Gram matrices, projections and their scaling against other libraries, in time and memory."""

@@ -1,0 +1,111 @@
+"""The speed benchmark as tables and as the figure of its scaling curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from nsrl.bench.figures import COLOURS
+from nsrl.bench.report import Table, scientific
+from nsrl.bench.speed.targets import Target, memory_ratio, time_ratio
+
+
+def speed_tables(content: dict[str, Any]) -> list[Table]:
+    """A table a case, and the targets."""
+    tables = [case_table(case) for case in content["cases"].values()]
+    targets = [Target(**target) for target in content["targets"]]
+    return [*tables, targets_table(targets)] if targets else tables
+
+
+def case_table(case: dict[str, Any]) -> Table:
+    """One row a method: time and memory with their ratios to ours, and the difference of the results.
+
+    An asterisk marks a variant that was not timed again because its library has a clearly faster one.
+    """
+    rows = []
+    for name, entry in case["methods"].items():
+        timed = "median" in entry
+        first = entry.get("first_seconds")
+        rows.append((
+            name,
+            seconds(entry["median"]) if timed else "-" if first is None else f"{seconds(first)} *",
+            ratio(time_ratio(case, name)) if timed else "",
+            "-" if "peak_mb" not in entry else f"{entry['peak_mb']:.0f} MB",
+            ratio(memory_ratio(case, name)) if "peak_mb" in entry else "",
+            scientific(entry.get("residual", entry.get("error"))),
+            "" if entry["status"] in ("timed", "first run only") else entry["status"],
+        ))  # fmt: skip
+    accuracy = "residual" if "residual" in case["methods"][case["ours"]] else "difference"
+    where = "" if case["device"] == "cpu" else f", {case['device'].upper()}"
+    return Table(("", "median", "/ ours", "peak", "/ ours", accuracy, ""), tuple(rows), f"{case['title']}{where}")
+
+
+def targets_table(targets: Sequence[Target]) -> Table:
+    """What was promised, what was reached."""
+    rows = []
+    for target in targets:
+        bound = f"{'<=' if target.at_most else '>='} {target.required:g}"
+        if target.reached is None:
+            reached = "not measured"
+        else:
+            reached = f"{target.reached:.2g}" if target.at_most else ratio(target.reached)
+        verdict = {True: "met", False: "missed", None: ""}[target.met]
+        rows.append((target.claim, bound, reached, verdict))
+    return Table(("target", "required", "reached", ""), tuple(rows), "Targets")
+
+
+def draw_scaling(sweeps: Sequence[dict[str, Any]], path: Path) -> Path:
+    """One log-log panel a sweep: measured points, the fitted line, dotted the predicted slope."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 8.0), layout="constrained")
+    for axis, sweep in zip(figure.subplots(2, 2).flat, sweeps, strict=True):
+        for (method, curve), colour, marker in zip(sweep["methods"].items(), COLOURS, "os", strict=False):
+            _draw_curve(axis, method, curve, colour, marker)
+        axis.set_xscale("log", base=2 if sweep["symbol"] != "P" else 10)
+        axis.set_yscale("log")
+        axis.set_xlabel(sweep["title"])
+        axis.set_ylabel("seconds for the Gram matrix")
+        axis.set_title(_held(sweep), fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+    figure.suptitle(
+        "Gram matrix of a three-layer MLP: exponents fitted over the upper half (predicted ones)", fontsize=12
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def seconds(value: float) -> str:
+    """A time with its unit."""
+    return f"{1e3 * value:.3g} ms" if value < 1.0 else f"{value:.3g} s"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio, with a decimal while it is small."""
+    return "" if value is None else f"{value:.1f}x" if value < 20 else f"{value:.0f}x"
+
+
+def _draw_curve(axis: Any, method: str, curve: dict[str, Any], colour: str, marker: str) -> None:
+    points = [(point["at"], point["seconds"]) for point in curve["points"]]
+    axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linestyle="none")
+    fitted = [(log(at), log(time)) for at, time in points if at >= curve["fitted_from"]]
+    centre = [sum(values) / len(fitted) for values in zip(*fitted, strict=True)]
+    for key, style, label in (("exponent", "-", f"{method}: {curve['exponent']:.2f} ({curve['predicted']:.2f})"),
+                              ("predicted", ":", "_predicted")):  # fmt: skip
+        line = [exp(centre[1] + curve[key] * (at - centre[0])) for at, _ in fitted]
+        axis.plot([exp(at) for at, _ in fitted], line, color=colour, linestyle=style, linewidth=1.4, label=label)
+
+
+def _held(sweep: dict[str, Any]) -> str:
+    """The sizes that do not vary."""
+    fields = {"N": ("samples", "N"), "O": ("outputs", "O"), "P": ("width", "width"), "T": ("positions", "T")}
+    first = sweep["methods"]["nsrl"]["points"][0]["sizes"]
+    held = (f"{name} = {first[field]}" for symbol, (field, name) in fields.items() if symbol != sweep["symbol"])
+    return f"{sweep['symbol']} varied; {', '.join(held)}"

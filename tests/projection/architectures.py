@@ -283,7 +283,7 @@ ARCHITECTURES = [
         lambda net, x: net.b(net.a(x, x[:, :2, :3], x[:, :2, :2])[0].mean(1)),
         a=nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True), b=nn.Linear(4, 2)), 0, sequences),
     Architecture("attention, masked, with extra key", lambda: Net(
-        lambda net, x: net.b(attend(net.a, x, attn_mask=CAUSAL).mean(1)),
+        lambda net, x: net.b(attend(net.a, x, attn_mask=CAUSAL.to(x.device)).mean(1)),
         a=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
         b=nn.Linear(4, 2)), 2, sequences),
     Architecture("attention used twice, without bias", lambda: Net(

@@ -54,11 +54,11 @@ class Categorical:
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """KL(softmax(reference) || softmax(outputs)), summed over heads, shape (N,)."""
-        total = outputs.new_zeros(outputs.shape[0], dtype=torch.float64)
-        for ref, out in self._heads(reference.double(), outputs.double()):
-            log_p, log_q = F.log_softmax(ref, -1), F.log_softmax(out, -1)
-            total = total + (log_p.exp() * (log_p - log_q)).sum(-1)
-        return total
+        parts = []
+        for ref, out in self._heads(reference, outputs):
+            log_p, log_q = F.log_softmax(ref, -1, dtype=torch.float64), F.log_softmax(out, -1, dtype=torch.float64)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """P - p_ref per head, shape (N, O)."""
@@ -101,6 +101,8 @@ class Categorical:
         return (1.0 - self.tempering) * p + self.tempering / p.shape[-1]
 
     def _heads(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        if len(self.sizes) == 1:
+            return [tensors]
         return list(zip(*(t.split(list(self.sizes), dim=-1) for t in tensors), strict=True))
 
 

@@ -14,12 +14,7 @@ process, with the same residual and budget.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -28,9 +23,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nsrl.projection.blocks import Block, Range
+from nsrl.projection.blocks import Range
 from nsrl.projection.capture import JacobianError
-from nsrl.projection.columns import parameter_columns
+from nsrl.projection.exchange import (
+    Part,
+    assign_owners,
+    exchange_blocks,
+    gather_objects,
+    group_layers,
+    own_rank,
+    position,
+    shifted,
+    stack_ranks,
+    with_columns,
+    world_size,
+)
 from nsrl.projection.factored import FactoredJacobian, StackedJacobian
 from nsrl.projection.jacobian import jacobian
 
@@ -81,9 +88,21 @@ class ShardedJacobian:
         """This process's columns of J^T u, for u of shape (k,), the same on every process. No communication."""
         return self.local.rmatvec(rows)
 
-    def gram(self) -> Tensor:
-        """K = J J^T over all columns, shape (k, k), float64, on every process: one all-reduce."""
-        return self._summed(self.local.gram())
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """J V, shape (k, c), from this process's columns of V: one all-reduce."""
+        return self._summed(self.local.matmat(vectors))
+
+    def rmatmat(self, rows: Tensor) -> Tensor:
+        """This process's columns of J^T U, for U of shape (k, c). No communication."""
+        return self.local.rmatmat(rows)
+
+    def gram(self, precision: torch.dtype = torch.float64) -> Tensor:
+        """K = J J^T over all columns, shape (k, k), on every process: one all-reduce."""
+        return self._summed(self.local.gram(precision))
+
+    def column_squares(self) -> Tensor:
+        """This process's columns of the diagonal of J^T J, float64. No communication."""
+        return self.local.column_squares()
 
     def dense(self) -> Tensor:
         """This process's columns of the materialised Jacobian, shape (k, local columns)."""
@@ -113,7 +132,7 @@ class ShardedJacobian:
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """All rows (k,) on every process, from one entry a row of each process's own samples: one all-reduce."""
-        rank = _rank(self._group)
+        rank = own_rank(self._group)
         if rows.shape != (self.row_counts[rank],):
             raise JacobianError(f"the rows must have shape ({self.row_counts[rank]},), not {tuple(rows.shape)}")
         start = sum(self.row_counts[:rank])
@@ -130,7 +149,7 @@ class ShardedJacobian:
         return self.local.nbytes()
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        if _world(self._group) > 1:
+        if world_size(self._group) > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
@@ -160,7 +179,7 @@ def sharded_jacobian(
     except Exception as error:  # the other processes wait in the next collective and have to be told
         failure = error
     samples = 0 if own is None else own.outputs.shape[0]
-    reports = _exchanged((samples, failure and f"{type(failure).__name__}: {failure}"), group)
+    reports = gather_objects((samples, failure and f"{type(failure).__name__}: {failure}"), group)
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(reports):
@@ -193,172 +212,27 @@ def shard_layers(
         JacobianError: on every process, when their parameters differ; sharded (FSDP2) parameters.
         ValueError: the Jacobian's names are not those of the module.
     """
-    parts = _exchanged(_Part.of(jacobian, _unwrapped(module)), group)
+    parts = gather_objects(Part.of(jacobian, _unwrapped(module)), group)
     names, columns = parts[0].names, parts[0].columns
     for rank, part in enumerate(parts):
         if (part.names, part.columns) != (names, columns):
             raise JacobianError(f"rank {rank} linearised other parameters than rank 0; give every rank the same module")
-    layers = _layers(parts)
-    owners = _owners(parts, layers)
-    mine = [index for index, owner in enumerate(owners) if owner == _rank(group)]
+    layers = group_layers(parts)
+    owners = assign_owners(parts, layers)
+    mine = [index for index, owner in enumerate(owners) if owner == own_rank(group)]
     starts = list(accumulate((columns[index][1] - columns[index][0] for index in mine), initial=0))
     shifts = {index: start - columns[index][0] for index, start in zip(mine, starts, strict=False)}
     received = [
-        [_with_columns(block, lambda owned: _plus(owned, shifts[_position(owned, columns)])) for block in blocks]
-        for blocks in _travel(jacobian, parts, layers, owners, group)
+        [with_columns(block, lambda owned: shifted(owned, shifts[position(owned, columns)])) for block in blocks]
+        for blocks in exchange_blocks(jacobian, parts, layers, owners, group)
     ]
     own_names = tuple(names[index] for index in mine)
-    local = _below_each_other(received, parts, own_names, starts[-1], jacobian.outputs)
+    local = stack_ranks(received, parts, own_names, starts[-1], jacobian.outputs)
     own_columns = tuple(columns[index] for index in mine)
     row_counts = tuple(part.rows for part in parts)
     result = ShardedJacobian(local, jacobian.outputs, own_names, own_columns, columns[-1][1], row_counts, group)
     result.recomputed = tuple(sorted({name for part in parts for name in part.recomputed}))
     return result
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What the other processes have to know of a process's Jacobian: all but the numbers (its blocks are on "meta")."""
-
-    names: tuple[str, ...]
-    columns: tuple[Range, ...]
-    samples: int
-    rows: int
-    recomputed: tuple[str, ...]
-    blocks: tuple[Block, ...]
-
-    @classmethod
-    def of(cls, jacobian: FactoredJacobian, module: nn.Module) -> _Part:
-        columns = tuple(parameter_columns(module, jacobian.names).values())
-        if columns[-1][1] != jacobian.shape[1]:
-            raise JacobianError("the Jacobian has other parameters than the module; give the module it was made from")
-        blocks = tuple(_with_tensors(block, lambda t: t.to("meta")) for block in jacobian.blocks)
-        return cls(jacobian.names, columns, jacobian.outputs.shape[0], jacobian.shape[0], jacobian.recomputed, blocks)
-
-
-def _layers(parts: list[_Part]) -> list[int]:
-    """The layer of every parameter; parameters that meet in a block of any process are in one layer."""
-    columns = parts[0].columns
-    layers = list(range(len(columns)))
-    for block in (block for part in parts for block in part.blocks):
-        met = {layers[_position(owned, columns)] for owned in block.owned}
-        if len(met) > 1:
-            layers = [min(met) if layer in met else layer for layer in layers]
-    return layers
-
-
-def _owners(parts: list[_Part], layers: list[int]) -> list[int]:
-    """The rank that owns each parameter: whole layers, largest first, each to the rank with the fewest numbers."""
-    columns = parts[0].columns
-    costs: Counter[int] = Counter()
-    for layer, (start, stop) in zip(layers, columns, strict=True):
-        costs[layer] += stop - start
-    for block in (block for part in parts for block in part.blocks):
-        costs[layers[_position(block.owned[0], columns)]] += sum(t.numel() for t in _tensors(block))
-    loads = [0] * len(parts)
-    owner: dict[int, int] = {}
-    for layer in sorted(costs, key=lambda layer: (-costs[layer], layer)):
-        owner[layer] = loads.index(min(loads))
-        loads[owner[layer]] += costs[layer]
-    return [owner[layer] for layer in layers]
-
-
-def _travel(
-    own: FactoredJacobian, parts: list[_Part], layers: list[int], owners: list[int], group: dist.ProcessGroup | None
-) -> list[list[Block]]:
-    """Send every layer's blocks to its owner; returns the blocks of this process's layers, by the rank they came from.
-
-    Point to point, because gloo has no all-to-all.
-    """
-    rank = _rank(group)
-    cargo: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for source, part in enumerate(parts):
-        for index, block in enumerate(part.blocks):
-            cargo[layers[_position(block.owned[0], part.columns)]].append((source, index))
-    received: list[list[Block]] = [[] for _ in parts]
-    for layer in sorted(cargo):
-        owner = owners[layer]
-        messages = []
-        for source, index in cargo[layer]:
-            if rank not in (source, owner):
-                continue
-            block = own.blocks[index] if source == rank else _empty(parts[source].blocks[index], own.outputs.device)
-            if owner == rank:
-                received[source].append(block)
-            if source != owner:
-                send = source == rank
-                peer = owner if send else source
-                peer = peer if group is None else dist.get_global_rank(group, peer)
-                operation = dist.isend if send else dist.irecv
-                messages += [dist.P2POp(operation, t.contiguous(), peer, group) for t in _tensors(block)]
-        for message in dist.batch_isend_irecv(messages) if messages else []:
-            message.wait()
-    return received
-
-
-def _below_each_other(
-    received: list[list[Block]], parts: list[_Part], names: tuple[str, ...], width: int, like: Tensor
-) -> FactoredJacobian | StackedJacobian:
-    """The rows of all ranks: one block a layer where the ranks' blocks are alike, else one Jacobian below the other.
-
-    They differ where a layer was factored on one rank and dense on another, unused, or met sequences of another length.
-    """
-    per_sample = [part.rows // part.samples for part in parts]
-    alike = [[_kind(block) for block in blocks] for blocks in received]
-    if per_sample.count(per_sample[0]) == len(parts) and alike.count(alike[0]) == len(parts):
-        merged = [_merged(blocks) for blocks in zip(*received, strict=True)]
-        samples, rows = sum(part.samples for part in parts), sum(part.rows for part in parts)
-        return FactoredJacobian(merged, (rows, width), per_sample[0], names, like.new_empty(samples, 0))
-    return StackedJacobian([
-        FactoredJacobian(blocks, (part.rows, width), rows, names, like.new_empty(part.samples, 0))
-        for blocks, part, rows in zip(received, parts, per_sample, strict=True)
-    ])  # fmt: skip
-
-
-# A block is a dataclass whose tensors have the samples first and whose other fields do not depend on the samples.
-
-
-def _tensors(block: Block) -> list[Tensor]:
-    return [value for value in vars(block).values() if isinstance(value, Tensor)]
-
-
-def _with_tensors(block: Block, change: Callable[[Tensor], Tensor]) -> Block:
-    return _replaced(block, {name: change(v) for name, v in vars(block).items() if isinstance(v, Tensor)})
-
-
-def _replaced(block: Any, changes: dict[str, Any]) -> Block:
-    return replace(block, **changes)
-
-
-def _empty(block: Block, device: torch.device) -> Block:
-    return _with_tensors(block, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-
-
-def _with_columns(block: Block, change: Callable[[Range], Range]) -> Block:
-    ranges = {name: value for name, value in vars(block).items() if isinstance(value, tuple) and value in block.owned}
-    return _replaced(block, {name: change(value) for name, value in ranges.items()})
-
-
-def _kind(block: Block) -> tuple[Any, ...]:
-    """What blocks have in common that can be merged: all but the number of samples."""
-    return type(block), [(v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for v in vars(block).values()]
-
-
-def _merged(blocks: tuple[Block, ...]) -> Block:
-    if len(blocks) == 1:
-        return blocks[0]
-    stacks = zip(*(_tensors(block) for block in blocks), strict=True)
-    joined = iter([torch.cat(tensors) for tensors in stacks])
-    return _with_tensors(blocks[0], lambda _: next(joined))
-
-
-def _plus(columns: Range, shift: int) -> Range:
-    return columns[0] + shift, columns[1] + shift
-
-
-def _position(columns: Range, parameters: tuple[Range, ...]) -> int:
-    """Index of the parameter that the columns belong to."""
-    return bisect_right(parameters, (columns[0], math.inf)) - 1
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -371,22 +245,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             "fully_shard-ed submodule first (docs/distributed.md)"
         )
     return module
-
-
-def _world(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if _world(group) > 1 else 0
-
-
-def _exchanged(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all processes, in rank order."""
-    values: list[Any] = [value] * _world(group)
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _widths(columns: tuple[Range, ...]) -> list[int]:

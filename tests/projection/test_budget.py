@@ -15,7 +15,8 @@ from tests.projection.builders import matrix_jacobian, matrix_of_condition, mlp,
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
 SOLVERS = {
-    "spectral": SpectralProjection,
+    "dual": lambda *args, **kw: SpectralProjection(*args, method="dual", **kw),
+    "primal": lambda *args, **kw: SpectralProjection(*args, method="primal", **kw),
     "krylov": lambda *args, **kw: KrylovProjection(*args, iterations=60, precision=0.0, **kw),
 }
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
@@ -281,8 +282,8 @@ def test_krylov_equals_spectral(rows, columns, share):
     matrix, rho, divergence, proposal = problem(rows, columns, seed=1, pull=0.05)
     floor = least(matrix, rho, divergence)
     budget = floor + share * (model(matrix, rho, divergence, proposal) - floor)
-    spectral, krylov = (make(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
-                        for make in SOLVERS.values())  # fmt: skip
+    spectral, krylov = (SOLVERS[name](matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
+                        for name in ("dual", "krylov"))  # fmt: skip
     torch.testing.assert_close(krylov.displacement, spectral.displacement, rtol=1e-4, atol=1e-6)
     assert krylov.damping == pytest.approx(spectral.damping, rel=1e-4)
     default = KrylovProjection(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
@@ -327,3 +328,96 @@ def test_nonsense_is_refused(solver, nonsense):
         rho = rho[:3]
     with pytest.raises(ValueError):
         SOLVERS[solver](matrix_jacobian(matrix), rho, divergence, scale=scale).project(proposal, budget)
+
+
+@given(case=problems(), seed=st.integers(0, 99), scaled=st.booleans())
+def test_primal_equals_dual(case, seed, scaled):
+    matrix, rho, divergence, proposal, budget = case
+    scale = normal(matrix.shape[1], seed=seed).exp() if scaled else None
+    dual, primal = (
+        SpectralProjection(matrix_jacobian(matrix), rho, divergence, scale=scale, method=method)
+        for method in ("dual", "primal")
+    )
+    assert (dual.spectrum.rank, dual.method, primal.method) == (primal.spectrum.rank, "dual", "primal")
+    for limit in (budget, 0.0):
+        theirs, ours = dual.project(proposal, limit), primal.project(proposal, limit)
+        size = 1.0 + float(theirs.displacement.norm())
+        assert float((ours.displacement - theirs.displacement).norm()) <= 1e-8 * size
+        assert ours.predicted == pytest.approx(theirs.predicted, rel=1e-8, abs=1e-8)
+        assert ours.damping == pytest.approx(theirs.damping, rel=1e-6)
+        assert ours.effective_dimension == pytest.approx(theirs.effective_dimension, rel=1e-6)
+    for damping in (0.0, 0.1):
+        gap = dual.null(proposal, damping) - primal.null(proposal, damping)
+        assert float(gap.norm()) <= 1e-8 * (1.0 + float(proposal.norm()))
+
+
+@pytest.mark.parametrize("rows,columns,expected", [(40, 10, "primal"), (10, 40, "dual"), (1, 1, "dual")])
+def test_fewer_parameters_than_rows_are_solved_in_parameter_space(rows, columns, expected):
+    matrix, rho, divergence, proposal = problem(rows, columns, seed=3)
+    projection = SpectralProjection(matrix_jacobian(matrix), rho, divergence)
+    assert projection.method == expected
+    assert projection.project(proposal, 0.0).certificate.method.split("/")[0] == expected
+    assert projection.spectrum.values.shape == (min(rows, columns),)
+
+
+def test_primal_forms_no_gram_matrix():
+    matrix, rho, divergence, proposal = problem(40, 10, seed=3)
+    factored = matrix_jacobian(matrix)
+    factored.gram = lambda *args: pytest.fail("the Gram matrix was formed")
+    SpectralProjection(factored, rho, divergence).project(proposal, 0.1)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-6, 0.0])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+def test_primal_in_single_precision(condition, share):
+    """k > P with float32 factors: the promised model is the true one, and the hard null space is empty of J."""
+    matrix = (matrix_of_condition(300, 20, condition) @ normal(20, 40, seed=1)).float()
+    proposal, rho = normal(40, dtype=torch.float32), torch.zeros(300)
+    proposed = model(matrix, rho, 0.0, proposal)
+    projection = SpectralProjection(matrix_jacobian(matrix), rho, 0.0)
+    result = projection.project(proposal, share * proposed)
+    value = model(matrix, rho, 0.0, result.displacement)
+    assert projection.method == "primal" and result.displacement.dtype == torch.float32
+    assert result.predicted == pytest.approx(value, rel=0.01, abs=1e-18)
+    assert value <= 1.001 * share * proposed + 1e-14 * proposed
+    assert result.residual < 1e-5
+
+
+@pytest.mark.parametrize("method", ["dual", "primal"])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+def test_leakage_in_single_precision(condition, method):
+    """Two passes leave |J d| / (|J| |d|) <= 1e-8, the rounding of d itself (DESIGN, section 3)."""
+    matrix = matrix_of_condition(64, 400, condition).float()
+    projection = SpectralProjection(matrix_jacobian(matrix), torch.zeros(64), 0.0, method=method)
+    for vector in (projection.project(normal(400, dtype=torch.float32), 0.0).displacement,
+                   projection.null(normal(400, dtype=torch.float32))):  # fmt: skip
+        left = (matrix.double() @ vector.double()).norm() / (matrix.double().norm() * vector.double().norm())
+        assert float(left) <= 1e-8
+
+
+@pytest.mark.parametrize("solver,name", [("dual", "dual/eigh"), ("primal", "primal"), ("krylov", "krylov")])
+@pytest.mark.parametrize("rows,columns", [(20, 30), (30, 20)])
+def test_certificates(solver, name, rows, columns):
+    matrix, rho, divergence, proposal = problem(rows, columns, seed=1, pull=0.05)
+    floor = least(matrix, rho, divergence)
+    budget = floor + 0.1 * (model(matrix, rho, divergence, proposal) - floor)
+    result = SOLVERS[solver](matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
+    certificate, values = result.certificate, torch.linalg.svdvals(matrix).square()
+    assert certificate.method == name and certificate.dtype == torch.float64
+    assert certificate.residual < 1e-6 and certificate.seconds > 0.0
+    effective = float((values / (values + certificate.damping)).sum())
+    if solver == "krylov":  # of the Ritz values
+        assert 0.5 * effective <= certificate.effective_dimension <= effective * (1 + 1e-9)
+        assert 10 <= certificate.rank <= 20
+    else:
+        assert certificate.effective_dimension == pytest.approx(effective) and certificate.rank == 20
+    assert (result.damping, result.residual, result.rank) == (
+        certificate.damping, certificate.residual, certificate.rank
+    )  # fmt: skip
+    assert (result.iterations, result.seconds) == (certificate.passes, certificate.seconds)
+
+
+def test_a_jacobian_too_large_to_be_decomposed():
+    matrix, rho, divergence, _ = problem(20, 30, seed=1)
+    with pytest.raises(ValueError, match="linearise fewer states, or solve by KrylovProjection"):
+        SpectralProjection(matrix_jacobian(matrix), rho, divergence, memory=1000.0)

@@ -58,6 +58,9 @@ def check_products(parts: list[dict[str, Any]], expected: Tensor, names: list[st
         close(part["gram"], expected @ expected.T)
         close(part["matvec"], expected @ vector)
         close(part["rmatvec"], expected.T @ rows)
+        close(part["matmat"].squeeze(1), part["matvec"])
+        close(part["rmatmat"], expected.T @ rows)
+        close(part["squares"], expected.square().sum(0))
         assert torch.equal(part["rows"], rows)
         assert part["norm"] == pytest.approx(float(vector.norm()), rel=1e-12)
 

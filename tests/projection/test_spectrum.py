@@ -85,3 +85,48 @@ def test_gram_matrices_that_are_not_finite(value):
     gram[1, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         spectrum(gram)
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 999), log_damping=st.floats(-6, 3))
+def test_solutions(rows, columns, seed, log_damping):
+    """Damped: the inverse. Undamped: the pseudo-inverse at the rank. One right-hand side or several."""
+    jacobian, damping = normal(rows, columns, seed=seed), 10.0**log_damping
+    gram, right = jacobian @ jacobian.T, normal(rows, 2, seed=seed + 1)
+    parts = spectrum(gram, torch.float64)
+    expected = torch.linalg.solve(gram + damping * torch.eye(rows).double(), right)
+    torch.testing.assert_close(
+        parts.solve(right, damping), expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max())
+    )
+    inverse = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
+    scale = float(inverse.abs().max())
+    torch.testing.assert_close(parts.solve(right), inverse @ right, rtol=1e-6, atol=1e-9 * scale)
+    torch.testing.assert_close(parts.solve(right[:, 0]), parts.solve(right)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows,columns,rank", [(200, 30, 30), (200, 30, 7), (2000, 5, 5)])
+def test_rank_in_parameter_space(rows, columns, rank, dtype):
+    """J^T J has the rank of J J^T, judged by the same tolerance."""
+    jacobian = (normal(rows, rank) @ normal(rank, columns, seed=1)).to(dtype).double()
+    assert spectrum(jacobian.T @ jacobian, dtype, rows).rank == rank
+    if rows < 1000:
+        assert spectrum(jacobian @ jacobian.T, dtype).rank == rank
+
+
+@pytest.mark.parametrize("failure", ["raises", "NaN"])
+def test_eigensolvers_that_fail_are_replaced(monkeypatch, failure):
+    """CUDA's fails or returns NaN for some matrices of low rank; LAPACK's is asked then."""
+    gram, asked, honest = gram_of_rank(20, 50, 7, torch.float32), [], torch.linalg.eigh
+
+    def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(matrix.device.type)
+        if len(asked) > 1:
+            return honest(matrix)
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("failed to converge")
+        return torch.full((20,), math.nan), torch.full((20, 20), math.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    result = spectrum(gram)
+    assert asked == ["cpu", "cpu"] and result.rank == 7
+    torch.testing.assert_close(result.vectors * result.values @ result.vectors.T, gram, rtol=1e-9, atol=1e-9)

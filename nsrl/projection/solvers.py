@@ -1,0 +1,52 @@
+"""Solve (K + lambda I) y = b for K = J J^T, and project onto the null space of J with it: one interface, three ways.
+
+`factorise` makes the plan (`nsrl.projection.plan`) and the factorisation, which answers many right-hand sides. Vectors
+are float64 whatever the factors. A lambda of 0 means the pseudo-inverse at the numerical rank: no jitter is ever added
+to K. Every answer has a certificate.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsrl.projection.dual import DualSolver
+from nsrl.projection.factored import Jacobian
+from nsrl.projection.factors import is_whole, storage
+from nsrl.projection.nystrom import NystromSolver
+from nsrl.projection.plan import METHODS, plan
+from nsrl.projection.primal import PrimalSolver
+from nsrl.projection.refinement import Solution, Solver
+
+
+def factorise(jacobian: Jacobian, damping: float = 0.0, *, method: str | None = None, memory: float | None = None,
+              effective_dimension: float | None = None, passes: int = 2) -> Solver:  # fmt: skip
+    """Prepare (K + lambda)^+ by the method that `plan` chooses.
+
+    Args:
+        jacobian: J, shape (k, P).
+        damping: lambda; 0 for the pseudo-inverse at the numerical rank.
+        method: "dual", "primal" or "nystrom", whatever it costs.
+        memory: bytes that may be used; default half of what is free.
+        effective_dimension: sum s / (s + lambda), if known.
+        passes: largest number of refinement passes; two make up for float32 factors.
+
+    Raises:
+        ValueError: as `Solver` and `plan`.
+    """
+    kinds = {"dual": DualSolver, "primal": PrimalSolver, "nystrom": NystromSolver}
+    methods = METHODS if is_whole(jacobian) else ("dual", "nystrom")
+    chosen = plan(jacobian.shape, spectral=damping == 0.0, method=method, methods=methods, memory=memory,
+                  effective_dimension=effective_dimension, device=storage(jacobian)[1])  # fmt: skip
+    return kinds[chosen.method](jacobian, damping, passes)
+
+
+def solve(jacobian: Jacobian, rows: Tensor, damping: float = 0.0, *, method: str | None = None,
+          memory: float | None = None) -> Solution:  # fmt: skip
+    """Solve (J J^T + lambda) y = b for b of shape (k,) or (k, c); see `factorise` and `Solver.solve`."""
+    return factorise(jacobian, damping, method=method, memory=memory).solve(rows)
+
+
+def null_projection(jacobian: Jacobian, vector: Tensor, damping: float = 0.0, *, method: str | None = None,
+                    memory: float | None = None) -> Solution:  # fmt: skip
+    """Project v of shape (P,) to v - J^T (J J^T + lambda)^+ J v; see `factorise` and `Solver.null`."""
+    return factorise(jacobian, damping, method=method, memory=memory).null(vector)

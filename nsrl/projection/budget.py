@@ -90,15 +90,18 @@ class SpectralProjection(Projector):
         `damping` 0 is the hard projector I - V J^T (J V J^T)^+ J; larger values soften it.
         """
         result = self._whitened(vector.double())
-        seen = first = self.jacobian.matvec(result).double()
-        for _ in range(self.passes if damping == 0.0 else 1):
-            if float(seen.norm()) <= 1e-12 * float(first.norm()):
+        seen = self.jacobian.matvec(result).double()
+        enough = max(1e-12 * float(seen.norm()), self._rounding(result, vector.dtype))
+        passes = self.passes if damping == 0.0 else 1
+        for number in range(1, passes + 1):
+            if float(seen.norm()) <= enough:
                 break
             if self._basis is None:
                 result = result - self.jacobian.rmatvec(self.spectrum.solve(seen, damping)).double()
             else:
                 result = result - self._basis.relaxed(self.jacobian.rmatvec(seen).double(), damping)
-            seen = self.jacobian.matvec(result).double()
+            if number < passes:
+                seen = self.jacobian.matvec(result).double()
         return self._unwhitened(result).to(vector.dtype)
 
     def _weights(self, reached: Tensor) -> tuple[Tensor, Tensor]:

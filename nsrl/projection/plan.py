@@ -23,6 +23,8 @@ METHODS = ("dual", "primal", "nystrom")
 SHARE = 0.5
 #: Conjugate-gradient iterations that a good preconditioner leaves to do, for the cost model.
 ITERATIONS = 30
+#: Matrices of the size of a sketch: test matrix and image, both once more while they grow, root, basis, temporaries.
+SKETCHES = 8.0
 #: Numbers that a chunk of dense rows may hold.
 CHUNK = 2**23
 
@@ -127,6 +129,11 @@ def free_memory(device: torch.device | str = "cpu") -> float:
         return float(os.sysconf(pages)) * os.sysconf("SC_PAGE_SIZE")
 
 
+def largest_sketch(rows: int, memory: float) -> int:
+    """Columns that a sketch of "nystrom" may have; at least 16."""
+    return int(min(max(16.0, memory / (8.0 * SKETCHES * max(rows, 1))), rows))
+
+
 def _cheapest(shape: tuple[int, int], costs: dict[str, Cost], limit: float, effective_dimension: float | None) -> Plan:
     exact = [name for name in costs if name != "nystrom" and costs[name].bytes <= limit]
     if exact:
@@ -154,8 +161,7 @@ def _cost(
         sketch = min(rows, 3.0 * guess + 16.0)
         # A product with K is 4 k P; the sketch takes one a column, orthonormalised and decomposed in about 6 k l^2.
         flops = 4.0 * rows * columns * (sketch + ITERATIONS) + 6.0 * rows * sketch**2
-        # Test matrix, its image, their basis and one temporary.
-        return Cost(flops, 8.0 * (4.0 * rows * sketch + 2.0 * columns), flops / (rates.gemm * cores))
+        return Cost(flops, 8.0 * (SKETCHES * rows * sketch + 2.0 * columns), flops / (rates.gemm * cores))
     size, other = (rows, columns) if method == "dual" else (columns, rows)
     products = 2.0 * size**2 * other
     if spectral or method == "primal":

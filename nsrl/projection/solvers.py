@@ -13,7 +13,7 @@ from nsrl.projection.dual import DualSolver
 from nsrl.projection.factored import Jacobian
 from nsrl.projection.factors import is_whole, storage
 from nsrl.projection.nystrom import NystromSolver
-from nsrl.projection.plan import METHODS, plan
+from nsrl.projection.plan import METHODS, SHARE, free_memory, largest_sketch, plan
 from nsrl.projection.primal import PrimalSolver
 from nsrl.projection.refinement import Solution, Solver
 
@@ -26,18 +26,22 @@ def factorise(jacobian: Jacobian, damping: float = 0.0, *, method: str | None = 
         jacobian: J, shape (k, P).
         damping: lambda; 0 for the pseudo-inverse at the numerical rank.
         method: "dual", "primal" or "nystrom", whatever it costs.
-        memory: bytes that may be used; default half of what is free.
+        memory: bytes that may be used; default half of what is free. It bounds the sketch of "nystrom", too: one that
+            is too small for the effective dimension costs iterations, and what they leave is in the certificate.
         effective_dimension: sum s / (s + lambda), if known.
-        passes: largest number of refinement passes; two make up for float32 factors.
+        passes: largest number of refinement passes.
 
     Raises:
         ValueError: as `Solver` and `plan`.
     """
-    kinds = {"dual": DualSolver, "primal": PrimalSolver, "nystrom": NystromSolver}
+    device = storage(jacobian)[1]
+    limit = SHARE * free_memory(device) if memory is None else memory
     methods = METHODS if is_whole(jacobian) else ("dual", "nystrom")
-    chosen = plan(jacobian.shape, spectral=damping == 0.0, method=method, methods=methods, memory=memory,
-                  effective_dimension=effective_dimension, device=storage(jacobian)[1])  # fmt: skip
-    return kinds[chosen.method](jacobian, damping, passes)
+    chosen = plan(jacobian.shape, spectral=damping == 0.0, method=method, methods=methods, memory=limit,
+                  effective_dimension=effective_dimension, device=device)  # fmt: skip
+    if chosen.method == "nystrom":
+        return NystromSolver(jacobian, damping, passes, largest=largest_sketch(jacobian.shape[0], limit))
+    return {"dual": DualSolver, "primal": PrimalSolver}[chosen.method](jacobian, damping, passes)
 
 
 def solve(jacobian: Jacobian, rows: Tensor, damping: float = 0.0, *, method: str | None = None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsrl.projection import FactoredJacobian, StackedJacobian, jacobian
+from nsrl.projection import FactoredJacobian, ShardedJacobian, StackedJacobian, jacobian, sharded_jacobian
 from nsrl.projection.factors import doubled, is_whole, row_chunks, storage
 from tests.projection.builders import Net, jacrev_matrix, matrix_jacobian, mlp, normal
 
@@ -88,3 +88,15 @@ def test_a_stack_is_whole():
     precise = doubled(StackedJacobian([part, part]))
     assert isinstance(precise, StackedJacobian) and isinstance(precise.parts[0], FactoredJacobian)
     assert storage(precise)[0] == torch.float64 and precise.shape == (6, 4)
+
+
+def test_a_shard_is_doubled_in_place_of_its_local_factors():
+    """In one process, a shard has all columns; but it is not known to, so it is solved by rows."""
+    net, inputs = cases()["linear"]
+    shard, factored = sharded_jacobian(net, inputs), jacobian(net, inputs)
+    precise = doubled(shard)
+    assert isinstance(precise, ShardedJacobian) and not is_whole(shard)
+    assert (storage(shard)[0], storage(precise)[0]) == (torch.float32, torch.float64)
+    vector = normal(factored.shape[1])
+    torch.testing.assert_close(precise.matvec(vector), doubled(factored).matvec(vector), rtol=1e-12, atol=1e-12)
+    assert storage(shard)[0] == torch.float32

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nsrl.projection.plan import METHODS, Plan, free_memory, plan
+from nsrl.projection.plan import METHODS, Plan, free_memory, largest_sketch, plan
 
 GIB = 2.0**30
 
@@ -108,3 +108,10 @@ def test_default_memory_is_half_of_what_is_free(monkeypatch):
 def test_plans_are_values():
     assert isinstance(plan((3, 4), memory=GIB), Plan)
     assert plan((3, 4), memory=GIB) == plan((3, 4), memory=GIB)
+
+
+def test_sketches_stay_within_the_memory():
+    assert largest_sketch(10**5, 8 * GIB) == pytest.approx(8 * GIB / (8 * 8 * 10**5), abs=1)
+    assert largest_sketch(10**5, 0.0) == 16
+    assert largest_sketch(10, 8 * GIB) == 10
+    assert largest_sketch(10, math.inf) == 10

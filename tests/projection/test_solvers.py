@@ -13,6 +13,7 @@ from torch import Tensor
 from nsrl.projection import StackedJacobian, jacobian
 from nsrl.projection.dual import DualSolver
 from nsrl.projection.factors import doubled
+from nsrl.projection.nystrom import NystromSolver
 from nsrl.projection.plan import METHODS
 from nsrl.projection.solvers import factorise, null_projection, solve
 from tests.projection.builders import matrix_jacobian, matrix_of_condition, mlp, normal
@@ -276,6 +277,20 @@ def test_the_hard_projection_by_nystrom_states_its_damping():
     matrix = matrix_of_condition(24, 60, 1e3)
     certificate = null_projection(matrix_jacobian(matrix), normal(60), method="nystrom").certificate
     assert certificate.damping == pytest.approx(1e-12, rel=1e-6)  # the largest eigenvalue is 1
+
+
+def test_a_sketch_that_memory_bounds_is_paid_for_in_iterations():
+    """100 directions matter, 16 fit: slower, right all the same."""
+    matrix, rows = of_rank(200, 300, 100, 10.0), normal(200)
+    small, large = (factorise(matrix_jacobian(matrix), 1e-3, method="nystrom", memory=m) for m in (1.0, 1e9))
+    assert isinstance(small, NystromSolver) and isinstance(large, NystromSolver)
+    assert small.sketch.vectors.shape[1] == 16 and large.sketch.vectors.shape[1] >= 100
+    expected = torch.linalg.solve(matrix @ matrix.T + 1e-3 * torch.eye(200).double(), rows)
+    for solver in (small, large):
+        result = solver.solve(rows)
+        assert result.certificate.residual <= 1e-10
+        torch.testing.assert_close(result.values, expected, rtol=1e-7, atol=1e-7)
+    assert small.iterations_made > 2 * large.iterations_made
 
 
 def test_certificates_read_well():

@@ -69,7 +69,7 @@ def test_saturated_softmax_lets_actions_flip(gap, budget):
         net, states, reference = two_states(gap)
         metric, flat = Categorical((2,), tempering), FlatParameters(list(net.parameters()))
         rows = jacobian(net, states, seed=metric.seeds, scale=2**-0.5)
-        result = SpectralProjection(rows, torch.zeros(4).double(), 0.0).project(flip, budget)
+        result = SpectralProjection(rows, torch.zeros(2).double(), 0.0).project(flip, budget)
         assert result.predicted <= budget * (1 + 1e-9)
         flat.write(flat.read() + result.displacement)
         outputs = net(states).detach()
@@ -84,7 +84,7 @@ def test_tempering_keeps_the_null_space_of_an_undecided_state():
     net, states, _ = two_states(20.0)
     rows = jacobian(net, states, seed=Categorical((2,), 0.01).seeds, scale=2**-0.5)
     shift = torch.ones(4).double()
-    result = SpectralProjection(rows, torch.zeros(4).double(), 0.0).project(shift, 1e-6)
+    result = SpectralProjection(rows, torch.zeros(2).double(), 0.0).project(shift, 1e-6)
     assert result.kept == pytest.approx(1.0)
 
 

@@ -105,12 +105,19 @@ class LinearBlock:
     def rmatvec_into(self, rows: Tensor, out: Tensor) -> None:
         if self.inputs.shape[1] == 1:
             pulled = torch.bmm(rows.unsqueeze(1), self.grads[:, :, 0]).squeeze(1)
-            matrix = pulled.T @ self.inputs[:, 0]
         else:
-            pulled = torch.einsum("no,notd->ntd", rows, self.grads)
-            matrix = pulled.flatten(0, 1).T @ self.inputs.flatten(0, 1)
-        for view, part in self._parts(matrix, out):
-            view.add_(part)
+            pulled = torch.einsum("no,notd->ntd", rows, self.grads).flatten(0, 1)
+        inputs = self.inputs.flatten(0, 1)
+        if self.weight is not None:
+            features = inputs if self.bias is None else inputs[:, :-1]
+            width_out, width_in = pulled.shape[1], features.shape[1]
+            # Accumulated in place: a temporary of the weight's size would cost as much as the product.
+            if self.transposed:
+                out[slice(*self.weight)].view(width_in, width_out).addmm_(features.T, pulled)
+            else:
+                out[slice(*self.weight)].view(width_out, width_in).addmm_(pulled.T, features)
+        if self.bias is not None:
+            out[slice(*self.bias)].addmv_(pulled.T, inputs[:, -1])
 
     def gram(self, precision: torch.dtype) -> Tensor:
         return products.gram(self.inputs, self.grads, precision)

@@ -92,7 +92,7 @@ class SpectralProjection(Projector):
         result = self._whitened(vector.double())
         seen = self.jacobian.matvec(result).double()
         enough = max(1e-12 * float(seen.norm()), self._rounding(result, vector.dtype))
-        passes = self.passes if damping == 0.0 else 1
+        passes = self.passes if damping == 0.0 and not self._one_pass_suffices(vector.dtype) else 1
         for number in range(1, passes + 1):
             if float(seen.norm()) <= enough:
                 break
@@ -153,6 +153,14 @@ class SpectralProjection(Projector):
         """Size of what rounding a displacement to its dtype does to J d: no pass can remove it."""
         mean_square = float(self.spectrum.values.sum()) / max(1, moved.numel())
         return torch.finfo(dtype).eps * math.sqrt(mean_square) * float(moved.norm())
+
+    def _one_pass_suffices(self, dtype: torch.dtype) -> bool:
+        """Whether the round-off of a float64 solve, amplified by the condition number, is lost in that of `dtype`."""
+        values, rank = self.spectrum.values, self.spectrum.rank
+        if self._basis is not None or rank == 0:
+            return False
+        condition = float(values[0] / values[rank - 1])
+        return 100 * torch.finfo(torch.float64).eps * condition < torch.finfo(dtype).eps
 
     def _certificate(self, residual: float, damping: float, passes: int, start: float) -> Certificate:
         method = "dual/eigh" if self._basis is None else "primal"

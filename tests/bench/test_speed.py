@@ -164,7 +164,7 @@ def test_results_say_what_was_measured_with_what_and_are_measured_once(tmp_path:
     assert ours["error_to_float64"] < 1e-6
     assert case["methods"]["TorchJD autogram"]["status"] == "not installed"
     assert "pip install nsrl[rivals]" in case["methods"]["TorchJD autogram"]["note"]
-    assert len(tasks) == 4 and tasks[-1]["kind"] == "in turn" and "TorchJD autogram" not in tasks[-1]["rounds"]
+    assert len(tasks) == 5 and tasks[-1]["kind"] == "in turn" and "TorchJD autogram" not in tasks[-1]["rounds"]
     assert "gram_mlp on cpu: first run of nsrl" in said and not any("TorchJD" in text for text in said[-1:])
 
     # the second call adds a case and keeps the first
@@ -190,8 +190,8 @@ def test_what_does_not_fit_is_not_run(tmp_path: Path, tasks, monkeypatch) -> Non
     monkeypatch.setattr(benchmark, "free_bytes", lambda device: 1e5)
     case = measure_speed(tmp_path, QUICK, only=["gram_mlp"])["cases"]["gram_mlp"]
     assert case["methods"]["torch.func contraction"]["status"] == "too big"
-    assert [task.get("method") for task in tasks] == ["nsrl", None]
-    assert speed_tables({"cases": {"gram_mlp": case}, "targets": []})[0].rows[1][-1] == "too big"
+    assert [task.get("method") for task in tasks] == ["nsrl", "nsrl float32", None]
+    assert speed_tables({"cases": {"gram_mlp": case}, "targets": []})[0].rows[2][-1] == "too big"
 
 
 def test_a_case_that_ours_does_not_finish_is_an_error(tmp_path: Path, monkeypatch) -> None:

@@ -55,6 +55,12 @@ def _nsrl(problem: Problem) -> Run:
     return lambda: jacobian(model, problem.inputs).gram()
 
 
+def _nsrl_single(problem: Problem) -> Run:
+    """In the rivals' precision: enough to look at a kernel, not to project."""
+    model = deepcopy(problem.model)
+    return lambda: jacobian(model, problem.inputs).gram(torch.float32)
+
+
 def _single(problem: Problem) -> tuple[Callable[[dict[str, Tensor], Tensor], Tensor], dict[str, Tensor]]:
     """The model as a function of parameters and one sample, as torch.func wants it."""
     model = deepcopy(problem.model)
@@ -173,6 +179,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("nsrl", "nsrl", "gram", _nsrl, 0.0),
+        Method("nsrl float32", "nsrl", "gram", _nsrl_single, 0.0),
         Method("torch.func contraction", "torch.func", "gram", _torch_func_contraction, 2.5),
         Method("torch.func NTK-vector products", "torch.func", "gram", _torch_func_products, 2.5),
         Method("TorchJD autogram", "TorchJD", "gram", _torchjd, 2.5, "torchjd"),

@@ -37,8 +37,8 @@ class Block(Protocol):
         """Add the transposed product with `rows` (N, R) to the flat vector `out` (P,)."""
         ...
 
-    def gram(self, precision: torch.dtype) -> Tensor:
-        """Inner products of the block's rows, (N R, N R)."""
+    def add_gram(self, out: Tensor) -> None:
+        """Add the inner products of the block's rows to `out` (N R, N R), in its precision, symmetric to the last bit."""
         ...
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
@@ -119,8 +119,8 @@ class LinearBlock:
         if self.bias is not None:
             out[slice(*self.bias)].addmv_(pulled.T, inputs[:, -1])
 
-    def gram(self, precision: torch.dtype) -> Tensor:
-        return products.gram(self.inputs, self.grads, precision)
+    def add_gram(self, out: Tensor) -> None:
+        products.add_gram(self.inputs, self.grads, out)
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
         if not isinstance(other, LinearBlock):
@@ -247,8 +247,8 @@ class DenseBlock:
     def rmatvec_into(self, rows: Tensor, out: Tensor) -> None:
         out[slice(*self.columns)].add_(rows.flatten() @ self.values.flatten(0, 1))
 
-    def gram(self, precision: torch.dtype) -> Tensor:
-        return products.row_gram(self.values.flatten(0, 1), precision)
+    def add_gram(self, out: Tensor) -> None:
+        products.add_row_gram(self.values.flatten(0, 1), out)
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
         theirs = other.materialised(self.columns)

@@ -41,9 +41,9 @@ class EmbeddingBlock:
         pulled = torch.einsum("no,notd->ntd", rows, self.grads)
         self._table(out).index_add_(0, self.indices.flatten(), pulled.flatten(0, 1))
 
-    def gram(self, precision: torch.dtype) -> Tensor:
-        gram = self._against_embedding(self, precision)
-        return (gram + gram.T) / 2
+    def add_gram(self, out: Tensor) -> None:
+        gram = self._against_embedding(self, out.dtype)
+        out += (gram + gram.T) / 2
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
         if self.weight not in other.owned:

@@ -98,7 +98,7 @@ class FactoredJacobian:
         """
         gram = self.outputs.new_zeros(self.shape[0], self.shape[0], dtype=precision)
         for index, block in enumerate(self.blocks):
-            gram += block.gram(precision)
+            block.add_gram(gram)
             for partner in self.blocks[:index]:
                 product = block.cross_gram(partner, precision)
                 if product is not None:

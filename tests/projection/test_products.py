@@ -45,7 +45,7 @@ def test_own_gram_is_symmetric_and_right(n, r, t, width_out, width_in):
     (49, 6, 577, products._materialised), (3, 1, 4, products._materialised),
 ])  # fmt: skip
 def test_the_form_with_the_fewest_products_is_chosen(positions, rows, width_in, form):
-    inputs, grads = torch.zeros(1, positions, width_in), torch.zeros(1, rows, positions, 1)
+    inputs, grads = torch.zeros(32, positions, width_in), torch.zeros(32, rows, positions, 1)
     assert products._cheapest(inputs, grads, inputs, grads) is form
 
 
@@ -57,8 +57,38 @@ def test_slices_of_features_cover_all_of_them(monkeypatch):
         here = factors(6, 2, 3, width, 5)
         expected = dense(*here) @ dense(*here).T
         torch.testing.assert_close(products._pairs(*here, *here, torch.float64), expected)
-        torch.testing.assert_close(products._materialised(*here, None, None, torch.float64), expected)
+        torch.testing.assert_close(products._materialised(*here, *here, torch.float64), expected)
         torch.testing.assert_close(products.squares(*here), dense(*here).square().sum(0).view(width, 5))
+
+
+def added(rows: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    out = torch.zeros(len(rows), len(rows), dtype=precision)
+    products.add_row_gram(rows, out)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(20, 3, 1, 5, 6), (20, 9, 3, 5, 60), (20, 2, 6, 5, 3)], ids=["hadamard", "pairs", "rows"])
+def test_a_gram_is_added_to_what_is_there(shape):
+    n, r, t, width_out, width_in = shape
+    here = factors(n, r, t, width_out, width_in)
+    out = torch.ones(n * r, n * r, dtype=torch.float64)
+    products.add_gram(*here, out)
+    torch.testing.assert_close(out, 1.0 + dense(*here) @ dense(*here).T)
+
+
+def test_threads_give_the_same_bits_and_leave_the_settings_alone():
+    here = factors(20, 4, 3, 8, 50)
+    assert products._cheapest(*here, *here) is products._pairs
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                results.append(products.gram(*here))
+            assert torch.get_num_threads() == count and torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
 
 
 def test_double_products_of_single_factors_keep_the_condition_number():
@@ -67,7 +97,7 @@ def test_double_products_of_single_factors_keep_the_condition_number():
     right = torch.linalg.qr(normal(30, 6, seed=1))[0]
     rows = (left * torch.logspace(0, -5, 6, dtype=torch.float64) @ right.T).float()
     exact = torch.linalg.eigvalsh(rows.double() @ rows.double().T)
-    double = torch.linalg.eigvalsh(products.row_gram(rows))
-    single = torch.linalg.eigvalsh(products.row_gram(rows, torch.float32).double())
+    double = torch.linalg.eigvalsh(added(rows, torch.float64))
+    single = torch.linalg.eigvalsh(added(rows, torch.float32).double())
     torch.testing.assert_close(double, exact, rtol=1e-4, atol=0.0)
     assert abs(float(single[0] - exact[0])) > 0.5 * float(exact[0])

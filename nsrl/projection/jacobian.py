@@ -44,7 +44,8 @@ def jacobian(
         check: evaluate twice to refuse randomness, and compare one random product with autograd; parameters whose
             factors disagree (used outside their own layer) are recomputed densely.
         dense: parameters known to be used outside their own layer; with check=False, what an earlier checked call
-            left in `recomputed`.
+            with as many samples left in `recomputed` (positions that come before the samples pass for samples where
+            there are as many of them).
 
     Returns:
         A `FactoredJacobian` of shape (N * R, P).

@@ -16,16 +16,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.rl import agents, collection
+from nsrl.rl import agents, collection, merging, sources
 from nsrl.rl.agents import Agent
+from nsrl.rl.buffer_file import FORMAT, arrays_of, fields_from
 from nsrl.rl.normalization import ObservationNormalizer
 from nsrl.rl.npz import read_npz, write_npz
 from nsrl.rl.policies import Observation
 from nsrl.rl.rollout import Observations, Progress, map_arrays, policy_inputs
 from nsrl.rl.spaces import check_spaces
-from nsrl.rl.validation import check_array, check_content
-
-FORMAT = 1
+from nsrl.rl.validation import check_content, check_policy
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,10 +35,11 @@ class RetentionBuffer:
         observations: raw (unnormalised) observations, (N, ...), or a dict of such arrays.
         outputs: reference logits or means on the normalised observations, (N, O) float32.
         family: "categorical", "multi_categorical", "bernoulli" or "gaussian" (`policies.action_family`).
-        log_std: reference log standard deviations, (O,) float32; Gaussian only, else None.
+        log_std: reference log standard deviations, (O,) float32, or one row a source, (S, O); Gaussian only, else None.
         nvec: number of choices of each action, summing to O; multi-categorical only, else None.
         heldout: states kept out of training, on which generalisation is measured, (N,) bool; default none.
-        weights: weight of each state, (N,) float32; default ones.
+        weights: weight of each state in every mean KL, (N,) float32, in any unit; default ones.
+        source: which of the S buffers that were merged a state comes from, (N,) int64; default zeros.
         normalizer: frozen observation statistics of the reference agent, or None.
         provenance: plain JSON: the agent's fingerprint, env, task, seed, selection, spaces, versions, return.
 
@@ -54,6 +54,7 @@ class RetentionBuffer:
     nvec: tuple[int, ...] | None = None
     heldout: np.ndarray = None  # type: ignore[assignment]
     weights: np.ndarray = None  # type: ignore[assignment]
+    source: np.ndarray = None  # type: ignore[assignment]
     normalizer: ObservationNormalizer | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -62,11 +63,12 @@ class RetentionBuffer:
         for name, default in (
             ("heldout", np.zeros(n, dtype=bool)),
             ("weights", np.ones(n, dtype=np.float32)),
+            ("source", np.zeros(n, dtype=np.int64)),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         check_content(self)
-        for name in ("observations", "outputs", "log_std", "heldout", "weights"):
+        for name in ("observations", "outputs", "log_std", "heldout", "weights", "source"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, map_arrays(_read_only, getattr(self, name)))
 
@@ -119,6 +121,11 @@ class RetentionBuffer:
         )
         return cls(**collection.collect(agent, env, config, trust, progress))
 
+    from_arrays = classmethod(sources.from_arrays)
+    from_minari = classmethod(sources.from_minari)
+    from_agents = classmethod(merging.from_agents)
+    merge = classmethod(merging.merge)
+
     def __len__(self) -> int:
         return len(self.outputs)
 
@@ -130,6 +137,21 @@ class RetentionBuffer:
             f"{len(self.heldout_indices)} held out, {'normalised' if self.normalizer else 'raw'} inputs, "
             f"return_mean={origin.get('return_mean')})"
         )
+
+    @property
+    def origins(self) -> tuple[dict[str, Any], ...]:
+        """Provenance of each source: the buffers that were merged, or this one."""
+        return tuple(self.provenance.get("sources") or [self.provenance])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task of each source; the same name twice where two sources are of one task."""
+        return tuple(str(origin.get("task", "old")) for origin in self.origins)
+
+    @property
+    def spreads(self) -> np.ndarray | None:
+        """Reference log standard deviations, (O,), or one row a state, (N, O), where the sources differ in them."""
+        return self.log_std if self.log_std is None or self.log_std.ndim == 1 else self.log_std[self.source]
 
     @property
     def train_indices(self) -> np.ndarray:
@@ -156,33 +178,28 @@ class RetentionBuffer:
     ) -> None:
         """Raise NsrlError unless this buffer describes `model` (and the spaces of `env` are the model's).
 
+        The agent's measured KL on the buffer has to be 0 up to rounding; on a merged buffer, that on one source.
+
         Args:
             model: the agent about to be protected.
             env: the environment that it is about to be trained on.
-            trust_agent: accept an agent other than the one the buffer was collected with.
+            trust_agent: accept an agent other than the one the buffer was made with.
         """
         check_content(self)
         agent = model if isinstance(model, BaseAlgorithm) else model.model
-        origin = self.provenance
-        for key in ("observation_space", "action_space", "fingerprint"):
-            if key not in origin and not (trust_agent and key == "fingerprint"):
+        for key in ("observation_space", "action_space"):
+            if key not in self.provenance:
                 raise NsrlError(f"the buffer's provenance has no {key!r}; collect it with RetentionBuffer.collect")
-        check_spaces(agent, origin["observation_space"], origin["action_space"], "the buffer's task")
+        check_spaces(agent, self.provenance["observation_space"], self.provenance["action_space"], "the buffer's task")
         if env is not None:
             agents.check_spaces(agent, env)
         if not trust_agent:
-            expected, found = str(origin["fingerprint"]), agents.fingerprint(agent.policy)
-            if found != expected:
-                raise NsrlError(
-                    f"the buffer holds the outputs of another agent (fingerprint {expected[:12]}, this one "
-                    f"has {found[:12]}); collect it again with this agent, or pass trust_agent=True "
-                    "(trust_buffer in configurations) to hold this agent to the other's behaviour"
-                )
+            check_policy(self, agent.policy)  # type: ignore[arg-type]
 
     def digest(self) -> str:
         """SHA-256 of states, outputs, family, split, weights and statistics; the provenance is left out."""
         state = hashlib.sha256()
-        arrays = self._arrays()
+        arrays = arrays_of(self)
         header = {name: [str(array.dtype), array.shape] for name, array in arrays.items()}
         state.update(json.dumps([self.family, header], sort_keys=True).encode())
         for name in sorted(arrays):
@@ -195,7 +212,8 @@ class RetentionBuffer:
         Raises:
             NsrlError: when the file cannot be written.
         """
-        return write_npz(path, self._arrays(), {"family": self.family, "provenance": self.provenance}, FORMAT)
+        header = {"family": self.family, "provenance": self.provenance}
+        return write_npz(path, arrays_of(self), header, FORMAT if self.source.any() else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RetentionBuffer:
@@ -206,23 +224,9 @@ class RetentionBuffer:
         """
         arrays, header = read_npz(path, FORMAT)
         try:
-            return cls(**_fields(arrays, header))
+            return cls(**fields_from(arrays, header))
         except NsrlError as error:
             raise NsrlError(f"{path}: {error}") from error
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"outputs": self.outputs, "heldout": self.heldout, "weights": self.weights}
-        if isinstance(self.observations, dict):
-            arrays |= {f"observations/{key}": array for key, array in self.observations.items()}
-        else:
-            arrays["observations"] = self.observations
-        if self.log_std is not None:
-            arrays["log_std"] = self.log_std
-        if self.nvec is not None:
-            arrays["nvec"] = np.asarray(self.nvec, dtype=np.int64)
-        if self.normalizer is not None:
-            arrays |= {f"normalizer/{key}": array for key, array in self.normalizer.to_arrays().items()}
-        return arrays
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
@@ -230,43 +234,3 @@ def _read_only(array: np.ndarray) -> np.ndarray:
         array = array.copy()
         array.flags.writeable = False
     return array
-
-
-def _fields(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from the content of a file."""
-    for key in ("outputs", "heldout", "weights"):
-        if key not in arrays:
-            raise NsrlError(f"key {key!r} is missing; collect the buffer again")
-    for key in ("family", "provenance"):
-        if key not in header:
-            raise NsrlError(f"key 'header' has no {key!r}; collect the buffer again")
-    if not isinstance(header["provenance"], dict):
-        raise NsrlError("key 'header' has a provenance that is no JSON object; collect the buffer again")
-    parts: dict[str, dict[str, np.ndarray]] = {"observations": {}, "normalizer": {}}
-    for key, array in arrays.items():
-        room, slash, name = key.partition("/")
-        if slash and room in parts:
-            parts[room][name] = array
-    observations = arrays.get("observations", parts["observations"] or None)
-    if observations is None:
-        raise NsrlError("key 'observations' is missing; collect the buffer again")
-    normalizer = None
-    if parts["normalizer"]:
-        try:
-            normalizer = ObservationNormalizer.from_arrays(parts["normalizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise NsrlError(f"the keys 'normalizer/...' are damaged ({error}); collect the buffer again") from error
-    nvec = arrays.get("nvec")
-    if nvec is not None:
-        check_array("nvec", nvec, np.int64, (None,))
-    return {
-        "observations": observations,
-        "outputs": arrays["outputs"],
-        "family": header["family"],
-        "log_std": arrays.get("log_std"),
-        "nvec": None if nvec is None else tuple(nvec.tolist()),
-        "heldout": arrays["heldout"],
-        "weights": arrays["weights"],
-        "normalizer": normalizer,
-        "provenance": header["provenance"],
-    }

@@ -19,7 +19,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents import Agent, fingerprint, load
+from nsrl.rl.agents import Agent, agent_in_memory, check_spaces, fingerprint, load
+from nsrl.rl.masking import INVALID, is_maskable, masked_by
 from nsrl.rl.normalization import ObservationNormalizer
 from nsrl.rl.policies import action_family
 from nsrl.rl.rollout import (
@@ -120,14 +121,14 @@ def collect(
         raise NsrlError("the agent carries no environment; pass env, for instance the id of the task it was trained on")
     vec_env = as_vec_env(given, config.n_envs)
     try:
-        model, trained, source = resolve_agent(agent, trust, vec_env)
+        model, trained, source = _acting_agent(agent, trust, vec_env)
         policy, family = model.policy, action_family(model.policy)
         normalizer = frozen_normalizer(trained, vec_env)
         scaling = unwrap_vec_normalize(vec_env) or model.get_vec_normalize_env()
         unit = reward_unit(config.reward_scale, scaling, normalizer)
         rng = np.random.default_rng(config.seed)
         with own_randomness(config.seed), evaluation_mode(policy):
-            with raw_observations(vec_env):
+            with raw_observations(vec_env), masked_by(vec_env, policy) as masks:
                 rollout = roll_out(policy, family, vec_env, config.n_transitions(), config.seed, normalizer, progress)
             candidates, scale = np.arange(rollout.rewards.size), None
             if config.select == "advantage":
@@ -137,6 +138,8 @@ def collect(
             chosen = np.sort(rng.choice(candidates, config.n_states, replace=False))
             observations = map_arrays(lambda array: array[chosen], rollout.flat_observations())
             outputs = reference_outputs(policy, observations, normalizer)
+            if masks:
+                outputs = np.where(np.concatenate(masks)[chosen], outputs, np.float32(INVALID))
         env_id = given if isinstance(given, str) else registered_id(vec_env)
     finally:
         if isinstance(given, str):
@@ -144,20 +147,32 @@ def collect(
         elif isinstance(owner, BaseAlgorithm) and vec_env is owner.get_env():
             owner._last_obs = None  # the env has moved on, so SB3 has to reset it before it learns again
 
-    heldout = np.zeros(config.n_states, dtype=bool)
-    n_heldout = min(round(config.heldout * config.n_states), config.n_states - 1)
-    heldout[rng.permutation(config.n_states)[:n_heldout]] = True
-    space = model.action_space
     return {
         "observations": observations,
         "outputs": outputs,
-        "family": family,
-        "log_std": policy.log_std.detach().cpu().numpy().astype(np.float32) if family == "gaussian" else None,
-        "nvec": tuple(int(n) for n in space.nvec) if isinstance(space, spaces.MultiDiscrete) else None,
-        "heldout": heldout,
+        **distribution(model),
+        "heldout": split(config.n_states, config.heldout, rng),
         "normalizer": normalizer,
         "provenance": provenance(model, source, env_id, config, rollout, scale),
     }
+
+
+def distribution(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """What makes a distribution of a model's outputs: the fields `family`, `log_std` and `nvec` of a buffer."""
+    policy, space = model.policy, model.action_space
+    family = action_family(policy)
+    return {
+        "family": family,
+        "log_std": policy.log_std.detach().cpu().numpy().astype(np.float32) if family == "gaussian" else None,
+        "nvec": tuple(int(n) for n in space.nvec) if isinstance(space, spaces.MultiDiscrete) else None,
+    }
+
+
+def split(n_states: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Which states are held out: a random `share` of them, but never all, (N,) bool."""
+    heldout = np.zeros(n_states, dtype=bool)
+    heldout[rng.permutation(n_states)[: min(round(share * n_states), n_states - 1)]] = True
+    return heldout
 
 
 def provenance(
@@ -171,9 +186,7 @@ def provenance(
     """Where a buffer comes from, as plain JSON."""
     returns = rollout.episode_returns
     return {
-        "fingerprint": fingerprint(model.policy),
-        "agent": source,
-        "algorithm": type(model).__name__,
+        **identity(model, source),
         "env_id": env_id,
         "task": config.task or env_id or "old",
         "seed": int(config.seed),
@@ -185,8 +198,24 @@ def provenance(
         "heldout": float(config.heldout),
         "episodes": len(returns),
         "return_mean": float(np.mean(returns)) if returns else None,
+    }
+
+
+def identity(model: OnPolicyAlgorithm, source: str | None) -> dict[str, Any]:
+    """Which agent a buffer's outputs are from, and what it was made with, as plain JSON."""
+    return {
+        "fingerprint": fingerprint(model.policy),
+        "agent": source,
+        "algorithm": type(model).__name__,
         "observation_space": describe_space(model.observation_space),
         "action_space": describe_space(model.action_space),
+        **circumstances(),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions and date, as plain JSON."""
+    return {
         "versions": {name: version(name) for name in ("nsrl", "torch", "stable-baselines3", "gymnasium", "numpy")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -206,6 +235,16 @@ def registered_id(env: VecEnv) -> str | None:
         return env.get_attr("spec", 0)[0].id
     except AttributeError:
         return None
+
+
+def _acting_agent(
+    agent: BaseAlgorithm | Agent | str | os.PathLike[str], trust: bool, env: VecEnv
+) -> tuple[OnPolicyAlgorithm, ObservationNormalizer | None, str | None]:
+    """As `resolve_agent`; and a MaskablePPO in memory, for whose masks the roll-out asks the environment."""
+    if isinstance(agent, OnPolicyAlgorithm) and is_maskable(agent.policy):
+        check_spaces(agent, env)
+        return agent, agent_in_memory(agent).normalizer, None
+    return resolve_agent(agent, trust, env)
 
 
 def resolve_agent(

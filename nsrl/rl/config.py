@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import harmonic_mean
 
 from nsrl.errors import NsrlError
 
@@ -15,6 +16,7 @@ CHOICES = {
     "gradient": ("lagrangian", "projected", "plain"),
     "projection": ("none", "euclidean", "optimizer"),
     "critic": ("keep", "reset"),
+    "selection": ("random", "active"),
 }
 
 
@@ -25,6 +27,9 @@ class RetentionConfig:
     Attributes:
         kl_budget: largest mean KL(pi_ref || pi) on the buffer, in nats per state; 0 asks for the hard null space
             (measured KL at most 1e-6).
+        task_budgets: budgets of the tasks of a merged buffer, by name, nats per state: after every update the mean KL
+            of each task's states is within its own. `kl_budget` then becomes their harmonic mean, and the KL that the
+            multiplier sees weighs every task by 1 / budget. None has one budget for the mean over all states.
         preserve: "distribution" protects mean and standard deviation; "mode" protects the mean of a Gaussian policy
             (measured in reference standard deviations) and leaves log_std to the new task. Discrete policies: the same.
         gradient: what the optimizer is given. "lagrangian" adds multiplier * grad KL of a fresh buffer minibatch, the
@@ -36,6 +41,8 @@ class RetentionConfig:
             "lagrangian" as "projected": the hard null space has no finite multiplier.
         project_every: project after every so many minibatches.
         subset_states: states linearised, re-drawn for every rollout, when something is projected inside the update.
+        selection: which states are linearised: "random" ones, or "active", half of them those of largest current KL and
+            half random, each weighted by how many states it stands for.
         batch_states: buffer states in each Lagrangian minibatch.
         target: share of the budget that the multiplier and the restoration aim at; the rest is slack.
         rate: integral gain of the multiplier, per minibatch, on the relative excess of KL.
@@ -49,11 +56,13 @@ class RetentionConfig:
     """
 
     kl_budget: float = 0.01
+    task_budgets: dict[str, float] | None = None
     preserve: str = "distribution"
     gradient: str = "lagrangian"
     projection: str = "none"
     project_every: int = 1
     subset_states: int = 128
+    selection: str = "random"
     batch_states: int = 256
     target: float = 0.9
     rate: float = 0.03
@@ -69,6 +78,11 @@ class RetentionConfig:
         if not isinstance(self.kl_budget, int | float) or math.isnan(self.kl_budget) or self.kl_budget < 0:
             raise NsrlError(
                 f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}"
+            )
+        if self.task_budgets is not None and not all(0.0 < budget < math.inf for budget in self.task_budgets.values()):
+            raise NsrlError(
+                f"task_budgets must be numbers of nats > 0, not {self.task_budgets}; for the hard null space of all "
+                "tasks set kl_budget to 0 and leave task_budgets out"
             )
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
@@ -90,6 +104,10 @@ class RetentionConfig:
     def tolerance(self) -> float:
         """The KL that is accepted after an update: the budget, or 1e-6 for budget 0."""
         return max(self.kl_budget, ZERO_BUDGET)
+
+    def with_overall_budget(self) -> RetentionConfig:
+        """The configuration with `kl_budget` as the budgets of the tasks make it."""
+        return replace(self, kl_budget=harmonic_mean(list(self.task_budgets.values()))) if self.task_budgets else self
 
     @property
     def projects(self) -> bool:

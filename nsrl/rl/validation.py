@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from nsrl.errors import NsrlError
+from nsrl.rl.agents import fingerprint
+from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.policies import FAMILIES
-from nsrl.rl.rollout import map_arrays, policy_inputs
+from nsrl.rl.rollout import evaluation_mode, map_arrays, policy_inputs
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
+
+#: Mean KL, in nats, that outputs of the same weights may have from those stored: other hardware, other batches.
+SAME_POLICY = 1e-4
+#: The same for other weights: float32 rounding, far below the KL of two untrained policies.
+SAME_FUNCTION = 1e-8
 
 
 def check_content(buffer: RetentionBuffer) -> None:
@@ -25,29 +34,66 @@ def check_content(buffer: RetentionBuffer) -> None:
     if not named:
         raise NsrlError("observations is an empty dict; it must hold an array for each key of the Dict space")
     for key, array in named.items():
+        if "\0" in key:
+            raise NsrlError(f"observations has the key {key!r}, whose NUL the names in a file cannot hold; rename it")
         check_array(f"observations[{key!r}]" if key else "observations", array, None, (n, ...))
     if buffer.family not in FAMILIES.values():
         raise NsrlError(f"family is {buffer.family!r}, but must be one of {', '.join(FAMILIES.values())}")
+    check_array("source", buffer.source, np.int64, (n,))
+    origins = buffer.provenance.get("sources", [])
+    if not isinstance(origins, list) or not all(isinstance(origin, dict) for origin in origins):
+        raise NsrlError("the sources in the provenance must be a list of the merged buffers' provenances")
+    if buffer.source.min() < 0 or buffer.source.max() >= len(buffer.origins):
+        raise NsrlError(
+            f"source has entries from {buffer.source.min()} to {buffer.source.max()}, but the provenance lists "
+            f"{len(buffer.origins)} sources"
+        )
     for name, family in (("log_std", "gaussian"), ("nvec", "multi_categorical")):
         if (getattr(buffer, name) is not None) != (buffer.family == family):
             raise NsrlError(
                 f"{name} must be given for {family} policies and for no others; this one is {buffer.family}"
             )
     if buffer.log_std is not None:
-        check_array("log_std", buffer.log_std, np.float32, (n_outputs,))
+        per_source = getattr(buffer.log_std, "ndim", 1) == 2
+        shape = (len(buffer.origins), n_outputs) if per_source else (n_outputs,)
+        check_array("log_std", buffer.log_std, np.float32, shape)
     if buffer.nvec is not None and (min(buffer.nvec, default=0) < 1 or sum(buffer.nvec) != n_outputs):
         raise NsrlError(f"nvec is {buffer.nvec}, but must be positive and sum to the {n_outputs} columns of outputs")
     check_array("heldout", buffer.heldout, np.bool_, (n,))
     check_array("weights", buffer.weights, np.float32, (n,))
     if buffer.heldout.all():
         raise NsrlError("heldout holds out every state; leave at least one to train on")
-    if (buffer.weights < 0.0).any() or not buffer.weights.any():
-        raise NsrlError("weights must not be negative, nor all zero")
+    if (buffer.weights < 0.0).any() or not buffer.weights[~buffer.heldout].any():
+        raise NsrlError("weights must not be negative, nor all zero on the states that are not held out")
     try:
         policy_inputs(map_arrays(lambda array: array[:1], buffer.observations), buffer.normalizer)
         json.dumps(buffer.provenance)
     except (ValueError, KeyError, TypeError) as error:
         raise NsrlError(f"normalizer or provenance does not fit the buffer: {error}") from error
+
+
+def check_policy(buffer: RetentionBuffer, policy: ActorCriticPolicy) -> None:
+    """Raise NsrlError, naming the measured KL, unless the reference outputs of one source are this policy's.
+
+    A policy of other weights is the same one where it computes the same function, as after surgery.
+    """
+    with evaluation_mode(policy):
+        kl = RetentionConstraint(policy, buffer).state_divergences().cpu().numpy()
+    ours = fingerprint(policy)
+    measured = []
+    for index, origin in enumerate(buffer.origins):
+        theirs, states = origin.get("fingerprint"), buffer.source == index
+        mean = float(kl[states].mean()) if states.any() else math.inf
+        if mean <= (SAME_POLICY if theirs in (None, ours) else SAME_FUNCTION):
+            return
+        measured.append((mean, theirs))
+    nearest, theirs = min(measured, key=lambda pair: pair[0])
+    named = "" if theirs in (None, ours) else f" (fingerprint {str(theirs)[:12]}, this one has {ours[:12]})"
+    raise NsrlError(
+        f"the buffer holds the outputs of another agent{named}: on its states this one is at a mean KL of "
+        f"{nearest:.3g} from them; make the buffer again with this agent, or pass trust_agent=True (trust_buffer to "
+        "from_pretrained, protect and in configurations) to hold this agent to the other's behaviour"
+    )
 
 
 def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:

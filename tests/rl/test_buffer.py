@@ -499,7 +499,8 @@ def test_round_trip_of_any_shape(data, n, n_outputs, is_dict, tmp_path_factory):
         elements = finite if np.dtype(dtype).kind == "f" else hnp.from_dtype(np.dtype(dtype))
         return data.draw(hnp.arrays(dtype, (n, *shape), elements=elements))
 
-    keys = data.draw(st.lists(st.text(max_size=5), min_size=1, max_size=3, unique=True)) if is_dict else []
+    names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=5)
+    keys = data.draw(st.lists(names, min_size=1, max_size=3, unique=True)) if is_dict else []
     buffer = RetentionBuffer(
         observations={key: array() for key in keys} if is_dict else array(),
         outputs=np.arange(n * n_outputs, dtype=np.float32).reshape(n, n_outputs),
@@ -512,6 +513,11 @@ def test_round_trip_of_any_shape(data, n, n_outputs, is_dict, tmp_path_factory):
     loaded = RetentionBuffer.load(path)
     assert_same(loaded, buffer)
     assert loaded.digest() == buffer.digest()
+
+
+def test_a_key_that_no_file_can_hold_is_refused():
+    with pytest.raises(NsrlError, match=r"the key 'a\\x00'"):
+        RetentionBuffer({"a\0": np.zeros((1, 2))}, np.zeros((1, 2), dtype=np.float32), "categorical")
 
 
 def test_round_trip_with_statistics(normalized, tmp_path):
@@ -607,6 +613,9 @@ def text(value):
         ({"log_std": np.zeros(2, dtype=np.float32)}, "log_std must be given"),
         ({"nvec": np.array([2])}, "nvec must be given"),
         ({"normalizer/mean": np.zeros(4)}, "statistics"),
+        ({"source": np.ones(20, dtype=np.int64)}, "source has entries from 1 to 1"),
+        ({"source": np.zeros(20, dtype=np.int32)}, "source has dtype int32"),
+        ({"header": text({"family": "categorical", "provenance": {"sources": [1]}})}, "sources in the provenance"),
     ],
 )
 def test_malformed_content_is_named(small, tmp_path, changes, message):

@@ -20,6 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
+from nsrl.rl import hub
 from nsrl.rl.archive import (
     policy_spaces,
     read_archive,
@@ -28,6 +29,7 @@ from nsrl.rl.archive import (
     written_atomically,
 )
 from nsrl.rl.layouts import find_agent, find_statistics
+from nsrl.rl.masking import is_maskable
 from nsrl.rl.normalization import ObservationNormalizer, RetainingVecNormalize, save_stock
 from nsrl.rl.policies import action_family
 from nsrl.rl.spaces import check_spaces as check_described
@@ -64,7 +66,8 @@ def load(
     task.
 
     Args:
-        source: a zip (with or without its suffix), a run folder (see `nsrl.rl.layouts`), or an SB3 model.
+        source: a zip (with or without its suffix), a run folder (see `nsrl.rl.layouts`), an address on the Hugging Face
+            hub (`hf://user/repo/file.zip`, see `nsrl.rl.hub`), or an SB3 model.
         env: an environment that the agent's spaces must fit; also supplies bounds that the zip's text elides.
         trust: unpickle, as stock `load` does. It can run any code in the file.
         device: where the policy goes.
@@ -76,19 +79,21 @@ def load(
     if isinstance(source, Agent):
         agent = source
     elif isinstance(source, BaseAlgorithm):
-        agent = _in_memory(source)
+        _check_supported(source, "the agent")
+        agent = agent_in_memory(source)  # type: ignore[arg-type]
     else:
-        agent = _from_disk(find_agent(os.fspath(source)), env, trust, device)
+        path = hub.download(source) if hub.is_hub_url(source) else find_agent(os.fspath(source))  # type: ignore[arg-type]
+        agent = _from_disk(path, env, trust, device)
     if env is not None:
         check_spaces(agent.model, env)
     return agent
 
 
-def _in_memory(model: BaseAlgorithm) -> Agent:
-    _check_supported(model, "the agent")
+def agent_in_memory(model: OnPolicyAlgorithm) -> Agent:
+    """A model with the statistics of the VecNormalize around its environment."""
     vec_normalize = model.get_vec_normalize_env()
     normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize) if vec_normalize is not None else None
-    return Agent(model, normalizer, None, hyperparameters(model))  # type: ignore[arg-type]
+    return Agent(model, normalizer, None, hyperparameters(model))
 
 
 def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
@@ -125,14 +130,14 @@ def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
 
 
 def _check_supported(model: BaseAlgorithm, name: str) -> None:
+    if is_maskable(model.policy):
+        raise NsrlError(
+            f"{name} is a {type(model).__name__}, whose masks only its own algorithm applies; only PPO, A2C and TRPO "
+            "agents can be taken over, but protect(model, retain=buffer) keeps a budget on MaskablePPO in place"
+        )
     if not isinstance(model, OnPolicyAlgorithm) or not isinstance(model.policy, ActorCriticPolicy):
         raise NsrlError(
             f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO) can be fine-tuned"
-        )
-    if hasattr(model.policy, "lstm_actor") or "Maskable" in type(model.policy).__name__:
-        raise NsrlError(
-            f"{name} is a {type(model).__name__}, whose actions depend on memory or masks besides the "
-            "observation; only PPO, A2C and TRPO agents can be fine-tuned"
         )
     action_family(model.policy)
 
@@ -223,12 +228,17 @@ def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
             f"beside {path} lies {foreign.name}, which would be taken for the statistics of this agent; it "
             "has none, so export it to another folder"
         )
-    stock = bare(stock_class(type(model)), ActorCriticPolicy, "cpu")
-    known = {*vars(stock), "observation_space", "action_space", "n_envs", "lr_schedule"}
-    _save(model, path, exclude=vars(model).keys() - known)
+    export_weights(model, path)
     if vec_normalize is not None:
         save_stock(vec_normalize, path.with_name("vecnormalize.pkl"))
     return path
+
+
+def export_weights(model: OnPolicyAlgorithm, path: str | Path) -> Path:
+    """As `export`, without the statistics."""
+    stock = bare(stock_class(type(model)), ActorCriticPolicy, "cpu")
+    known = {*vars(stock), "observation_space", "action_space", "n_envs", "lr_schedule"}
+    return _save(model, path, exclude=vars(model).keys() - known)
 
 
 def _save(model: BaseAlgorithm, path: str | Path, exclude: Any) -> Path:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from sb3_contrib.common.maskable.distributions import (
+    MaskableBernoulliDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
@@ -15,26 +22,49 @@ from nsrl.errors import NsrlError
 
 Observation = Tensor | dict[str, Tensor]
 
-FAMILIES = {
+FAMILIES: dict[type, str] = {
     CategoricalDistribution: "categorical",
     MultiCategoricalDistribution: "multi_categorical",
     BernoulliDistribution: "bernoulli",
     DiagGaussianDistribution: "gaussian",
+    MaskableCategoricalDistribution: "categorical",
+    MaskableMultiCategoricalDistribution: "multi_categorical",
+}
+#: Why a distribution of SB3 is refused, and what to do instead.
+REFUSED: dict[type, str] = {
+    StateDependentNoiseDistribution: (
+        "the noise of gSDE depends on the state through learnt features, so its spread is no parameter that could be "
+        "held; train the agent with use_sde=False"
+    ),
+    SquashedDiagGaussianDistribution: (
+        "a tanh lies between its mean and the action, which nsrl does not model; train the agent with "
+        "squash_output=False, as PPO and A2C do by default"
+    ),
+    MaskableBernoulliDistribution: (
+        "masked MultiBinary actions have two logits each, not one; declare them as MultiDiscrete([2, 2, ...]), which "
+        "is the same to MaskablePPO"
+    ),
 }
 
 
-def action_family(policy: ActorCriticPolicy) -> str:
+def action_family(policy: BasePolicy) -> str:
     """Name of the action distribution: "categorical", "multi_categorical", "bernoulli" or "gaussian".
 
     Raises:
-        NsrlError: for a distribution whose outputs are not plain logits or a mean (gSDE, squashed Gaussian).
+        NsrlError: for a policy with memory, or a distribution whose outputs are not plain logits or a mean (gSDE,
+            squashed Gaussian).
     """
-    family = FAMILIES.get(type(policy.action_dist))
-    if family is None:
+    if hasattr(policy, "lstm_actor"):
         raise NsrlError(
-            f"policies with {type(policy.action_dist).__name__} cannot be protected: its noise depends on the "
-            "state through learnt features; train the agent with use_sde=False"
+            f"{type(policy).__name__} acts on its memory as well as on the observation, so the states of a buffer do "
+            "not say what it does; only PPO, A2C, TRPO and MaskablePPO can be protected (stacked frames can stand in "
+            "for memory)"
         )
+    kind = type(getattr(policy, "action_dist", None))
+    family = FAMILIES.get(kind)
+    if family is None:
+        why = REFUSED.get(kind, "it is none of the distributions that SB3's on-policy algorithms make")
+        raise NsrlError(f"policies with {kind.__name__} cannot be protected: {why}")
     return family
 
 

@@ -101,11 +101,11 @@ def stock_class(algorithm: type[BaseAlgorithm]) -> type[OnPolicyAlgorithm]:
 def hyperparameters(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> dict[str, Any]:
     """Keyword arguments of `algorithm` that fine-tuning inherits from a model: those that both classes have.
 
-    Constant schedules come as plain numbers. From TRPO, PPO does not take those that mean something else
-    there.
+    Constant schedules come as plain numbers. Between TRPO and the others, those that mean something else there
+    stay behind.
     """
     names = arguments(algorithm) & arguments(type(model))
-    if stock_class(type(model)) is TRPO and stock_class(algorithm) is not TRPO:
+    if (stock_class(type(model)) is TRPO) != (stock_class(algorithm) is TRPO):
         names -= TRPO_ONLY
     values = {}
     for name in sorted(names & vars(model).keys()):

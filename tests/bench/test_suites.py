@@ -38,7 +38,8 @@ def test_the_committed_suites_are_readable_and_fair(path: Path) -> None:
     shared = {(config.total_timesteps, config.ppo, config.evaluation, config.states) for config in
               (hashable(config) for config in suite.methods.values())}  # fmt: skip
     assert len(shared) == 1
-    assert len({config.retention.critic for config in suite.methods.values()}) == 1
+    # but for the suite that compares just that
+    assert path.stem == "cartpole_critics" or len({config.retention.critic for config in suite.methods.values()}) == 1
 
 
 class hashable:

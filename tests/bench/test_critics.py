@@ -1,0 +1,54 @@
+"""Keeping, resetting and warming up the critic: what the suite asks for, and how its runs are summed up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nsrl.bench.critics import critic_curves, critic_table
+from nsrl.bench.runs import write_lines
+from nsrl.bench.suites import read_suite
+from nsrl.errors import NsrlError
+
+SUITE = Path(__file__).parents[2] / "configs" / "bench" / "cartpole_critics.yaml"
+
+
+def write_runs(out: Path) -> None:
+    """Seed s of method m returns 100 m + 10 s + (evaluation) on the new task."""
+    for number, job in enumerate(read_suite(SUITE).finetuning_jobs(out)):
+        rows = []
+        for evaluation in range(4):
+            rows.append({"timesteps": 10 * evaluation, "kl_mean": 0.0})
+            new = 100.0 * (number % 3) + 10.0 * job.config.seed + evaluation
+            rows[-1] |= {"return/new": new, "return/old": 500.0 - evaluation - job.config.seed}
+            rows.append({"timesteps": 10 * evaluation + 5, "kl_mean": 0.0})
+        job.folder.mkdir(parents=True)
+        write_lines(job.run.history, rows)
+
+
+def test_the_suite_has_the_three_settings_and_nothing_else_differs() -> None:
+    suite = read_suite(SUITE)
+    settings = {name: (c.retention.critic, c.retention.critic_warmup) for name, c in suite.methods.items()}
+    assert settings == {"keep": ("keep", 0), "reset": ("reset", 0), "warm up": ("reset", 4)}
+    assert suite.seeds == (0, 1, 2)
+    shared = {(c.total_timesteps, repr(c.ppo), repr(c.evaluation), repr(c.states)) for c in suite.methods.values()}
+    assert len(shared) == 1
+
+
+def test_the_runs_are_summed_up(tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    rows = critic_curves(read_suite(SUITE), tmp_path)
+    assert len(rows) == 9 and rows[0]["timesteps"] == [0, 10, 20, 30]
+    table = critic_table(rows)
+    assert table.head == ("critic", "new, 10 steps", "new, 20 steps", "new, 30 steps", "new, over the run",
+                          "old, lowest")  # fmt: skip
+    assert [line[0] for line in table.rows] == ["keep", "reset", "warm up"]
+    # mean over seeds 0, 1, 2 of 100 m + 10 s + e at e = 1, 2, 3, and the mean of these
+    assert [cell.split()[0] for cell in table.rows[1][1:-1]] == ["111", "112", "113", "112"]
+    assert table.rows[1][-1] == "495.0"
+
+
+def test_a_suite_that_has_not_run_is_told_how_to(tmp_path: Path) -> None:
+    with pytest.raises(NsrlError, match="nsrl bench cartpole_critics"):
+        critic_curves(read_suite(SUITE), tmp_path)

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer as RetentionBuffer
     from nsrl.rl.ppo import NullSpacePPO as NullSpacePPO
     from nsrl.rl.protected import protect as protect
+    from nsrl.rl.trpo import NullSpaceTRPO as NullSpaceTRPO
 
 __version__ = "0.1.0"
-__all__ = ["NullSpacePPO", "RetentionBuffer", "__version__", "protect"]
+__all__ = ["NullSpacePPO", "NullSpaceTRPO", "RetentionBuffer", "__version__", "protect"]
 
 _HOMES = {
     "NullSpacePPO": "nsrl.rl.ppo",
+    "NullSpaceTRPO": "nsrl.rl.trpo",
     "RetentionBuffer": "nsrl.rl.buffer",
     "protect": "nsrl.rl.protected",
 }

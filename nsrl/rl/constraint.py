@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
@@ -19,7 +21,10 @@ from nsrl.projection.blocks import DenseBlock
 from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian, jacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
+from nsrl.rl.passes import Head, Passes, actor_head
 from nsrl.rl.policies import Observation, action_family, policy_outputs
+from nsrl.rl.spreads import StatewiseGaussian
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
@@ -30,12 +35,15 @@ class Measurement:
     """What the policy does on the buffer now, against the reference.
 
     Attributes:
-        kl_mean: mean KL(pi_ref || pi) over the whole buffer, nats per state: the quantity under the budget.
-        kl_max: largest KL of a state.
+        kl_mean: mean KL(pi_ref || pi) over the whole buffer, nats per state, by the buffer's weights (and, with task
+            budgets, 1 / budget): the quantity under the budget.
+        kl_max: largest KL of a state, whatever its weight.
         kl_heldout: mean KL over the held-out states, on which nothing is ever differentiated; NaN without any.
         agreement: share of states on which both policies act alike (same likeliest action; Gaussian means within half
             a reference standard deviation).
         agreement_heldout: the same over the held-out states.
+        kl_by_task: mean KL over the states of each task of a merged buffer, the quantities under task budgets; empty
+            for a buffer of one source without them.
     """
 
     kl_mean: float
@@ -43,6 +51,7 @@ class Measurement:
     kl_heldout: float
     agreement: float
     agreement_heldout: float
+    kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,18 @@ class RetentionConstraint:
         buffer: the retention buffer.
         preserve: "distribution" or "mode" (see `RetentionConfig`).
         tempering: of softmax Hessians.
+        task_budgets: budget of each task of the buffer (see `RetentionConfig`); the states of a task then weigh, all
+            together, 1 / budget.
 
     Attributes:
+        shares: with task budgets, each one's as a multiple of their harmonic mean; else empty.
         names: names of the protected parameters, in `named_parameters()` order.
         parameters: the same as one flat vector.
+        train, heldout: indices of the states of either kind whose weight is not zero.
     """
 
     def __init__(self, policy: ActorCriticPolicy, buffer: RetentionBuffer, preserve: str = "distribution",
-                 tempering: float = 0.01):  # fmt: skip
+                 tempering: float = 0.01, task_budgets: Mapping[str, float] | None = None):  # fmt: skip
         self.policy = policy
         self.buffer = buffer
         self.preserve = preserve
@@ -83,14 +96,30 @@ class RetentionConstraint:
         device = policy.device
         self.inputs: Observation = _to(buffer.inputs(), device)
         self.reference = torch.tensor(buffer.outputs, device=device)
-        self.train = torch.tensor(buffer.train_indices, device=device)
-        self.heldout = torch.tensor(buffer.heldout_indices, device=device)
-        self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.log_std, device=device)
+        counts = buffer.weights > 0.0
+        self.train = torch.tensor(np.flatnonzero(counts & ~buffer.heldout), device=device)
+        self.heldout = torch.tensor(np.flatnonzero(counts & buffer.heldout), device=device)
+        self._tasks = _states_by_task(buffer, counts, device, alone=task_budgets is not None)
+        self.shares = _shares(self._tasks, task_budgets)
+        weights = torch.tensor(buffer.weights, device=device).double()
+        for task, share in self.shares.items():
+            weights[self._tasks[task]] /= share * weights[self._tasks[task]].sum()
+        # Equal weights take the plain means, whose results do not depend on there being weights at all.
+        self._weights = None if bool((weights == weights[0]).all()) else weights
+        self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.spreads, device=device)
+        self._valid = valid_actions(self.reference) if is_maskable(policy) else None
         self.names = self._protected_names()
         named = dict(policy.named_parameters())
         self.parameters = FlatParameters([named[name] for name in self.names])
         self._log_std = named["log_std"] if self.protects_log_std else None
-        self._dense: tuple[str, ...] | None = None  # not known before the first, checked linearisation
+        self._reached = [p for p in self.parameters.parameters if p is not self._log_std]
+        self._sizes = [p.numel() for p in self._reached]
+        # Without a state of its own the features extractor gives the same features for good: extract them once.
+        extractor = policy.pi_features_extractor
+        stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
+        self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
+        # By number of states: positions that come before the samples pass for samples when there are as many of them.
+        self._dense: dict[int, tuple[str, ...]] = {}
 
     @property
     def protects_log_std(self) -> bool:
@@ -99,44 +128,77 @@ class RetentionConstraint:
 
     @property
     def metric(self) -> OutputMetric:
-        """The output metric at the current standard deviation."""
+        """The output metric on the whole buffer, at the current standard deviation."""
+        return self._metric_on(None, self._relative_weights(None))
+
+    def _metric_on(self, indices: Tensor | None, weights: Tensor | None) -> OutputMetric:
+        """The output metric on some states (None: all) of these weights."""
         if self.family == "gaussian":
-            assert self._reference_log_std is not None
-            current = self.policy.log_std if self.protects_log_std else self._reference_log_std
-            return Gaussian(current, self._reference_log_std)
+            spread = self._reference_log_std
+            assert spread is not None
+            if spread.ndim == 2 and indices is not None:
+                spread = spread[indices]
+            current = self.policy.log_std if self.protects_log_std else spread
+            if spread.ndim == 1 and weights is None:
+                return Gaussian(current, spread)
+            return StatewiseGaussian(current, spread, weights)
         if self.family == "bernoulli":
             return Bernoulli(self.tempering)
-        if self.family == "multi_categorical":
-            return Categorical(tuple(self.buffer.nvec or ()), self.tempering)
-        return Categorical((self.reference.shape[1],), self.tempering)
+        sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
+        if self._valid is None:
+            return Categorical(sizes, self.tempering)
+        return MaskedCategorical(sizes, self.tempering, self._valid if indices is None else self._valid[indices])
 
     @torch.no_grad()
     def measure(self) -> Measurement:
         """Evaluate the policy on the whole buffer (one forward pass)."""
-        outputs = policy_outputs(self.policy, self.inputs)
+        outputs = self._outputs()
         metric = self.metric
         kl = metric.divergence(self.reference, outputs)
         held = self.heldout
         return Measurement(
-            kl_mean=float(kl.mean()),
+            kl_mean=self._mean(kl),
             kl_max=float(kl.max()),
-            kl_heldout=float(kl[held].mean()) if len(held) else math.nan,
+            kl_heldout=self._mean(kl, held) if len(held) else math.nan,
             agreement=metric.agreement(self.reference, outputs),
-            agreement_heldout=metric.agreement(self.reference[held], outputs[held]) if len(held) else math.nan,
+            agreement_heldout=(
+                self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
+            ),
+            kl_by_task={task: self._mean(kl, states) for task, states in self._tasks.items()},
         )
 
     @torch.no_grad()
+    def state_divergences(self) -> Tensor:
+        """KL of every state of the buffer, shape (N,), float64."""
+        return self.metric.divergence(self.reference, self._outputs())
+
+    @torch.no_grad()
     def divergences(self) -> tuple[float, float]:
-        """Mean KL over the whole buffer and over its training states; infinity where the policy has diverged."""
-        kl = self.metric.divergence(self.reference, policy_outputs(self.policy, self.inputs))
-        whole, training = float(kl.mean()), float(kl[self.train].mean())
-        return (whole, training) if math.isfinite(whole) else (math.inf, math.inf)
+        """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged."""
+        kl = self.state_divergences()
+        binding, training = self._binding(kl), self._mean(kl, self.train)
+        return (binding, training) if math.isfinite(binding) else (math.inf, math.inf)
 
     @torch.no_grad()
     def divergence(self) -> float:
         """Mean KL over the whole buffer; infinity where the policy has diverged to NaN."""
-        kl = float(self.metric.divergence(self.reference, policy_outputs(self.policy, self.inputs)).mean())
+        kl = self._mean(self.state_divergences())
         return kl if math.isfinite(kl) else math.inf
+
+    @torch.no_grad()
+    def binding_divergence(self) -> float:
+        """The KL that counts against the budget; infinity where the policy has diverged to NaN.
+
+        It is the mean over the whole buffer. With task budgets it is the mean KL of the task that has spent most of its
+        own, divided by that one's share: at most the overall budget if and only if every task is within its own.
+        """
+        return self._binding(self.state_divergences())
+
+    def _binding(self, kl: Tensor) -> float:
+        whole = self._mean(kl)
+        if not math.isfinite(whole):
+            return math.inf
+        return max((self._mean(kl, self._tasks[task]) / share for task, share in self.shares.items()), default=whole)
 
     def gradient(self, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some states and its gradient in the protected parameters, shape (P,)."""
@@ -145,41 +207,58 @@ class RetentionConstraint:
 
     def probe(self, indices: Tensor) -> tuple[float, Callable[[], list[Tensor]]]:
         """Mean KL of some states, and a function that goes back for its gradients, one a protected parameter."""
-        metric, reference = self.metric, self.reference[indices]
-        with torch.enable_grad():
-            outputs = policy_outputs(self.policy, _select(self.inputs, indices))
+        weights = self._relative_weights(indices)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        passes = self._passes(indices)
         with torch.no_grad():
             # dKL/dz is known in closed form: the backward pass starts at the outputs, not at the KL.
-            kl = float(metric.divergence(reference, outputs).mean())
-            slope = metric.slope(reference, outputs) / len(indices)
+            kl = _weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            slope = _rows_times(weights, metric.slope(reference, passes.outputs)) / len(indices)
 
         def pull() -> list[Tensor]:
-            reached = [p for p in self.parameters.parameters if p is not self._log_std]
-            pieces = list(torch.autograd.grad(outputs, reached, slope))
+            pieces = list(passes.pull(slope).split(self._sizes))
             if self._log_std is not None:
                 assert isinstance(metric, Gaussian)
-                spread = math.sqrt(2.0) * metric.log_std_residual(reference, outputs.detach())
+                spread = math.sqrt(2.0) * metric.log_std_residual(reference, passes.outputs)
                 pieces.insert(self.names.index("log_std"), spread)
-            return pieces
+            return [piece.view_as(p) for piece, p in zip(pieces, self.parameters.parameters, strict=True)]
 
         return kl, pull
 
-    def linearise(self, indices: Tensor) -> Linearisation:
+    def _outputs(self) -> Tensor:
+        """The policy on the whole buffer, (N, O), without a graph."""
+        return policy_outputs(self.policy, self.inputs) if self._still is None else self._still.outputs()
+
+    def _passes(self, indices: Tensor) -> Passes:
+        """The policy at some states, with the products of its Jacobian in the protected parameters."""
+        if self._still is None:
+            return actor_head(self.policy, _select(self.inputs, indices), self._reached).passes()
+        return self._still.select(indices).passes()
+
+    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Linearisation:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
-        Rows are divided by sqrt(N), so that 1/2 |J d|^2 is a mean KL. The first call checks the factors against
-        autograd.
+        Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL. The first call with so many
+        states checks the factors against autograd.
+
+        Args:
+            indices: the states.
+            importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
+                the buffer's weights. None where the states are a uniform sample.
         """
-        metric, reference = self.metric, self.reference[indices]
+        weights = self._relative_weights(indices, importance)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        root = None if weights is None else weights.sqrt()
         scale = 1.0 / math.sqrt(len(indices))
         factored = jacobian(
             self.policy, _select(self.inputs, indices), forward=_forward, parameters=self.names,
-            seed=metric.seeds, scale=scale, check=self._dense is None, dense=self._dense or (),
+            seed=lambda outputs: _rows_times(root, metric.seeds(outputs)), scale=scale,
+            check=len(indices) not in self._dense, dense=self._dense.get(len(indices), ()),
         )  # fmt: skip
-        self._dense = factored.recomputed
+        self._dense[len(indices)] = factored.recomputed
         outputs = factored.outputs
-        residual = (metric.residual(reference, outputs) * scale).flatten()
-        divergence = float(metric.divergence(reference, outputs).detach().mean())
+        residual = (_rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
+        divergence = _weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
             return Linearisation(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
@@ -195,11 +274,28 @@ class RetentionConstraint:
         block = DenseBlock(values, (start, start + size))
         return FactoredJacobian([block], (size, factored.shape[1]), size, factored.names, factored.outputs[:1])
 
+    def _mean(self, values: Tensor, indices: Tensor | None = None) -> float:
+        """Weighted mean over some states (None: all) of values for all states, shape (N,)."""
+        chosen = values if indices is None else values[indices]
+        return _weighted_mean(chosen, self._relative_weights(indices))
+
+    def _relative_weights(self, indices: Tensor | None, importance: Tensor | None = None) -> Tensor | None:
+        """Weights of some states (None: all), scaled to mean 1, float64; None for equal ones."""
+        weights = self._weights if self._weights is None or indices is None else self._weights[indices]
+        if importance is not None:
+            weights = importance.double() if weights is None else weights * importance
+        return None if weights is None else weights / weights.mean()
+
     def _protected_names(self) -> tuple[str, ...]:
         """Parameters that the outputs depend on, found by autograd rather than by name."""
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         with torch.enable_grad():
             outputs = policy_outputs(self.policy, _select(self.inputs, self.train[:2]))
+            if outputs.shape[1] != self.reference.shape[1]:
+                raise NsrlError(
+                    f"the buffer holds {self.reference.shape[1]} outputs a state but the policy has "
+                    f"{outputs.shape[1]}; collect the buffer from an agent with the same action space"
+                )
             grads = torch.autograd.grad(outputs.sum(), [p for _, p in named], allow_unused=True)
         names = [
             name
@@ -211,6 +307,43 @@ class RetentionConstraint:
 
 def _forward(policy: nn.Module, observations: Observation) -> Tensor:
     return policy_outputs(cast(ActorCriticPolicy, policy), observations)
+
+
+def _weighted_mean(values: Tensor, weights: Tensor | None) -> float:
+    return float(values.mean() if weights is None else (weights * values).mean())
+
+
+def _rows_times(weights: Tensor | None, values: Tensor) -> Tensor:
+    """Values (N, ...) with those of state n multiplied by its weight; None multiplies by nothing."""
+    if weights is None:
+        return values
+    return values * weights.to(values).view(-1, *[1] * (values.ndim - 1))
+
+
+def _states_by_task(buffer: RetentionBuffer, counts: np.ndarray, device: torch.device, *,
+                    alone: bool) -> dict[str, Tensor]:  # fmt: skip
+    """Indices of each task's states, those of weight zero left out; none for a task that is alone unless asked for."""
+    if len(buffer.tasks) == 1 and not alone:
+        return {}
+    names = np.asarray(buffer.tasks)[buffer.source]
+    found = {task: np.flatnonzero((names == task) & counts) for task in dict.fromkeys(buffer.tasks)}
+    return {task: torch.tensor(states, device=device) for task, states in found.items() if len(states)}
+
+
+def _shares(tasks: Mapping[str, Tensor], budgets: Mapping[str, float] | None) -> dict[str, float]:
+    """Each budget as a multiple of their harmonic mean.
+
+    In that unit the mean KL, every task weighing 1 / budget, is at the overall budget where all tasks are at theirs.
+    """
+    if budgets is None:
+        return {}
+    if budgets.keys() != tasks.keys():
+        raise NsrlError(
+            f"task_budgets is for the tasks {', '.join(budgets)}, but the buffer holds states of {', '.join(tasks)}; "
+            "give each of these its budget"
+        )
+    unit = harmonic_mean(list(budgets.values()))
+    return {task: budget / unit for task, budget in budgets.items()}
 
 
 def _select(inputs: Observation, indices: Tensor) -> Observation:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
 
@@ -14,12 +14,15 @@ from nsrl.errors import NsrlError
 from nsrl.rl.baselines import build_engine
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.policies import action_family
 from nsrl.rl.retention import Retention
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
+#: Relative difference of a measured KL that rounding may explain.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RetentionReport:
     """What has been retained, measured on the buffer now.
 
     Attributes:
-        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout: see `Measurement`.
+        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout, kl_by_task: see `Measurement`.
         budget: the KL budget, nats per state.
         rank: numerical rank of the whitened Jacobian on a subset of the buffer.
         parameters: number of protected parameters; `rank / parameters` is the share that is spoken for.
@@ -54,6 +57,7 @@ class RetentionReport:
     rollbacks: int
     overhead_fraction: float
     seconds: dict[str, float]
+    kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
 class ProtectedMixin(OnPolicyAlgorithm):
@@ -76,7 +80,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
         Args:
             retain: the buffer; must have been made with this very policy unless `trust_buffer`.
             config: how the budget is kept.
-            trust_buffer: skip the check that the buffer's reference outputs are this policy's.
+            trust_buffer: skip the check that the buffer's reference outputs are this policy's (see
+                `RetentionBuffer.check`).
             method: "null_space", or a baseline through the same loop: "kl_penalty" or "finetune".
             penalty: coefficient of the KL penalty.
 
@@ -84,16 +89,24 @@ class ProtectedMixin(OnPolicyAlgorithm):
             NsrlError: spaces differ, another agent's buffer, or the policy is over the budget already.
         """
         model: Any = self
+        if isinstance(retain, str):
+            raise NsrlError(
+                f"retain takes the buffer, not {retain!r}; what of the policy is retained, its mode or its whole "
+                'distribution, is preserve="mode" or preserve="distribution"'
+            )
         retain.check(model, trust_agent=trust_buffer)
         if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
             model.policy.log_std.data.fill_(config.log_std_init)
         if config.critic == "reset":
             reset_critic(model.policy)
-        constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering)
-        retention = build_engine(model, constraint, config, method, penalty)
-        if retention.last.kl_mean > config.tolerance and retention.enforces:
+        config = config.with_overall_budget()
+        constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
+        retention = self._build_engine(constraint, config, method, penalty)
+        kl = constraint.binding_divergence()
+        # The last update of an earlier run may have ended at the budget, and other batches round otherwise.
+        if kl > config.tolerance * (1.0 + ROUNDING) and retention.enforces:
             raise NsrlError(
-                f"the policy is at a mean KL of {retention.last.kl_mean:.3g} on the buffer before any update, over the "
+                f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
                 f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
             )
         self.retention = retention
@@ -109,7 +122,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
         finally:
             scalars = self.retention.end()
         for tag, value in scalars.items():
-            self.logger.record(tag, value)
+            # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
+            self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
@@ -141,8 +155,12 @@ class ProtectedMixin(OnPolicyAlgorithm):
             effective_dimension=dimension,
             states=(len(retention.constraint.train), len(retention.constraint.heldout)),
             updates=retention.updates, rollbacks=retention.rollbacks,
-            overhead_fraction=self._overhead(), seconds=dict(retention.seconds),
+            overhead_fraction=self._overhead(), seconds=dict(retention.seconds), kl_by_task=measured.kl_by_task,
         )  # fmt: skip
+
+    def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
+                      penalty: float) -> Retention:  # fmt: skip
+        return build_engine(self, constraint, config, method, penalty)
 
     def _overhead(self) -> float:
         assert self.retention is not None
@@ -155,9 +173,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
 def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
             config: RetentionConfig | None = None, trust_buffer: bool = False,
             **options: Any) -> Algorithm:  # fmt: skip
-    """Put a KL budget around an existing SB3 PPO or A2C, in place.
+    """Put a KL budget around an existing SB3 PPO, A2C, TRPO or MaskablePPO, in place.
 
-    The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself.
+    The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself
+    (`NullSpaceTRPO` for TRPO).
 
     Args:
         model: any SB3 on-policy algorithm whose `train()` steps one optimizer.
@@ -173,18 +192,30 @@ def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, 
     """
     if not isinstance(model, OnPolicyAlgorithm):
         raise NsrlError(
-            f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C) can"
+            f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
+            "MaskablePPO) can"
         )
+    action_family(model.policy)  # type: ignore[arg-type]
     if config is None:
         # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
         config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
     elif options:
         config = replace(config, **options)
     if not isinstance(model, ProtectedMixin):
-        cls = type(model)
-        model.__class__ = type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
+        model.__class__ = _protected_class(type(model))  # type: ignore[assignment]
     model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
     return model
+
+
+def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:
+    from sb3_contrib import TRPO
+
+    if cls is TRPO:
+        # Its line search would answer for the rollout's KL only, and its optimizer never moves the actor.
+        from nsrl.rl.trpo import NullSpaceTRPO
+
+        return NullSpaceTRPO
+    return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
 
 
 def build_config(**options: Any) -> RetentionConfig:
@@ -202,9 +233,12 @@ def build_config(**options: Any) -> RetentionConfig:
 
 
 def reset_critic(policy: Any) -> None:
-    """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head)."""
-    for network, gain in ((policy.mlp_extractor.value_net, 2.0**0.5), (policy.value_net, 1.0)):
-        for layer in network.modules():
-            if isinstance(layer, nn.Linear):
-                torch.nn.init.orthogonal_(layer.weight, gain)
-                layer.bias.data.zero_()
+    """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head).
+
+    A features extractor of the critic's own is part of it; one that the actor uses too stays.
+    """
+    inside = [policy.mlp_extractor.value_net]
+    if not policy.share_features_extractor:
+        inside.append(policy.vf_features_extractor)
+    for network, gain in [*((network, 2.0**0.5) for network in inside), (policy.value_net, 1.0)]:
+        network.apply(partial(policy.init_weights, gain=gain))

@@ -182,8 +182,10 @@ class Retention:
 
     def _before_step(self) -> None:
         if self._frozen:
-            for parameter in self.constraint.parameters.parameters:
-                parameter.grad = None
+            spread = getattr(self.model.policy, "log_std", None)  # unprotected with preserve="mode", yet the actor's
+            for parameter in [*self.constraint.parameters.parameters, spread]:
+                if parameter is not None:
+                    parameter.grad = None
             return
         if self.config.effective_gradient == "lagrangian":
             self._add_lagrangian()
@@ -219,12 +221,25 @@ class Retention:
 
     def _linearise(self) -> None:
         start = perf_counter()
-        model = self.constraint.linearise(self.subsets.draw(self.config.subset_states))
+        model = self.constraint.linearise(*self._subset())
         scale = None
         if self.config.effective_projection == "optimizer":
             scale = self.constraint.parameters.scale_of(self.model.policy.optimizer)
         self._projector = SpectralProjection(model.jacobian, model.residual, model.divergence, scale)
         self.seconds["linearise"] += perf_counter() - start
+
+    def _subset(self) -> tuple[Tensor, Tensor | None]:
+        """States to linearise, and how many training states each of them stands for (None: all for equally many)."""
+        train, drawn = self.constraint.train, self.subsets.draw(self.config.subset_states)
+        if self.config.selection == "random" or len(drawn) == len(train):
+            return drawn, None
+        divergences = self.constraint.state_divergences()[train]
+        largest = train[divergences.topk(len(drawn) // 2).indices]
+        others = drawn[~torch.isin(drawn, largest)][: len(drawn) - len(largest)]
+        # Unweighted, the model would take the largest KL for the mean, and a policy inside the budget for one outside.
+        share = (len(train) - len(largest)) / len(others)
+        importance = torch.cat([torch.ones_like(largest), torch.full_like(others, share, dtype=torch.float64)])
+        return torch.cat([largest, others]), importance
 
     @property
     def _aim(self) -> float:
@@ -239,20 +254,24 @@ class Retention:
         self._calibrate(kl, on_training)
         self.seconds["measure"] += perf_counter() - start
         start = perf_counter()
-        restored = 0
-        while kl > self.config.tolerance and restored < self.config.restore_steps:
-            better = self._restore(kl)
-            restored += 1
-            if better >= kl * 0.99:
-                kl = min(kl, better)
-                break
-            kl = better
+        kl, restored = self._restore_inside(kl)
         rolled_back = 0
         if kl > self.config.tolerance:
             self._fall_back()
             rolled_back = 1
         self.seconds["restore"] += perf_counter() - start
         return restored, rolled_back
+
+    def _restore_inside(self, kl: float) -> tuple[float, int]:
+        """Restore while that helps and the KL is over the budget; returns the KL reached and how often."""
+        restored = 0
+        while kl > self.config.tolerance and restored < self.config.restore_steps:
+            better = self._restore(kl)
+            restored += 1
+            if better >= kl * 0.99:
+                return min(kl, better), restored
+            kl = better
+        return kl, restored
 
     def _calibrate(self, kl: float, on_training: float) -> None:
         """Aim the multiplier, which sees training states only, at what the whole buffer measures.
@@ -261,7 +280,8 @@ class Retention:
         over the budget and is restored.
         """
         if math.isfinite(kl) and on_training > 0.0:
-            ratio = min(max(kl / on_training, 1.0), 2.0)
+            # One task of several can have spent its budget while the others have spent nothing of theirs.
+            ratio = min(max(kl / on_training, 1.0), max(2.0, len(self.constraint.shares)))
             self._gap += 0.1 * (ratio - self._gap)
         self.multiplier.target = self._aim / self._gap
 
@@ -279,7 +299,7 @@ class Retention:
         length = 1.0
         for _ in range(5):
             flat.write(here + length * step)
-            reached = self.constraint.divergence()
+            reached = self.constraint.binding_divergence()
             if reached < kl:
                 return reached
             length *= 0.5
@@ -295,7 +315,7 @@ class Retention:
         for _ in range(12):
             middle = 0.5 * (low + high)
             flat.write(self._feasible + middle * direction)
-            if self.constraint.divergence() <= self.config.tolerance:
+            if self.constraint.binding_divergence() <= self.config.tolerance:
                 low = middle
             else:
                 high = middle
@@ -310,6 +330,7 @@ class Retention:
             "nullspace/update_kept": kept,
             "nullspace/restore_steps": restored,
             "nullspace/rollbacks": self.rollbacks,
+            **{f"retain/{task}/kl_mean": kl for task, kl in self.last.kl_by_task.items()},
         }
         if not math.isinf(self._damping):
             scalars["nullspace/lambda"] = self._damping

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
@@ -96,3 +99,64 @@ def test_only_the_actor_is_protected() -> None:
     agent, _ = cached_buffer("discrete")
     with pytest.raises(NsrlError, match="gaussian outputs but the policy's action distribution is categorical"):
         RetentionConstraint(agent.policy, buffer)
+
+
+def weighted(constraint: RetentionConstraint, weights: np.ndarray) -> RetentionConstraint:
+    buffer = replace(constraint.buffer, weights=weights.astype(np.float32))
+    return RetentionConstraint(constraint.policy, buffer, constraint.preserve, constraint.tempering)
+
+
+@pytest.mark.parametrize(("kind", "preserve"), [("discrete", "distribution"), ("box", "distribution"), ("box", "mode")])
+def test_weights_repeat_states(kind: str, preserve: str) -> None:
+    """A state of weight 3 counts as three copies of it, and one of weight 0 as none."""
+    plain = moved_constraint(kind, preserve)
+    counts = np.random.default_rng(0).integers(0, 4, len(plain.buffer))
+    copies = np.repeat(np.arange(len(counts)), counts)
+    repeated = replace(
+        plain.buffer, observations=plain.buffer.observations[copies], outputs=plain.buffer.outputs[copies],
+        heldout=plain.buffer.heldout[copies], weights=None, source=None,
+    )  # fmt: skip
+    ours = weighted(plain, counts)
+    theirs = RetentionConstraint(plain.policy, repeated, preserve, plain.tempering)
+    measured, expected = ours.measure(), theirs.measure()
+    assert measured.kl_mean == pytest.approx(expected.kl_mean, rel=1e-6)
+    assert measured.kl_heldout == pytest.approx(expected.kl_heldout, rel=1e-6)
+    assert ours.divergence() == pytest.approx(theirs.divergence(), rel=1e-6)
+    assert ours.divergences() == pytest.approx(theirs.divergences(), rel=1e-6)
+    for one, other in zip(ours.gradient(ours.train), theirs.gradient(theirs.train), strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-4, atol=1e-6)
+    model, model_of_copies = ours.linearise(ours.train), theirs.linearise(theirs.train)
+    assert model.divergence == pytest.approx(model_of_copies.divergence, rel=1e-6)
+    rows, rows_of_copies = model.jacobian.dense().double(), model_of_copies.jacobian.dense().double()
+    fisher = rows_of_copies.T @ rows_of_copies
+    torch.testing.assert_close(rows.T @ rows, fisher, rtol=1e-3, atol=1e-6 * float(fisher.abs().max()))
+    slope = model_of_copies.jacobian.rmatvec(model_of_copies.residual)
+    torch.testing.assert_close(model.jacobian.rmatvec(model.residual), slope, rtol=1e-3, atol=1e-5)
+
+
+def test_equal_weights_are_no_weights_to_the_last_bit() -> None:
+    plain = moved_constraint("box")
+    same = weighted(plain, np.full(len(plain.buffer), 0.3))
+    assert same.measure() == plain.measure()
+    assert torch.equal(same.gradient(same.train)[1], plain.gradient(plain.train)[1])
+    one, other = (constraint.linearise(constraint.train[:40]) for constraint in (same, plain))
+    assert torch.equal(one.residual, other.residual) and torch.equal(one.jacobian.dense(), other.jacobian.dense())
+
+
+def test_importance_multiplies_the_weights() -> None:
+    plain = moved_constraint("discrete")
+    states = plain.train[:30]
+    importance = torch.linspace(1, 4, 30)
+    weights = np.ones(len(plain.buffer))
+    weights[states.numpy()] = importance.numpy()
+    one, other = plain.linearise(states, importance), weighted(plain, weights).linearise(states)
+    assert one.divergence == pytest.approx(other.divergence, rel=1e-6)
+    torch.testing.assert_close(one.jacobian.dense(), other.jacobian.dense())
+    torch.testing.assert_close(one.residual, other.residual)
+
+
+def test_a_policy_of_other_width_is_refused() -> None:
+    agent, buffer = cached_buffer("discrete")
+    wide = replace(buffer, outputs=np.zeros((len(buffer), 3), dtype=np.float32))
+    with pytest.raises(NsrlError, match="3 outputs a state but the policy has 2"):
+        RetentionConstraint(agent.policy, wide)

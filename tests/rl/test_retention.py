@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,10 +43,10 @@ def test_the_multiplier_rests_at_zero_and_settles_where_the_constraint_is_met() 
     assert abs(kl - 0.01) < 5e-4
 
 
-def build(budget: float) -> NullSpacePPO:
+def build(budget: float, **options: Any) -> NullSpacePPO:
     agent, buffer = cached_buffer()
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
-    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, **SMALL)
+    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, **SMALL, **options)
 
 
 def test_a_diverged_update_falls_back_to_the_last_feasible_policy() -> None:
@@ -81,3 +83,26 @@ def test_state_dict_round_trip() -> None:
     assert other.retention.updates == model.retention.updates == 2
     assert other.retention.multiplier.integral == model.retention.multiplier.integral
     assert torch.equal(other.retention.minibatches.draw(9), model.retention.minibatches.draw(9))
+
+
+def test_active_selection_takes_the_largest_kl_and_weighs_the_rest_for_the_whole() -> None:
+    model = build(0.1, projection="euclidean", subset_states=32, selection="active")
+    retention, flat = model.retention, model.retention.constraint.parameters
+    flat.write(flat.read() + 0.05 * torch.randn(flat.read().shape, generator=torch.Generator().manual_seed(1)))
+    train = retention.constraint.train
+    kl = retention.constraint.state_divergences()
+    estimates = []
+    for _ in range(400):
+        states, importance = retention._subset()
+        assert len(set(states.tolist())) == 32 and set(states.tolist()) <= set(train.tolist())
+        assert set(states[:16].tolist()) == set(train[kl[train].topk(16).indices].tolist())
+        estimates.append(float((importance * kl[states]).sum() / importance.sum()))
+    assert abs(sum(estimates) / 400 - float(kl[train].mean())) < 0.02 * float(kl[train].mean())
+    assert build(0.1, subset_states=32).retention._subset()[1] is None
+    assert build(0.1, subset_states=10_000, selection="active").retention._subset()[1] is None
+
+
+def test_active_selection_keeps_the_budget() -> None:
+    model = build(1e-3, projection="euclidean", subset_states=16, selection="active")
+    model.learn(256)
+    assert model.retention_report().kl_mean <= 1e-3

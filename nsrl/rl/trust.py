@@ -1,0 +1,257 @@
+"""The step inside two trust regions: the rollout's, and the retention budget.
+
+With g the gradient of the loss, F = J^T J the rollout's Fisher information and the second-order model of the KL on the
+buffer (see `nsrl.projection.budget`), K = J_ret^T J_ret, it solves
+
+    min g.d    subject to    1/2 d^T F d <= radius    and    KL(0) - 1/2 |rho|^2 + 1/2 |rho + J_ret d|^2 <= budget
+
+Stationarity leaves two numbers, mu and s, in (F + mu K) d = -(s g + mu J_ret^T rho). In a subspace of some tens of
+directions F and K become diagonal together, so that every (mu, s) costs nothing there and the root in mu, at which both
+constraints bind, is found by bisection. The subspace starts as the Krylov space of the plain natural gradient and grows
+by conjugate gradients on what is left of the stationarity condition, until that is small.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nsrl.rl.natural import LocalModel, Products, Step, conjugate_gradients
+
+#: Range in which the ratio of the multipliers, retention over rollout, is looked for.
+MULTIPLIERS = (1e-6, 1e6)
+#: Largest multiplier that conjugate gradients are run with: beyond it they only see the buffer.
+STIFF = 1e3
+#: Share of the largest eigenvalue below which a combination of float32 directions is round-off.
+ROUND_OFF = 1e-6
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The second-order model of the buffer's KL, as `nsrl.rl.constraint.Linearisation`, over the rollout's parameters.
+
+    Attributes:
+        jacobian: J_ret.
+        residual: rho.
+        divergence: KL(0).
+    """
+
+    jacobian: Products
+    residual: Tensor
+    divergence: float
+
+    def predict(self, displacement: Tensor) -> float:
+        """KL after a displacement (P,)."""
+        change = self.jacobian.matvec(displacement).double()
+        return self.divergence + float(change @ self.residual.double()) + 0.5 * float(change @ change)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The solution within a subspace.
+
+    Attributes:
+        displacement: d, shape (P,).
+        scale: s.
+        multiplier: mu.
+        kl: 1/2 d^T F d.
+        retained: modelled KL on the buffer.
+    """
+
+    displacement: Tensor
+    scale: float
+    multiplier: float
+    kl: float
+    retained: float
+
+
+def retained_step(local: LocalModel, retention: Quadratic, budget: float, rounds: int = 2) -> Step:
+    """The step inside both trust regions; where the buffer's is out of reach, no modelled KL above today's is allowed.
+
+    Args:
+        local: the rollout.
+        retention: the buffer, over the same parameters.
+        budget: largest modelled KL on the buffer.
+        rounds: growths of the subspace at most, each by one run of conjugate gradients.
+    """
+    free, directions = local.explore()
+    predicted = retention.predict(free.displacement)
+    if predicted <= budget or not free.gain > 0.0:  # NaN too: no step
+        return replace(free, retained=predicted)
+    subspace = Subspace(local, retention)
+    for direction in [*directions, subspace.slope]:
+        subspace.add(direction)
+    products = len(directions)
+    found = subspace.solve(budget)
+    missing, residual = subspace.missing(found)
+    while residual > local.precision and rounds > 0:
+        grow = partial(subspace.add, multiplier=min(found.multiplier, STIFF))
+        solution = conjugate_gradients(grow, missing, local.iterations, local.precision)
+        products += len(solution.directions)
+        found = subspace.solve(budget)
+        missing, residual = subspace.missing(found)
+        rounds -= 1
+    gain = -float(local.gradient @ found.displacement)
+    kept = gain / free.gain
+    return Step(found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products)
+
+
+class Subspace:
+    """Directions, with the images that F and K are made of, and the problem solved in their span.
+
+    Attributes:
+        slope: gradient of the buffer's KL, J_ret^T rho, shape (P,).
+    """
+
+    def __init__(self, local: LocalModel, retention: Quadratic):
+        self.local = local
+        self.retention = retention
+        self.slope = retention.jacobian.rmatvec(retention.residual)
+        self._directions: list[Tensor] = []
+        self._rollout: list[Tensor] = []
+        self._buffer: list[Tensor] = []
+
+    def add(self, direction: Tensor, multiplier: float = 0.0) -> Tensor:
+        """Add a direction (P,); returns its product with F + damping + multiplier K."""
+        rollout = self.local.fisher.matvec(direction)
+        buffer = self.retention.jacobian.matvec(direction)
+        size = float(direction.norm())
+        if size > 0.0:
+            self._directions.append(direction / size)
+            self._rollout.append(rollout / size)
+            self._buffer.append(buffer / size)
+        return self._product(direction, rollout, buffer, multiplier)
+
+    def missing(self, found: Candidate) -> tuple[Tensor, float]:
+        """What stationarity lacks at a candidate, b - (F + damping + mu K) d, and its size relative to b."""
+        wanted = -(found.scale * self.local.gradient + found.multiplier * self.slope)
+        rollout = self.local.fisher.matvec(found.displacement)
+        buffer = self.retention.jacobian.matvec(found.displacement)
+        missing = wanted - self._product(found.displacement, rollout, buffer, found.multiplier)
+        size = float(wanted.norm())
+        return missing, float(missing.norm()) / size if size > 0.0 else 0.0
+
+    def solve(self, budget: float) -> Candidate:
+        """The best displacement in the span that both models allow."""
+        directions, rollout, buffer = (
+            torch.stack(vectors).double() for vectors in (self._directions, self._rollout, self._buffer)
+        )
+        fisher, kept = rollout @ rollout.T, buffer @ buffer.T
+        damped = fisher + self.local.damping * (directions @ directions.T)
+        basis, shares = _diagonalise(damped, kept)
+        diagonal = _Diagonal(
+            basis.T @ fisher @ basis, shares, basis.T @ (directions @ self.local.gradient.double()),
+            basis.T @ (buffer @ self.retention.residual.double()), self.local.radius,
+        )  # fmt: skip
+        room = budget - self.retention.divergence
+        coordinates, scale, multiplier = diagonal.bisect(room) or diagonal.bisect(max(room, 0.0)) or diagonal.rest()
+        displacement = directions.T @ (basis @ coordinates)
+        retained = self.retention.divergence + diagonal.change(coordinates)
+        return Candidate(displacement.to(self.local.gradient), scale, multiplier, diagonal.kl(coordinates), retained)
+
+    def _product(self, direction: Tensor, rollout: Tensor, buffer: Tensor, multiplier: float) -> Tensor:
+        product = self.local.fisher.rmatvec(rollout) + self.local.damping * direction
+        return product + multiplier * self.retention.jacobian.rmatvec(buffer) if multiplier > 0.0 else product
+
+
+def _diagonalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """A basis B with B^T (first + second) B = I and B^T second B = diag(shares), shares in [0, 1].
+
+    Directions that are combinations of others up to round-off are left out.
+    """
+    total = first + second
+    scale = total.diagonal().clamp_min(1e-300).rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * total * scale)
+    real = values > ROUND_OFF * values[-1]
+    basis = scale[:, None] * vectors[:, real] / values[real].sqrt()
+    shares, rotation = torch.linalg.eigh(basis.T @ second @ basis)
+    return basis @ rotation, shares.clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    """The problem in coordinates c in which F + damping = diag(1 - shares) and K = diag(shares).
+
+    Attributes:
+        fisher: F without damping, which the length of a step is measured by, shape (m, m).
+        shares: shape (m,).
+        gradient: of the loss, shape (m,).
+        slope: of the buffer's KL, shape (m,).
+        radius: of the rollout's trust region.
+    """
+
+    fisher: Tensor
+    shares: Tensor
+    gradient: Tensor
+    slope: Tensor
+    radius: float
+
+    def bisect(self, room: float) -> tuple[Tensor, float, float] | None:
+        """Coordinates, s and mu at which the buffer's KL has changed by `room` on the edge of the rollout's region.
+
+        Where the rollout's region ends first whatever mu is, on that edge; None when no mu keeps to both regions.
+        """
+        low, high = (math.log(multiplier) for multiplier in MULTIPLIERS)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if self._is_weak(math.exp(middle), room):
+                low = middle
+            else:
+                high = middle
+        multiplier = math.exp(high)
+        rollout, buffer = self._lengths(multiplier, room)
+        if rollout is None or buffer is None or min(rollout[1], buffer[1]) < max(rollout[0], buffer[0]):
+            return None
+        scale = min(rollout[1], buffer[1])
+        if math.isinf(scale):  # x is zero
+            scale = 0.0
+        along, across = self._stationary(multiplier)
+        return scale * along + across, scale, multiplier
+
+    def rest(self) -> tuple[Tensor, float, float]:
+        """No step."""
+        return torch.zeros_like(self.gradient), 0.0, MULTIPLIERS[1]
+
+    def kl(self, coordinates: Tensor) -> float:
+        """1/2 c^T F c."""
+        return 0.5 * float(coordinates @ self.fisher @ coordinates)
+
+    def change(self, coordinates: Tensor) -> float:
+        """Of the buffer's modelled KL."""
+        return float(self.slope @ coordinates) + 0.5 * float(coordinates @ (self.shares * coordinates))
+
+    def _stationary(self, multiplier: float) -> tuple[Tensor, Tensor]:
+        """X and y of d = s x + y."""
+        inverse = 1.0 / (1.0 - self.shares + multiplier * self.shares).clamp_min(1e-12)
+        return -inverse * self.gradient, -multiplier * inverse * self.slope
+
+    def _is_weak(self, multiplier: float, room: float) -> bool:
+        """Whether the buffer's region ends before the rollout's along d(s), or is not reached inside it."""
+        rollout, buffer = self._lengths(multiplier, room)
+        if rollout is None:
+            return False
+        return buffer is None or buffer[1] < rollout[1] or buffer[0] > rollout[1]
+
+    def _lengths(self, multiplier: float, room: float) -> tuple[Interval | None, Interval | None]:
+        """The s >= 0 for which s x + y lies in the rollout's region, and those for the buffer's."""
+        x, y = self._stationary(multiplier)
+        fx, kx = self.fisher @ x, self.shares * x
+        rollout = _not_positive(float(x @ fx), float(y @ fx), 2.0 * (self.kl(y) - self.radius))
+        buffer = _not_positive(float(x @ kx), float(y @ kx + self.slope @ x), 2.0 * (self.change(y) - room))
+        return rollout, buffer
+
+
+def _not_positive(a: float, b: float, c: float) -> Interval | None:
+    """The s >= 0 with a s^2 + 2 b s + c <= 0, for a >= 0; None where there are none."""
+    if a <= 0.0:  # then b is 0 too, as the form is positive semi-definite
+        return (0.0, math.inf) if c <= 0.0 else None
+    root = b * b - a * c
+    if root < 0.0 or (b > 0.0 and c > 0.0):
+        return None
+    return max((-b - math.sqrt(root)) / a, 0.0), max((math.sqrt(root) - b) / a, 0.0)

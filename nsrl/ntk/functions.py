@@ -1,0 +1,110 @@
+"""A module's outputs at fixed inputs as a function of its flat trainable parameters, and its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from nsrl.errors import NsrlError
+from nsrl.projection.capture import refuse_sample_mixing
+from nsrl.projection.fallback import Forward
+
+
+class _Bound(nn.Module):
+    def __init__(self, module: nn.Module, forward: Forward | None):
+        super().__init__()
+        self.module = module
+        self.function = forward
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.module(inputs) if self.function is None else self.function(self.module, inputs)
+
+
+class ParameterFunction:
+    """w -> f(inputs; w), shape (N, O), for flat parameters w (P,) in `named_parameters()` order.
+
+    The module is only read: its parameters stay as they are.
+
+    Args:
+        module: in eval mode.
+        forward: function (module, inputs) -> outputs (N, O); default `module(inputs)`.
+        names: the parameters that make up w; default the trainable ones.
+
+    Attributes:
+        origin: the module's own w, a copy.
+
+    Raises:
+        JacobianError: batch normalisation or dropout in train mode.
+        NsrlError: no trainable parameters.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward | None = None, names: tuple[str, ...] | None = None):
+        refuse_sample_mixing(module)
+        self._bound = _Bound(module, forward)
+        parameters = dict(module.named_parameters())
+        self.names = tuple(n for n, p in parameters.items() if p.requires_grad) if names is None else names
+        if not self.names:
+            raise NsrlError("the model has no trainable parameter, so there is nothing to linearise in")
+        self._shapes = [parameters[name].shape for name in self.names]
+        self.origin = torch.cat([parameters[name].detach().flatten() for name in self.names])
+
+    def __call__(self, vector: Tensor, inputs: Any) -> Tensor:
+        """Outputs (N, O) at the parameters `vector` (P,); differentiable in both."""
+        pieces = vector.split([shape.numel() for shape in self._shapes])
+        values = {
+            f"module.{name}": piece.view(shape)
+            for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)
+        }
+        with _own_parameters(self._bound):
+            return functional_call(self._bound, values, (inputs,))
+
+    def first_order(self, inputs: Any, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and J v at the origin, both (N, O), in one forward-mode pass."""
+        outputs, change, *_ = jvp(lambda w: self(w, inputs), (self.origin,), (direction,))
+        return outputs, change
+
+    def second_order(self, inputs: Any, u: Tensor, v: Tensor) -> Tensor:
+        """D^2 f [u, v] at the origin, shape (N, O).
+
+        As the gradient in r of <u, Hess <r, f> v>, which is linear in r: reverse mode all the way, which
+        every layer supports, where forward mode on top of forward mode has gaps.
+        """
+        with torch.no_grad():
+            rows = torch.ones_like(self(self.origin, inputs))
+        rows.requires_grad_(True)
+        product = self._hessian_product(inputs, rows, v)
+        if product is None:
+            return torch.zeros_like(rows)
+        (curvature,) = torch.autograd.grad(product @ u, rows, allow_unused=True)
+        return torch.zeros_like(rows) if curvature is None else curvature
+
+    def hessian_product(self, inputs: Any, rows: Tensor, v: Tensor) -> Tensor:
+        """Hessian of <rows, f> at the origin, times v; rows (N, O), v (P,): shape (P,)."""
+        product = self._hessian_product(inputs, rows, v)
+        return torch.zeros_like(v) if product is None else product.detach()
+
+    def _hessian_product(self, inputs: Any, rows: Tensor, v: Tensor) -> Tensor | None:
+        """The product in the graph of `rows`, if these ask for one; None for a model linear in its parameters."""
+        point = self.origin.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad((rows * self(point, inputs)).sum(), point, create_graph=True)
+        if not gradient.requires_grad:
+            return None
+        return torch.autograd.grad(gradient @ v, point, allow_unused=True, create_graph=rows.requires_grad)[0]
+
+
+@contextmanager
+def _own_parameters(module: nn.Module) -> Iterator[None]:
+    # functional_call leaves its substitutes behind in submodules that have two names (torch 2.13), as every SB3
+    # policy's features extractor has.
+    held = [(owner, dict(owner._parameters)) for owner in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, own in held:
+            owner._parameters.clear()
+            owner._parameters.update(own)

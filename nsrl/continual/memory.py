@@ -1,0 +1,108 @@
+"""Replay memory: a few samples of every task, drawn without favour to any class, counted in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsrl.continual.tasks import Loader, Task
+from nsrl.errors import NsrlError
+
+
+class Memory:
+    """Samples of the tasks learnt so far, an equal number each.
+
+    Args:
+        per_task: number of samples kept of a task; None keeps all.
+        seed: of the choice and of the draws.
+
+    Attributes:
+        tasks: in the order of arrival.
+        inputs, targets: of all samples, tasks one after the other.
+        heads: head of each sample; None for tasks without heads.
+        owner: position in `tasks` of each sample.
+    """
+
+    def __init__(self, per_task: int | None, seed: int = 0):
+        if per_task is not None and per_task < 1:
+            raise NsrlError(f"a memory needs at least 1 sample a task, not {per_task}")
+        self.per_task = per_task
+        self.tasks: list[Task] = []
+        self.inputs = self.targets = self.owner = torch.zeros(0)
+        self.heads: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue = torch.zeros(0, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def add(self, task: Task, loader: Loader) -> None:
+        """Keep samples of a task: `per_task` of them, as evenly over its classes as they go.
+
+        Raises:
+            NsrlError: an empty loader, or inputs that do not fit those of earlier tasks.
+        """
+        inputs, targets = gathered(loader)
+        chosen = self._choice(targets).to(targets.device)
+        inputs, targets = inputs[chosen], targets[chosen]
+        owner = torch.full((len(inputs),), len(self.tasks), device=inputs.device)
+        head = torch.full_like(owner, -1 if task.head is None else task.head)
+        if self.tasks:
+            if inputs.shape[1:] != self.inputs.shape[1:]:
+                raise NsrlError(
+                    f"the inputs of task {task.name!r} have shape {tuple(inputs.shape[1:])}, those of earlier tasks "
+                    f"{tuple(self.inputs.shape[1:])}; a replay memory needs one shape"
+                )
+            head = torch.cat([torch.full_like(self.owner, -1) if self.heads is None else self.heads, head])
+            inputs, targets = torch.cat([self.inputs, inputs]), torch.cat([self.targets, targets])
+            owner = torch.cat([self.owner, owner])
+        self.inputs, self.targets, self.owner = inputs, targets, owner
+        self.heads = None if bool((head < 0).any()) else head
+        self.tasks.append(task)
+        self._queue = self._queue[:0]
+
+    def draw(self, count: int) -> Tensor:
+        """Indices of the next `count` samples of endless shuffled epochs (all, when there are fewer)."""
+        count = min(count, len(self))
+        if len(self._queue) < count:
+            self._queue = torch.randperm(len(self), generator=self._generator)
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch.to(self.inputs.device)
+
+    def heads_of(self, indices: Tensor) -> Tensor | None:
+        """Heads of some samples."""
+        return None if self.heads is None else self.heads[indices]
+
+    def nbytes(self) -> int:
+        """Inputs and targets, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.inputs, self.targets)) if self.tasks else 0
+
+    def _choice(self, targets: Tensor) -> Tensor:
+        order = torch.randperm(len(targets), generator=self._generator)
+        if self.per_task is None or self.per_task >= len(targets):
+            return order.sort().values
+        if targets.is_floating_point():
+            return order[: self.per_task]
+        labels = targets.cpu()[order]
+        # place of every sample among those of its class: the first of each class, then the second of each, ...
+        return order[_places(labels).argsort(stable=True)[: self.per_task]]
+
+
+def gathered(loader: Loader) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of all batches of a loader.
+
+    Raises:
+        NsrlError: there are none.
+    """
+    batches = [(batch[0], batch[1]) for batch in loader]
+    if not sum(len(targets) for _, targets in batches):
+        raise NsrlError("the loader is empty: a task needs at least one sample")
+    return torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
+
+
+def _places(labels: Tensor) -> Tensor:
+    places = torch.zeros_like(labels)
+    for label in labels.unique():
+        mine = labels == label
+        places[mine] = torch.arange(int(mine.sum()))
+    return places

@@ -1,0 +1,175 @@
+"""What a run leaves behind: weights and results of every finished task, TensorBoard events, the accuracy matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from nsrl.continual.config import ContinualConfig
+from nsrl.errors import NsrlError
+
+CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
+
+
+class Records:
+    """The folder of one run; without a folder nothing is written.
+
+    Args:
+        folder: of the run.
+        config: of the run; TensorBoard counts epochs over all tasks.
+    """
+
+    def __init__(self, folder: Path | None, config: ContinualConfig):
+        self.folder = folder
+        self.config = config
+        self.epochs = config.training.epochs
+        self._names: list[str] = []
+        self._writer: Any = None
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def read(self) -> list[dict[str, Any]]:
+        """The entries of the tasks that are finished already.
+
+        Raises:
+            NsrlError: a damaged file.
+        """
+        entries: list[dict[str, Any]] = []
+        while self.folder is not None and self._task_file(len(entries)).is_file():
+            entries.append(self._load(len(entries))["entry"])
+        return entries
+
+    def weights(self, index: int) -> dict[str, Any]:
+        """The model's weights after a finished task."""
+        return self._load(index)["weights"]
+
+    def begin(self, names: Sequence[str], done: int) -> None:
+        """Write config.yaml, open TensorBoard.
+
+        Args:
+            names: of the tasks.
+            done: tasks that are finished already; what an interrupted task wrote is hidden.
+        """
+        self._names = list(names)
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            text = yaml.safe_dump(asdict(self.config), sort_keys=False)
+            _replace(self.folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+            self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
+
+    def write_loss(self, epoch: int, loss: float) -> None:
+        """The mean training loss of an epoch."""
+        if self._writer is not None:
+            self._writer.add_scalar("train/loss", loss, epoch)
+
+    def write_task(self, index: int, history: Sequence[dict[str, Any]], model: nn.Module) -> None:
+        """A finished task: its scalars and figure, and what a resumed run goes on from."""
+        if self.folder is None:
+            return
+        entry, step = history[index], (index + 1) * self.epochs
+        learnt = entry["scores"][: index + 1]
+        scalars = {
+            **{
+                f"accuracy/{name.replace(' ', '_')}": score
+                for name, score in zip(self._names, entry["scores"], strict=True)
+            },
+            "continual/acc": sum(learnt) / len(learnt),
+            "continual/train_seconds": sum(past["train_seconds"] for past in history),
+            "continual/memory_bytes": entry["memory_bytes"],
+            **{f"continual/{key}": value for key, value in entry["diagnostics"].items()},
+        }
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+        figure = draw_matrix([past["scores"] for past in history], self._names)
+        self._writer.add_figure("continual/accuracy_matrix", figure, step)
+        self._writer.flush()
+        content = {"entry": entry, "weights": model.state_dict()}
+        _replace(self._task_file(index), lambda path: torch.save(content, path))
+
+    def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
+        """Write model.pt, the matrix as a figure and, last, metrics.json; what only a resumed run needs is removed."""
+        if self.folder is None:
+            return
+        _replace(self.folder / MODEL, lambda path: torch.save(model.state_dict(), path))
+        figure = draw_matrix(metrics["matrix"], self._names)
+        _replace(self.folder / MATRIX, lambda path: figure.savefig(path, dpi=140, format="png"))
+        text = json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n"
+        _replace(self.folder / METRICS, lambda path: path.write_text(text, encoding="utf-8"))
+        for index in range(len(self._names)):
+            self._task_file(index).unlink(missing_ok=True)
+
+    def _task_file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"task{index}.pt"
+
+    def _load(self, index: int) -> dict[str, Any]:
+        path = self._task_file(index)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise NsrlError(f"{path} is damaged; remove it, and this task is learnt again") from error
+
+
+def draw_matrix(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
+    """The accuracy matrix as a figure: a row for every task learnt so far, a column for every task.
+
+    Args:
+        matrix: R[trained, evaluated].
+        names: of the tasks.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    side = 2.2 + 0.42 * count
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(list(matrix), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+    if count <= 12:
+        for row, scores in enumerate(matrix):
+            for column, score in enumerate(scores):
+                axes.text(column, row, f"{100 * score:.0f}", ha="center", va="center", fontsize=7,
+                          color="white" if score < 0.6 else "black")  # fmt: skip
+    axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(matrix)), names[: len(matrix)], fontsize=7)
+    axes.set_xlabel("evaluated on")
+    axes.set_ylabel("after learning")
+    figure.colorbar(image, ax=axes, label="score")
+    return figure
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(scratch)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON: NaN, which JSON does not have, becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -1,0 +1,86 @@
+"""Retained behaviour: a few inputs of every task with the outputs that the model gave when it had learnt them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsrl.continual.heads import model_outputs
+from nsrl.continual.memory import Memory
+from nsrl.continual.objectives import Classification, Objective, objective_of
+from nsrl.continual.tasks import Loader, Task
+from nsrl.projection.metrics import OutputMetric
+
+
+class RetainedBehaviour:
+    """KL divergence between what the model did when a task was learnt and what it does now.
+
+    Args:
+        states: number of inputs kept of a task.
+        seed: of their choice.
+
+    Attributes:
+        memory: the inputs.
+        reference: outputs of the model when their task was learnt, shape (N, O).
+    """
+
+    def __init__(self, states: int, seed: int = 0):
+        self.memory = Memory(states, seed)
+        self.reference = torch.zeros(0)
+        self._log_probabilities = torch.zeros(0)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @torch.no_grad()
+    def add(self, model: nn.Module, task: Task, loader: Loader) -> None:
+        """Keep inputs of a task and the model's present outputs on them."""
+        before = len(self.memory)
+        self.memory.add(task, loader)
+        new = torch.arange(before, len(self.memory), device=self.memory.inputs.device)
+        outputs = self.outputs(model, new)
+        self.reference = torch.cat([self.reference, outputs]) if before else outputs
+        self._log_probabilities = F.log_softmax(self.reference, -1)
+
+    @property
+    def objective(self) -> Objective:
+        """That of the retained targets."""
+        return objective_of(self.memory.targets)
+
+    def outputs(self, model: nn.Module, indices: Tensor | None = None) -> Tensor:
+        """The model's outputs on some of the inputs (None: all)."""
+        if indices is None:
+            return model_outputs(model, self.memory.inputs, self.memory.heads)
+        return model_outputs(model, self.memory.inputs[indices], self.memory.heads_of(indices))
+
+    @property
+    def metric(self) -> OutputMetric:
+        """Metric of the outputs."""
+        return self.objective.metric(self.reference)
+
+    @torch.no_grad()
+    def divergences(self, model: nn.Module) -> Tensor:
+        """Mean KL(then || now) of every task, nats a sample, shape (tasks,), float64."""
+        kl = self.metric.divergence(self.reference, self.outputs(model)).double()
+        owner = self.memory.owner
+        total = torch.zeros(len(self.memory.tasks), dtype=kl.dtype, device=kl.device).index_add_(0, owner, kl)
+        return total / torch.bincount(owner, minlength=len(total))
+
+    @torch.no_grad()
+    def gap(self, outputs: Tensor, indices: Tensor) -> tuple[float, Tensor]:
+        """Mean KL(then || now) of some inputs, and its gradient in each one's outputs (n, O), times n."""
+        reference = self.reference[indices]
+        if isinstance(self.objective, Classification):
+            # every step comes by here: the log-probabilities of then are not computed anew, and float32 is enough
+            then, now = self._log_probabilities[indices], F.log_softmax(outputs, -1)
+            probabilities = then.exp()
+            kl = float((probabilities * (then - now)).sum()) / len(indices)
+            return kl, now.exp() - probabilities
+        metric = self.metric
+        return float(metric.divergence(reference, outputs).mean()), metric.slope(reference, outputs)
+
+    def nbytes(self) -> int:
+        """All that is held, in bytes: inputs, targets (not used), outputs of then and their log-probabilities."""
+        tensors = (self.reference, self._log_probabilities)
+        return self.memory.nbytes() + sum(t.numel() * t.element_size() for t in tensors) if len(self) else 0

@@ -1,0 +1,215 @@
+"""One strategy on one benchmark: learns the tasks one after the other and measures all of them after each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nsrl.continual.benchmarks import Benchmark, build_benchmark
+from nsrl.continual.config import ContinualConfig, TrainingSettings
+from nsrl.continual.heads import model_outputs, predictions
+from nsrl.continual.metrics import sequence_metrics
+from nsrl.continual.models import build_model, measure_statistics
+from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.records import Records
+from nsrl.continual.strategies import build_strategy
+from nsrl.continual.strategies.base import Strategy
+from nsrl.continual.tasks import Task
+from nsrl.errors import NsrlError
+
+
+def run_continual(config: ContinualConfig, folder: Path | None = None, *, progress: bool = False) -> dict[str, Any]:
+    """Learn the tasks of a benchmark with one strategy.
+
+    After every task its results and the weights go to the folder. A run that finds such there, goes on behind them:
+    it gives the strategy the weights that each finished task ended with, and lets it take in again what it keeps of
+    the task. Strategies that replay samples may then draw others than without the interruption.
+
+    Args:
+        config: what to run.
+        folder: of the run; None writes nothing.
+        progress: show a bar with the time left.
+
+    Returns:
+        The content of metrics.json. `matrix` is R[trained, evaluated] on the test parts: accuracy, or for regression
+        the share of the variance explained (0 where worse than the mean); `acc`, `bwt`, `fwt`, `forgetting`,
+        `learning` as in `nsrl.continual.metrics`; `preserved_kl`, `kept_share`, `leakage` and `rank` as the strategy
+        measured them at the end of the last task (None where it has none); `train_seconds` without evaluation;
+        `memory_bytes` kept of earlier tasks at the end; `history`, an entry a task.
+
+    Raises:
+        NsrlError: a benchmark, network or strategy that does not exist or does not fit, missing data, a damaged folder.
+    """
+    start = perf_counter()
+    benchmark = build_benchmark(config.benchmark, config.seed)
+    model = build_model(config.model, benchmark, config.seed).to(config.training.device)
+    measure_statistics(model, (batch[0] for batch in benchmark.loader(0, device=config.training.device)))
+    strategy = build_strategy(config.strategy.name, model, optimizer_config(config.training), **config.strategy.options)
+    with Records(folder, config) as records:
+        untrained = evaluate(model, benchmark, "test", (), config.training.device)
+        history: list[dict[str, Any]] = records.read()
+        for index in range(len(history)):
+            _recall_task(strategy, benchmark, index, records.weights(index), config)
+        records.begin([data.task.name for data in benchmark.tasks], len(history))
+        with _bar(config, benchmark, len(history), progress) as bar:
+            for index in range(len(history), len(benchmark.tasks)):
+                history.append(_learn_task(strategy, benchmark, index, config, records, bar))
+                records.write_task(index, history, model)
+        metrics = summary(config, benchmark, history, untrained) | {"wall_seconds": perf_counter() - start}
+        held = [data.task for data in benchmark.tasks]
+        if all(len(data.splits.validation) for data in benchmark.tasks):
+            scores = evaluate(model, benchmark, "validation", held, config.training.device)
+            metrics["acc_validation"] = sum(scores) / len(scores)
+        records.finish(metrics, model)
+    return metrics
+
+
+def optimizer_config(training: TrainingSettings) -> OptimizerConfig:
+    """The optimizer's part of the training settings."""
+    return OptimizerConfig(training.optimizer, training.learning_rate, training.first_learning_rate,
+                           training.head_learning_rate, training.momentum, training.weight_decay,
+                           training.decay_to)  # fmt: skip
+
+
+def summary(
+    config: ContinualConfig, benchmark: Benchmark, history: Sequence[dict[str, Any]], untrained: Sequence[float]
+) -> dict[str, Any]:
+    """What a finished run came to, see `run_continual`."""
+    matrix = [entry["scores"] for entry in history]
+    last = history[-1]
+    return {
+        "benchmark": benchmark.name,
+        "scenario": benchmark.scenario,
+        "strategy": config.strategy.name,
+        "seed": config.seed,
+        "order": config.benchmark.order,
+        "score": "variance explained" if benchmark.regression else "accuracy",
+        **asdict(sequence_metrics(matrix, untrained)),
+        **{key: last["diagnostics"].get(key) for key in ("preserved_kl", "kept_share", "leakage", "rank")},
+        "train_seconds": sum(entry["train_seconds"] for entry in history),
+        "memory_bytes": last["memory_bytes"],
+        "tasks": [data.task.name for data in benchmark.tasks],
+        "matrix": matrix,
+        "untrained": list(untrained),
+        "history": list(history),
+    }
+
+
+def evaluate(
+    model: nn.Module, benchmark: Benchmark, part: str, seen: Sequence[Task], device: str = "cpu"
+) -> list[float]:
+    """Score on every task: accuracy from 0 to 1, or for regression the share of the variance explained (0 or more).
+
+    Args:
+        model: with the outputs that the benchmark needs.
+        benchmark: the tasks.
+        part: "validation" or "test".
+        seen: tasks learnt so far; class-incremental predictions are among their classes.
+        device: of the model.
+    """
+    if benchmark.regression:
+        return [_explained(model, benchmark, index, part, device) for index in range(len(benchmark.tasks))]
+    scores = []
+    for index, data in enumerate(benchmark.tasks):
+        right = count = 0
+        for inputs, targets, _ in benchmark.loader(index, part, device=device):
+            right += int((predictions(model, inputs, data.task, seen) == targets).sum())
+            count += len(targets)
+        scores.append(right / count if count else float("nan"))
+    return scores
+
+
+@torch.no_grad()
+def _explained(model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str) -> float:
+    errors, values = [], []
+    for inputs, targets, _ in benchmark.loader(index, part, device=device):
+        errors.append((model_outputs(model, inputs, None) - targets).square())
+        values.append(targets)
+    variance = torch.cat(values).var(0, correction=0).mean()
+    return max(0.0, 1.0 - float(torch.cat(errors).mean() / variance))
+
+
+def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: ContinualConfig, records: Records,
+                bar: tqdm) -> dict[str, Any]:  # fmt: skip
+    training, task = config.training, benchmark.tasks[index].task
+    loader = benchmark.loader(index, batch_size=training.batch_size, seed=_task_seed(config, index),
+                              augment=training.augment, device=training.device)  # fmt: skip
+    torch.manual_seed(_task_seed(config, index))
+    start = perf_counter()
+    paused = 0.0
+    strategy.before_task(task, _whole(benchmark, index, config))
+    losses = []
+    for epoch in range(training.epochs):
+        total = 0.0
+        for batch in loader:
+            total += strategy.step(batch) * len(batch[1])
+            bar.update()
+        if epoch + 1 in training.milestones:
+            for group in strategy.optimizer.param_groups:
+                group["lr"] *= training.decay
+        losses.append(total / len(loader.examples))
+        pause = perf_counter()
+        records.write_loss(index * training.epochs + epoch + 1, losses[-1])
+        bar.set_postfix_str(f"{task.name}, loss {losses[-1]:.3g}", refresh=False)
+        paused += perf_counter() - pause
+    seconds = perf_counter() - start - paused
+    # before the task at hand joins those that are kept: it has not been forgotten yet
+    diagnostics = strategy.diagnostics()
+    start = perf_counter()
+    strategy.after_task(task, _whole(benchmark, index, config))
+    seconds += perf_counter() - start
+    seen = [data.task for data in benchmark.tasks[: index + 1]]
+    return {
+        "task": task.name,
+        "scores": evaluate(strategy.model, benchmark, "test", seen, training.device),
+        "losses": losses,
+        "diagnostics": {key: float(value) for key, value in diagnostics.items()},
+        "train_seconds": seconds,
+        "memory_bytes": int(strategy.memory_bytes()),
+    }
+
+
+def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, weights: dict[str, Any],
+                 config: ContinualConfig) -> None:  # fmt: skip
+    """Bring a strategy to where it was after a finished task."""
+    task = benchmark.tasks[index].task
+    strategy.before_task(task, _whole(benchmark, index, config))
+    try:
+        strategy.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise NsrlError(
+            f"the weights of task {index} in the run's folder are of another network; start a new run"
+        ) from error
+    strategy.after_task(task, _whole(benchmark, index, config))
+
+
+def _whole(benchmark: Benchmark, index: int, config: ContinualConfig) -> Any:
+    """A task's training examples, shuffled the same way whenever they are asked for, never augmented."""
+    return benchmark.loader(index, batch_size=max(config.training.batch_size, 64), seed=_task_seed(config, index),
+                            device=config.training.device)  # fmt: skip
+
+
+def _task_seed(config: ContinualConfig, index: int) -> int:
+    return 1000 * config.seed + index
+
+
+@contextmanager
+def _bar(config: ContinualConfig, benchmark: Benchmark, done: int, progress: bool) -> Iterator[tqdm]:
+    steps = [config.training.epochs * len(benchmark.loader(index, batch_size=config.training.batch_size))
+             for index in range(len(benchmark.tasks))]  # fmt: skip
+    terminal = os.isatty(2)
+    with tqdm(
+        total=sum(steps), initial=sum(steps[:done]), disable=not progress, unit="step",
+        desc=f"{config.strategy.name} on {benchmark.name}", dynamic_ncols=True,
+        mininterval=0.2 if terminal else 30.0, leave=terminal,
+    ) as bar:  # fmt: skip
+        yield bar

@@ -1,0 +1,130 @@
+"""nsrl's own: a KL budget on what was learnt, through the full Jacobian, alone or with protected layer features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.features import FeatureOptions, ProtectedFeatures
+from nsrl.continual.heads import model_outputs
+from nsrl.continual.objectives import objective_of
+from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.strategies.base import Strategy, joined_heads
+from nsrl.continual.tasks import Loader, Task
+
+
+@dataclass(frozen=True)
+class CombinedOptions(KLBudgetOptions):
+    """As `KLBudgetOptions`, and which layer features are protected besides.
+
+    Attributes:
+        energy, project_every: as `FeatureOptions`; a smaller share, because the budget minds what is left.
+    """
+
+    energy: float = 0.5
+    project_every: int = 10
+
+
+class KLBudgetStrategy(Strategy):
+    """The mean KL(then || now) of every learnt task stays within `kl_budget` on its retained inputs.
+
+    Needs no labels of old tasks. It holds after `after_task` and after every `enforce_every` steps; the batch and the
+    retained inputs share one forward and one backward pass.
+
+    Args:
+        model, optimizer: as `Strategy`.
+        options: budget and how it is kept.
+    """
+
+    name = "kl_budget"
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig | None = None, options: KLBudgetOptions | None = None
+    ):
+        super().__init__(model, optimizer)
+        self.options = options or KLBudgetOptions()
+        self.budget = KLBudget(model, self.options)
+
+    def memory_bytes(self) -> int:
+        """Retained inputs and outputs."""
+        return self.budget.nbytes()
+
+    def diagnostics(self) -> dict[str, float]:
+        """As `Strategy`, with the largest KL of a task on its retained inputs, the multiplier and the restorations."""
+        if not self.tasks:
+            return {}
+        return {
+            **super().diagnostics(),
+            "largest_kl": self.budget.largest(),
+            "multiplier": self.budget.multiplier.value,
+            "restorations": float(self.budget.restorations),
+            "fallbacks": float(self.budget.fallbacks),
+            "rank": float(self.budget.rank()),
+        }
+
+    def _backward(self, inputs: Tensor, targets: Tensor, head: int | None) -> float:
+        if not self.tasks:
+            return super()._backward(inputs, targets, head)
+        memory, old = self.budget.retained.memory, self.budget.draw()
+        heads = joined_heads(head, len(inputs), memory.heads_of(old))
+        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs[old]]), heads)
+        new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
+        objective = objective_of(targets)
+        objective.check(new_outputs, targets)
+        loss = objective.loss(new_outputs, targets)
+        torch.autograd.backward([loss, old_outputs], [None, self.budget.pull(old_outputs, old)])
+        return float(loss.detach())
+
+    def _after_step(self) -> None:
+        self.budget.tick()
+
+    def _end(self, task: Task, loader: Loader) -> None:
+        self.budget.retain(task, loader)
+
+
+class CombinedStrategy(KLBudgetStrategy):
+    """The KL budget, with steps that leave the strongest layer features of learnt tasks alone.
+
+    The budget is the guarantee; the features keep most of a step out of what it has to mind. A restoration may move
+    the features: the way is counted anew from where it ends.
+
+    Args:
+        model, optimizer: as `Strategy`.
+        options: of both.
+    """
+
+    name = "combined"
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig | None = None, options: CombinedOptions | None = None
+    ):
+        chosen = options or CombinedOptions()
+        super().__init__(model, optimizer, chosen)
+        self.features = ProtectedFeatures(model, FeatureOptions(chosen.energy, chosen.project_every), freeze=False)
+
+    def memory_bytes(self) -> int:
+        """Retained inputs and outputs, and protected spans."""
+        return super().memory_bytes() + (self.features.nbytes() if self.tasks else 0)
+
+    def diagnostics(self) -> dict[str, float]:
+        """As `KLBudgetStrategy`, with the certificate of the latest projection."""
+        return {**super().diagnostics(), **self.features.certificate()}
+
+    def _after_step(self) -> None:
+        if not self.tasks:
+            return
+        self.features.tick()
+        before = self.budget.interventions
+        self.budget.tick()
+        if self.budget.interventions > before:
+            self.features.restart()
+
+    def _end(self, task: Task, loader: Loader) -> None:
+        self.features.enforce()
+        self.budget.retain(task, loader)
+        # a restoration just now is a part of what the task ended with
+        self.features.restart()
+        self.features.retain(task, loader)

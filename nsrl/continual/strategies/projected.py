@@ -1,0 +1,108 @@
+"""The frame of the projecting strategies: what an optimizer did in a step is projected, not what it was given.
+
+For plain SGD, with or without momentum, projecting the step is projecting the gradient; for Adam it is what keeps
+the step in the null space at all.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from nsrl.continual.heads import MultiHead
+from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.strategies.base import Strategy
+from nsrl.continual.tasks import Loader, Task
+from nsrl.projection.optimizer import FlatParameters, StepHooks
+
+#: Steps between two certificates: they cost several times the projection itself.
+CERTIFIED_EVERY = 100
+
+
+class ProjectedStrategy(Strategy):
+    """Subclasses map the displacement of a step to the one that is made.
+
+    Args:
+        model, optimizer: as `Strategy`.
+
+    Attributes:
+        certificate: "kept_share" and "leakage" of the latest certified step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig | None = None):
+        super().__init__(model, optimizer)
+        self.certificate: dict[str, float] = {}
+        self._steps = 0
+
+    def diagnostics(self) -> dict[str, float]:
+        """As `Strategy`, with "kept_share", "leakage" and "rank"."""
+        if not self.tasks:
+            return {}
+        return {**super().diagnostics(), **self.certificate, "rank": float(self.rank())}
+
+    def rank(self) -> int:
+        """Number of protected parameter directions."""
+        raise NotImplementedError
+
+    # -- for subclasses ---------------------------------------------------------------------------------------------
+
+    def _project(self, displacement: Tensor) -> Tensor:
+        """The displacement to make instead."""
+        raise NotImplementedError
+
+    def _certify(self, displacement: Tensor) -> dict[str, float]:
+        """Certificate of a displacement's projection."""
+        return {}
+
+    @property
+    def projected_parameters(self) -> FlatParameters:
+        """The parameters whose displacement `_project` sees."""
+        return self.flat
+
+    def _begin(self, task: Task, loader: Loader) -> None:
+        if not self.tasks:
+            return
+        flat = self.projected_parameters
+        start = torch.zeros(0)
+
+        def before() -> None:
+            nonlocal start
+            start = flat.read()
+
+        def after() -> None:
+            way = flat.read() - start
+            if self._steps % CERTIFIED_EVERY == 0:
+                self.certificate = self._certify(way)
+            self._steps += 1
+            flat.write(start + self._project(way).to(way))
+
+        StepHooks(self.optimizer, before, after)
+
+
+def freeze_uncovered(model: nn.Module, covered: set[str], quiet: set[str] | None = None) -> None:
+    """Freeze for good the trainable parameters that a method does not cover, but for heads still to be trained.
+
+    Args:
+        model: whose parameters.
+        covered: names that are protected.
+        quiet: names that the method's paper freezes too: no warning.
+
+    Warns:
+        UserWarning: with the names.
+    """
+    heads = set()
+    if isinstance(model, MultiHead):
+        heads = {f"heads.{name}" for name, _ in model.heads.named_parameters()}
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in covered and name not in heads:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    loud = [name for name in frozen if name not in (quiet or set())]
+    if loud:
+        warnings.warn(
+            f"{', '.join(loud)}: no constraint covers these parameters; they are frozen after the first task",
+            stacklevel=3,
+        )

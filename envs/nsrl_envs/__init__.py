@@ -1,4 +1,4 @@
-"""Pairs of gymnasium tasks for fine-tuning without forgetting; importing this package registers them.
+"""Pairs and sequences of gymnasium tasks for fine-tuning without forgetting; importing this package registers them.
 
     import gymnasium
     import nsrl_envs
@@ -13,18 +13,23 @@ from nsrl_envs.actions import ReverseActions, SwapActions
 from nsrl_envs.body_mass import ScaleBodyMass
 from nsrl_envs.context import TaskContext
 from nsrl_envs.errors import MissingExtra, TaskError
+from nsrl_envs.observations import ReverseSensors
 from nsrl_envs.pairs import PAIRS, TaskPair, pair
 from nsrl_envs.registration import register_all
+from nsrl_envs.sequences import SEQUENCES, TaskSequence
 
 __all__ = [
     "PAIRS",
+    "SEQUENCES",
     "MissingExtra",
     "ReverseActions",
+    "ReverseSensors",
     "ScaleBodyMass",
     "SwapActions",
     "TaskContext",
     "TaskError",
     "TaskPair",
+    "TaskSequence",
     "pair",
     "register_all",
 ]

@@ -11,6 +11,9 @@ from gymnasium.envs.registration import register, registry
 _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
     ("nsrl/CartPole-v0", "cartpole:cartpole", {}, 500, 475.0),
     ("nsrl/CartPoleSwapped-v0", "cartpole:cartpole", {"swapped": True}, 500, 475.0),
+    ("nsrl/CartPoleTrio-v0", "cartpole:cartpole_of_trio", {}, 500, 475.0),
+    ("nsrl/CartPoleTrioSwapped-v0", "cartpole:cartpole_of_trio", {"task": "swapped"}, 500, 475.0),
+    ("nsrl/CartPoleTrioReversedAngle-v0", "cartpole:cartpole_of_trio", {"task": "reversed_angle"}, 500, 475.0),
     ("nsrl/Pendulum-v0", "pendulum:pendulum", {}, 200, None),
     ("nsrl/PendulumReversed-v0", "pendulum:pendulum", {"reversed_torque": True}, 200, None),
     ("nsrl/HalfCheetah-v0", "locomotion:runner", {"body": "HalfCheetah"}, 1000, 4800.0),

@@ -317,7 +317,7 @@ MOST = {"gamma": 1.0, "gae_lambda": 1.0}
 def check_ranges(settings: object, prefix: str = "") -> None:
     """Raise NsrlError, naming the key, for a number out of range; NaN is out of every range."""
     for key, least in LEAST.items():
-        value = getattr(settings, key, None)
+        value = vars(settings).get(key)
         most = MOST.get(key, float("inf"))
         if value is not None and not least <= value <= most:
             bounds = f"at least {least}" if most == float("inf") else f"between {least} and {most}"

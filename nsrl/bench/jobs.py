@@ -17,12 +17,13 @@ from typing import Any, Literal
 from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.environment import describe_environment
 from nsrl.bench.runs import RunFolder, read_lines, write_json, write_text
+from nsrl.bench.sequence_config import SequenceConfig
 from nsrl.bench.settings import flat, plain, to_yaml
 from nsrl.errors import NsrlError
 
 #: How long a stopped run may take to write its checkpoint, seconds.
 GRACE = 60.0
-CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sequence": SequenceConfig}
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Job:
 
     Attributes:
         name: unique among the jobs; names the row in tables.
-        command: "pretrain" or "finetune".
+        command: "pretrain", "finetune" or "sequence".
         config: its configuration; `out` is overridden by `folder`.
         folder: where it goes; a finished run there is taken as it is, an unfinished one is continued.
     """
 
     name: str
-    command: Literal["pretrain", "finetune"]
-    config: PretrainConfig | FinetuneConfig
+    command: Literal["pretrain", "finetune", "sequence"]
+    config: PretrainConfig | FinetuneConfig | SequenceConfig
     folder: Path
 
     @property

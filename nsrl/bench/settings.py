@@ -63,8 +63,18 @@ def check_keys(values: Any, config: type, source: str) -> None:
                 raise NsrlError(f"unknown key {key} in {source}{suggest(key, list(types))}")
             if is_dataclass(types[key]):
                 check(value, f"{key}.")
+            entry = entry_type(types[key])
+            if entry is not None and isinstance(value, list):
+                for number, part in enumerate(value, start=1):
+                    check_keys(part, entry, f"entry {number} of {key} in {source}")
 
     check(values, "")
+
+
+def entry_type(kind: Any) -> type | None:
+    """The dataclass that the entries of a list hold; None for lists of anything else, and for what is no list."""
+    entry = get_args(kind)[0] if get_origin(kind) is list else None
+    return entry if is_dataclass(entry) else None  # type: ignore[return-value]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -171,9 +181,15 @@ def build(config: type[Config], values: Mapping[str, Any]) -> Config:
     arguments = {}
     for item in fields(config):  # type: ignore[arg-type]
         if item.name in values:
-            value, kind = values[item.name], hints[item.name]
-            arguments[item.name] = build(kind, value) if is_dataclass(kind) else value  # type: ignore[arg-type]
+            arguments[item.name] = _built(hints[item.name], values[item.name])
     return config(**arguments)
+
+
+def _built(kind: Any, value: Any) -> Any:
+    entry = entry_type(kind)
+    if entry is not None:
+        return [build(entry, part) for part in value]
+    return build(kind, value) if is_dataclass(kind) else value  # type: ignore[arg-type]
 
 
 def to_yaml(config: Any) -> str:
@@ -187,9 +203,14 @@ def plain(config: Any, prefix: str = "") -> dict[str, Any]:
     for item in fields(config):
         value = getattr(config, item.name)
         if f"{prefix}{item.name}" not in OWNED:
-            nested = is_dataclass(value) and not isinstance(value, type)
-            values[item.name] = plain(value, f"{prefix}{item.name}.") if nested else value
+            values[item.name] = _plain(value, f"{prefix}{item.name}.")
     return values
+
+
+def _plain(value: Any, prefix: str) -> Any:
+    if isinstance(value, list):
+        return [_plain(part, prefix) for part in value]
+    return plain(value, prefix) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -214,9 +235,15 @@ def describe_type(kind: Any) -> str:
     """What a key takes, in words."""
     if kind in NAMES:
         return NAMES[kind]
+    if is_dataclass(kind):
+        return f"keys and values ({', '.join(item.name for item in fields(kind))})"
     if get_origin(kind) is list:
         return f"a list, each entry {describe_type(get_args(kind)[0])}"
-    parts = [repr(part) if not isinstance(part, type) else describe_type(part) for part in get_args(kind)]
+    if get_origin(kind) is dict:
+        return f"keys and values, each value {describe_type(get_args(kind)[1])}"
+    parts = [
+        describe_type(part) if isinstance(part, type) or get_origin(part) else repr(part) for part in get_args(kind)
+    ]
     return f"one of {', '.join(parts)}" if len(parts) > 2 else " or ".join(parts)
 
 

@@ -1,16 +1,12 @@
 """A suite: one task pair, several methods, several seeds; every method starts from the same agents and buffers.
 
 A suite is a YAML file (configs/bench/*.yaml) naming a pretraining and a fine-tuning configuration and, for each
-method, the settings in which it differs:
+method, the settings in which it differs; or it names a sequence of tasks instead (`nsrl.bench.sequence_suite`):
 
     pretraining: ../pretrain_halfcheetah.yaml
     finetuning: ../halfcheetah_backward.yaml
     seeds: [0, 1, 2]
-
-Methods:
-      plain PPO: {method: finetune}
-      KL penalty 1: {method: kl_penalty, penalty: 1.0}
-      KL budget 0.01: {}
+    methods: {plain PPO: {method: finetune}, KL penalty 1: {method: kl_penalty, penalty: 1.0}, KL budget 0.01: {}}
 """
 
 from __future__ import annotations
@@ -24,11 +20,13 @@ from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.environment import describe_environment
 from nsrl.bench.jobs import Job, Status, run_jobs
 from nsrl.bench.runs import read_lines, slug, write_json
-from nsrl.bench.settings import build, check_keys, load, plain, read_yaml
+from nsrl.bench.sequence_config import SequenceConfig
+from nsrl.bench.settings import Config, build, check_keys, load, plain, read_yaml
 from nsrl.bench.statistics import bootstrap
 from nsrl.errors import NsrlError
 
 KEYS = ("pretraining", "finetuning", "seeds", "methods")
+SEQUENCE_KEYS = ("sequence", "seeds", "methods")
 #: What of a fine-tuning run's metrics.json goes into the suite's table.
 MEASURED = ("old_return", "new_return", "kl_mean", "kl_heldout", "kl_max", "agreement")
 
@@ -40,14 +38,21 @@ class Suite:
     Attributes:
         name: of the suite, from its file.
         pretraining: of the agents, one a seed.
-        methods: fine-tuning configuration by method.
+        methods: configuration by method, of fine-tuning on a pair or on a sequence of tasks.
         seeds: of agents, buffers and fine-tuning alike (paired over methods).
+        references: train every later task of a sequence alone as well, once for all methods.
     """
 
     name: str
     pretraining: PretrainConfig
-    methods: dict[str, FinetuneConfig]
+    methods: dict[str, FinetuneConfig] | dict[str, SequenceConfig]
     seeds: tuple[int, ...]
+    references: bool = False
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the methods learn a sequence of tasks, and not a pair."""
+        return any(isinstance(config, SequenceConfig) for config in self.methods.values())
 
     def pretraining_jobs(self, out: Path) -> list[Job]:
         """One job a seed."""
@@ -60,7 +65,7 @@ class Suite:
     def finetuning_jobs(self, out: Path) -> list[Job]:
         """One job a seed and method, seeds outermost, so that a suite that is stopped early is balanced."""
         return [
-            Job(f"{method} seed {seed}", "finetune",
+            Job(f"{method} seed {seed}", "sequence" if self.is_sequence else "finetune",
                 replace(config, seed=seed, out=None, agent=str(out / "pretrained" / f"seed{seed}")),
                 out / slug(method) / f"seed{seed}")
             for seed in self.seeds
@@ -76,18 +81,19 @@ def read_suite(path: str | Path) -> Suite:
     """
     path = Path(path)
     values = read_yaml(path)
-    unknown, missing = set(values) - set(KEYS), set(KEYS) - set(values)
+    keys = SEQUENCE_KEYS if "sequence" in values else KEYS
+    unknown, missing = set(values) - set(keys), set(keys) - set(values)
     if unknown or missing:
-        raise NsrlError(f"{path} must hold exactly the keys {', '.join(KEYS)}; "
+        raise NsrlError(f"{path} must hold exactly the keys {', '.join(keys)}; "
                         f"{', '.join(sorted(unknown | missing))} is {'unknown' if unknown else 'missing'}")  # fmt: skip
-    base = load(FinetuneConfig, path.parent / values["finetuning"])
-    methods = {}
-    for method, changes in values["methods"].items():
-        changes = changes or {}
-        check_keys(changes, FinetuneConfig, f"{path}, method {method}")
-        methods[method] = build(FinetuneConfig, _merged(plain(base), changes))
+    seeds = tuple(values["seeds"])
+    if "sequence" in values:
+        base = load(SequenceConfig, path.parent / values["sequence"])
+        sequences = _methods(replace(base, references=False), values["methods"], path)
+        return Suite(path.stem, base.first(), sequences, seeds, base.references)
     pretraining = load(PretrainConfig, path.parent / values["pretraining"])
-    return Suite(path.stem, pretraining, methods, tuple(values["seeds"]))
+    pairs = _methods(load(FinetuneConfig, path.parent / values["finetuning"]), values["methods"], path)
+    return Suite(path.stem, pretraining, pairs, seeds)
 
 
 def run_suite(suite: Suite, out: Path, *, workers: int = 2,
@@ -128,8 +134,8 @@ def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
     return {
         "suite": suite.name,
         "environment": describe_environment(),
-        "pretraining": _portable(plain(suite.pretraining)),
-        "methods": {name: _portable(plain(config)) for name, config in suite.methods.items()},
+        "pretraining": portable(plain(suite.pretraining)),
+        "methods": {name: portable(plain(config)) for name, config in suite.methods.items()},
         "rows": rows,
         "summary": [
             _summary(method, [row for row in rows if row["method"] == method], plain_returns)
@@ -161,6 +167,15 @@ def _summary(method: str, rows: list[dict[str, Any]], plain_returns: dict[int, f
     return summary
 
 
+def _methods(base: Config, changes: dict[str, Any], path: Path) -> dict[str, Config]:
+    """A configuration by method: the base, and in what the method differs."""
+    methods = {}
+    for method, own in changes.items():
+        check_keys(own or {}, type(base), f"{path}, method {method}")
+        methods[method] = build(type(base), _merged(plain(base), own or {}))
+    return methods
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _merged(value, changes.get(key) or {}) if isinstance(value, dict) else changes.get(key, value)
@@ -168,5 +183,6 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
+def portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without paths, which mean nothing on another machine."""
     return {key: value for key, value in config.items() if key not in ("agent", "buffer", "out")}

@@ -89,12 +89,20 @@ class RunHistory(BaseCallback):
         retention = getattr(self.model, "retention", None)
         if retention is not None:
             row |= {key: getattr(retention.last, key) for key in ("kl_mean", "kl_heldout", "agreement")}
+            row |= {f"kl/{task}": kl for task, kl in retention.last.kl_by_task.items()}
         evaluated = self.evaluation.history[-1] if self.evaluation.history else None
         if evaluated is not None and evaluated["timesteps"] == row["timesteps"]:
-            row["return/old"] = next(iter(evaluated["old_returns"].values()), None)
-            row["return/new"] = evaluated["new_return"]
+            row |= _returns(evaluated)
         append_line(self.path, row)
         self._last = row["timesteps"]
+
+
+def _returns(evaluated: dict[str, Any]) -> dict[str, float | None]:
+    """Returns of the old and the new task; those of a sequence, where no task is the new one, by their names."""
+    old = evaluated["old_returns"]
+    if evaluated["new_return"] is None:
+        return {f"return/{task}": value for task, value in old.items()}
+    return {"return/old": next(iter(old.values()), None), "return/new": evaluated["new_return"]}
 
 
 def use_one_thread() -> None:
@@ -113,6 +121,9 @@ def train(
 ) -> float:
     """Train to the configuration's `total_timesteps`, from the checkpoint when resuming.
 
+    A model whose `num_timesteps` is not zero goes on counting, in the same TensorBoard curves: a later task of a
+    sequence.
+
     Returns:
         Wall time of training without evaluations, over all sessions of the run, in seconds.
 
@@ -120,7 +131,7 @@ def train(
         Interrupted: a signal came; the checkpoint has been written.
         NsrlError: the checkpoint is damaged or does not fit.
     """
-    purge_step = None
+    purge_step = model.num_timesteps + 1 if model.num_timesteps else None
     if resume and folder.checkpoint.is_file():
         restored = restore(folder.checkpoint, model)
         evaluation.history[:] = restored["history"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.jobs import CONFIGS
 from nsrl.bench.runs import RunFolder
+from nsrl.bench.sequence_config import SequenceConfig
 from nsrl.bench.settings import load
 from nsrl.errors import NsrlError
 
@@ -36,6 +37,7 @@ def run(command: str, config: Path, folder: Path) -> None:
     """
     from nsrl.bench.finetuning import finetune, resume_finetuning
     from nsrl.bench.pretraining import pretrain, resume_pretraining
+    from nsrl.bench.sequence import learn_sequence, resume_sequence
     from nsrl.bench.training import use_one_thread
 
     use_one_thread()
@@ -44,6 +46,8 @@ def run(command: str, config: Path, folder: Path) -> None:
     started = RunFolder(folder).config.is_file()
     if command == "pretrain":
         resume_pretraining(folder) if started else pretrain(load(PretrainConfig, config), folder)
+    elif command == "sequence":
+        resume_sequence(folder) if started else learn_sequence(load(SequenceConfig, config), folder)
     else:
         resume_finetuning(folder) if started else finetune(load(FinetuneConfig, config), folder)
 

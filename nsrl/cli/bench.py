@@ -1,4 +1,4 @@
-"""`nsrl bench`: a suite of runs over methods and seeds, what the budget costs, or the core's speed; JSON and figure."""
+"""`nsrl bench`: suites of runs, what the budget costs, the core's speed, continual learning; JSON and figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ ABOUT = """\
 Run a benchmark and write its results.
 
   nsrl bench cartpole_swapped            all methods and seeds of configs/bench/cartpole_swapped.yaml
+  nsrl bench sequence_cartpole           tasks one after the other: average performance, forgetting, forward transfer
   nsrl bench overhead                    wall time and memory against stock PPO, interleaved
   nsrl bench speed                       Gram matrices and projections against other libraries (nsrl[rivals])
   nsrl bench speed --quick --only gram_mlp,scaling
+  nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
+  nsrl bench continual --only permuted_digits,naive,kl_budget
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 
 Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
@@ -28,16 +31,16 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(prog="nsrl bench", description=ABOUT, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, overhead or speed")
+    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, overhead, speed or continual")
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configurations")
-    speed = parser.add_argument_group("speed only")
-    speed.add_argument("--only", help="cases, separated by commas")
+    speed = parser.add_argument_group("speed and continual only")
+    speed.add_argument("--only", help="cases, or benchmarks and strategies, separated by commas")
     speed.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
-    speed.add_argument("--threads", type=int, help="of every measurement (default all processors)")
+    speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
     try:
         options = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
@@ -46,36 +49,45 @@ def run(arguments: Sequence[str]) -> int:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
     if options.name == "speed":
         return _speed(options)
+    if options.name == "continual" and not options.threads:
+        return _continual(options)
     if options.only or options.quick or options.again or options.threads:
-        raise NsrlError(f"--only, --quick, --again and --threads are for nsrl bench speed, not for {options.name}")
+        raise NsrlError(f"--only, --quick and --again are for nsrl bench speed and continual, --threads is for speed, "
+                        f"not for {options.name}")  # fmt: skip
     out = options.out or Path("runs/bench") / Path(options.name).stem
     if options.name == "overhead":
         return _overhead(options.configs, out, options.reference)
     path = Path(options.name) if options.name.endswith(".yaml") else options.configs / "bench" / f"{options.name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
-        raise NsrlError(f"there is no suite {options.name!r}; known: {', '.join([*known, 'overhead', 'speed'])}")
+        suites = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
+        known = ", ".join([*suites, "overhead", "speed", "continual"])
+        raise NsrlError(f"there is no suite {options.name!r}; known: {known}")
     return _suite(path, out, options.reference, options.workers)
 
 
 def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
     from nsrl.bench.scatter import draw_tradeoff
+    from nsrl.bench.sequence_suite import draw_sequence_suite, run_sequence_suite, sequence_suite_table
     from nsrl.bench.suite_report import suite_table
     from nsrl.bench.suites import read_suite, run_suite, write_suite
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
 
     suite = read_suite(path)
+    carry_out, draw, tabulate = run_suite, draw_tradeoff, suite_table
+    if suite.is_sequence:
+        carry_out, draw, tabulate = run_sequence_suite, draw_sequence_suite, sequence_suite_table
     with StatusLine(suite.name) as line:
-        content = run_suite(suite, out, workers=workers, on_status=line.show)
+        content = carry_out(suite, out, workers=workers, on_status=line.show)
     write_suite(content, reference / f"{suite.name}.json")
-    draw_tradeoff(content, reference / f"{suite.name}.png")
-    print_table(suite_table(content))
+    draw(content, reference / f"{suite.name}.png")
+    print_table(tabulate(content))
     print(f"results  {reference / suite.name}.json\nfigure   {reference / suite.name}.png")
     return 0
 
 
 def _overhead(configs: Path, out: Path, reference: Path) -> int:
+    from nsrl.bench.config import FinetuneConfig
     from nsrl.bench.jobs import run_jobs
     from nsrl.bench.overhead import measure_memory, measure_overhead
     from nsrl.bench.runs import write_json
@@ -90,7 +102,11 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
         jobs = suite.pretraining_jobs(out.with_name(name))[:1]
         with StatusLine(f"{name}, pretraining") as line:
             run_jobs(jobs, on_status=line.show)
-        config = next(config for config in suite.methods.values() if config.method == "null_space")
+        config = next(
+            config
+            for config in suite.methods.values()
+            if isinstance(config, FinetuneConfig) and config.method == "null_space"
+        )
         print(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
         results[name] = measure_overhead(config, jobs[0].folder, steps=steps, on_run=_print_run)
         print(f"  ratio of medians {results[name]['ratio']:.3f}")
@@ -124,6 +140,32 @@ def _speed(options: argparse.Namespace) -> int:
     print(f"results  {reference / 'speed.json'}")
     if "scaling" in content:
         print(f"figure   {draw_scaling(content['scaling'], reference / 'speed.png')}")
+    return 0
+
+
+def _continual(options: argparse.Namespace) -> int:
+    from nsrl.bench.continual import plan_cells, run_cells
+    from nsrl.bench.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.bench.runs import write_json
+    from nsrl.cli.command import print_table
+    from nsrl.cli.status_line import StatusLine
+
+    only = tuple(options.only.split(",")) if options.only else ()
+    out = options.out or Path("runs/bench/continual_quick" if options.quick else "runs/bench/continual")
+    # The committed numbers are overwritten by those of the whole benchmark only.
+    partial = (options.quick or only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    cells = plan_cells(options.configs, only=only, quick=options.quick)
+    with StatusLine("continual") as line:
+        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=line.show)
+    write_json(reference / "continual.json", content)
+    for table in benchmark_tables(content):
+        print_table(table)
+        print()
+    for name, why in content["failures"].items():
+        print(f"nsrl: {name} came to no result: {why}", file=sys.stderr)
+    print(f"results  {reference / 'continual.json'}\nreport   {write_markdown(content, reference / 'continual.md')}\n"
+          f"figure   {draw_benchmarks(content, reference / 'continual.png')}")  # fmt: skip
     return 0
 
 

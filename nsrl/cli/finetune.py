@@ -1,26 +1,57 @@
-"""`nsrl finetune`."""
+"""`nsrl finetune`: a new task, or a sequence of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nsrl.bench.config import FinetuneConfig
+from nsrl.bench.sequence_config import SequenceConfig
+from nsrl.bench.settings import read_yaml
 from nsrl.cli.command import print_outcome, read_arguments, run_training
+from nsrl.errors import NsrlError
 
 EXAMPLES = """\
   nsrl finetune --config configs/cartpole_swapped.yaml
   nsrl finetune --agent expert.zip --old_env CartPole-v1 --new_env MyCartPole-v0 --retention.kl_budget 0.02
   nsrl finetune --config configs/cartpole_swapped.yaml --method kl_penalty --penalty 1.0 --seed 3
+  nsrl finetune --config configs/sequence_cartpole.yaml            (its keys: add --help)
   nsrl finetune --resume runs/finetune-cartpole_swapped-20250101-120000"""
 ABOUT = """\
 Fine-tune a pretrained agent on a new task while the mean KL divergence from the pretrained policy, over a
 buffer of states of its old task, stays within --retention.kl_budget nats per state. Writes a folder with
 the agent (a stock Stable-Baselines3 zip), the buffer, learning curves, TensorBoard events, metrics.json
-and report.md."""
+and report.md. A configuration with the key tasks is a sequence of tasks, learnt one after the other."""
+ABOUT_SEQUENCES = """\
+Learn tasks one after the other: after each its states join the retention buffer, and what later tasks
+change on them stays within the task's own kl_budget, in nats per state. Writes a folder with the agents,
+the merged buffer, learning curves, TensorBoard events, metrics.json and report.md with the returns on every
+task after every task, average performance, forgetting and forward transfer."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Fine-tune, and print the table."""
+    return _run_sequence(arguments) if names_sequence(arguments) else _run_pair(arguments)
+
+
+def names_sequence(arguments: Sequence[str]) -> bool:
+    """Whether a command line is about a sequence of tasks: its configuration, or its run's, has the key tasks."""
+    for position, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--tasks":
+            return True
+        value = value if equals else next(iter(arguments[position + 1 :]), "")
+        path = {"--config": Path(value), "--resume": Path(value) / "config.yaml"}.get(name)
+        if path is not None and path.is_file():
+            try:
+                if "tasks" in read_yaml(path):
+                    return True
+            except (NsrlError, TypeError):  # told when it is read in earnest
+                pass
+    return False
+
+
+def _run_pair(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         FinetuneConfig, arguments, command="finetune", about=ABOUT, examples=EXAMPLES, resumable=True
     )
@@ -30,4 +61,17 @@ def run(arguments: Sequence[str]) -> int:
     outcome, status = run_training("finetune", config, options, finetune, resume_finetuning)
     if outcome is not None:
         print_outcome(outcome, finetuning_table(outcome.metrics))
+    return status
+
+
+def _run_sequence(arguments: Sequence[str]) -> int:
+    config, options = read_arguments(
+        SequenceConfig, arguments, command="finetune", about=ABOUT_SEQUENCES, examples=EXAMPLES, resumable=True
+    )
+    from nsrl.bench.sequence import learn_sequence, resume_sequence
+    from nsrl.bench.sequence_report import sequence_table
+
+    outcome, status = run_training("finetune", config, options, learn_sequence, resume_sequence)
+    if outcome is not None:
+        print_outcome(outcome, sequence_table(outcome.metrics))
     return status

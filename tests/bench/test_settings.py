@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsrl.bench.config import CollectConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
+from nsrl.bench.sequence_config import SequenceConfig, SequenceTask
 from nsrl.bench.settings import build_parser, describe_type, key_types, load, parse, plain, suggest, to_yaml
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 
-CONFIGS = [PretrainConfig, CollectConfig, FinetuneConfig, EvaluateConfig, DemoConfig]
+CONFIGS = [PretrainConfig, CollectConfig, FinetuneConfig, EvaluateConfig, DemoConfig, SequenceConfig]
 READY = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
@@ -55,7 +56,7 @@ def test_every_key_is_documented(config):
         for item in fields(owner):
             assert f"{item.name}:" in owner.__doc__ or f"{item.name}," in owner.__doc__, (owner, item.name)
 
-    for owner in {config, *(kind for _, kind in key_types(config) if is_dataclass(kind))}:
+    for owner in {config, SequenceTask, *(kind for _, kind in key_types(config) if is_dataclass(kind))}:
         check(owner)
 
 
@@ -145,13 +146,41 @@ def test_types_are_told_in_words():
     assert describe_type(list[int]) == "a list, each entry a whole number"
 
 
+def test_entries_of_a_list_are_read_checked_and_written(tmp_path):
+    text = "tasks:\n  - {env: A-v0, total_timesteps: 7}\n  - {env: B-v0, kl_budget: 1.0e-3, name: b}\n"
+    config = load(SequenceConfig, written(tmp_path, text))
+    assert config.tasks == [SequenceTask("A-v0", 7), SequenceTask("B-v0", kl_budget=1e-3, name="b")]
+    assert load(SequenceConfig, written(tmp_path, to_yaml(config))) == config
+    assert read(SequenceConfig, "--tasks", "[{env: A-v0}]").tasks == [SequenceTask("A-v0")]
+    for text, sentence in (
+        ("tasks:\n  - env: A\n  - {env: B, kl_budge: 1}", r"unknown key kl_budge in entry 2 of tasks in .*kl_budget\?"),
+        ("tasks:\n  - {env: A, total_timesteps: many}", r"tasks must be a list, each entry keys and values \(env,"),
+        ("tasks:\n  - {total_timesteps: 3}", r"c\.yaml: tasks must be a list, each entry keys and values \(env"),
+        ("tasks:\n  - 3", r"entry 1 of tasks in .* must hold keys and values .*, not 3"),
+        ("tasks: 3", r"tasks must be a list, each entry keys and values .*, not 3"),
+    ):
+        with pytest.raises(NsrlError, match=sentence) as caught:
+            load(SequenceConfig, written(tmp_path, text))
+        assert "\n" not in str(caught.value)
+
+
+def test_budgets_of_tasks_are_a_mapping(tmp_path):
+    text = "retention:\n  task_budgets: {A-v0: 1.0e-3, B-v0: 0.1}\n"
+    config = load(FinetuneConfig, written(tmp_path, text))
+    assert config.retention.task_budgets == {"A-v0": 1e-3, "B-v0": 0.1}
+    assert load(FinetuneConfig, written(tmp_path, to_yaml(config))) == config
+    with pytest.raises(NsrlError, match=r"task_budgets must be keys and values, each value a number or null"):
+        load(FinetuneConfig, written(tmp_path, "retention:\n  task_budgets: {A: much}\n"))
+
+
 def test_the_run_sets_the_seed_of_the_draws_itself():
     assert "seed" not in plain(FinetuneConfig())["retention"]
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
 def test_the_ready_configurations_are_valid(path):
-    kind = PretrainConfig if path.stem.startswith("pretrain") else DemoConfig if path.stem == "demo" else FinetuneConfig
+    kinds = {"pretrain": PretrainConfig, "demo": DemoConfig, "sequence": SequenceConfig}
+    kind = kinds.get(path.stem.partition("_")[0], FinetuneConfig)
     config = load(kind, path)
     # what the demo runs without a file is what its file says
     assert (plain(config) == plain(kind())) == (kind is DemoConfig)

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 from stable_baselines3.common.env_util import make_vec_env
 
-from nsrl_envs import PAIRS, TaskError, pair
+from nsrl_envs import PAIRS, SEQUENCES, TaskError, pair
 from nsrl_envs.registration import _TASKS
 
 _MODULES = {None: "gymnasium", "mujoco": "mujoco", "box2d": "Box2D"}
@@ -35,7 +35,11 @@ every_task = pytest.mark.parametrize(
     "task",
     [
         _of_extra(extra, t)
-        for extra, t in sorted({(p.extra, t) for p in PAIRS.values() for t in (p.retained, p.new)}, key=str)
+        for extra, t in sorted(
+            {(p.extra, t) for p in PAIRS.values() for t in (p.retained, p.new)}
+            | {(s.extra, t) for s in SEQUENCES.values() for t in s.tasks},
+            key=str,
+        )
     ],
 )
 
@@ -149,8 +153,9 @@ def test_lunar_lander_gravity_and_wind(task, gravity, wind):
     assert (env.gravity, env.enable_wind) == (gravity, wind)
 
 
-def test_every_registered_task_belongs_to_a_pair_and_the_other_way_round():
-    assert {task[0] for task in _TASKS} == {t for p in PAIRS.values() for t in (p.retained, p.new)}
+def test_every_registered_task_belongs_to_a_pair_or_a_sequence_and_the_other_way_round():
+    paired = {t for p in PAIRS.values() for t in (p.retained, p.new)}
+    assert {task[0] for task in _TASKS} == paired | {t for s in SEQUENCES.values() for t in s.tasks}
 
 
 def test_pair_is_found_by_name_and_does_not_change():

@@ -42,7 +42,8 @@ def test_importing_the_package_registers_but_loads_no_simulator_and_no_torch():
     """)
     loaded, count = out.split("\n")[:2]
     assert loaded == ""
-    assert int(count) == len({t for p in nsrl_envs.PAIRS.values() for t in (p.retained, p.new)})
+    paired = {t for p in nsrl_envs.PAIRS.values() for t in (p.retained, p.new)}
+    assert int(count) == len(paired | {t for s in nsrl_envs.SEQUENCES.values() for t in s.tasks})
 
 
 def test_worker_processes_find_the_task():

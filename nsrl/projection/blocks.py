@@ -38,7 +38,7 @@ class Block(Protocol):
         ...
 
     def add_gram(self, out: Tensor) -> None:
-        """Add the inner products of the block's rows to `out` (N R, N R), in its precision, symmetric to the last bit."""
+        """Add the inner products of the block's rows to `out` (N R, N R), in its precision and exactly symmetric."""
         ...
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:

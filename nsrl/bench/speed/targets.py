@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-
 #: Our method in the precision of the rivals.
 SINGLE = "nsrl float32"
 

@@ -81,8 +81,9 @@ def compare_returns(env: str, steps: int, seeds: Sequence[int] = (0, 1, 2), *, o
         seeds: one run of each algorithm a seed.
         out: the JSON file.
         jobs: processes at a time.
-        same_region: give both the same trust region. Upstream's `target_kl` is a mean over action dimensions, ours that
-            of the joint action; so ours gets upstream's times their number. False gives both the same number.
+        same_region: give both the same trust region. Upstream's KL and Fisher information are means over action
+            dimensions, ours those of the joint action; so ours gets upstream's `target_kl` and `cg_damping` times their
+            number. False gives both the same numbers.
         on_run: called with the result of every run.
         settings: keyword arguments of both constructors, plain JSON.
 
@@ -136,7 +137,9 @@ def _train(name: str, seed: int, env: str, steps: int, same_region: bool, settin
 
     model = _build(name, env, seed, settings)
     if same_region and name == "null_space" and isinstance(model.action_space, spaces.Box):
-        model.target_kl *= math.prod(model.action_space.shape)
+        dimensions = math.prod(model.action_space.shape)
+        model.target_kl *= dimensions
+        model.cg_damping *= dimensions
     curve: list[float] = []
     update = model.train
 

@@ -17,7 +17,9 @@ COMMANDS: dict[str, str] = {
     "collect": "collect a retention buffer: states that an agent visits on its own task",
     "finetune": "fine-tune a pretrained agent on a new task inside a KL budget on the old one",
     "evaluate": "play an agent and report its returns, and its KL on a retention buffer",
+    "continual": "learn a sequence of supervised tasks with one strategy, and measure what is forgotten",
     "bench": "run a benchmark: methods x seeds of a suite, or what the budget costs",
+    "ntk": "tangent kernels: spectrum of a retained behaviour, gallery of figures, study of the forecast",
     "demo": "see all of it on CartPole, in under three minutes",
 }
 

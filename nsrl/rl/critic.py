@@ -76,7 +76,7 @@ def _fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     states = [optimizer.state[parameter] for parameter in parameters]
     for parameter, state in zip(parameters, states, strict=True):
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     moved: list[Tensor] = list(parameters)
     first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))

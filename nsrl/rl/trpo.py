@@ -55,8 +55,8 @@ class NaturalTRPO(TRPO):
     * Products with the Fisher information go through the policy's outputs, with the analytic Fisher information of the
       action distribution: exactly positive semi-definite, and two passes through the network each. Upstream
       differentiates a KL divergence twice, with two backward passes for every parameter tensor first.
-    * The KL divergence is that of the joint action, summed over the dimensions of Box actions. Upstream averages over
-      them, so that its `target_kl` allows a step as many times larger as there are dimensions.
+    * The KL divergence is KL(pi_old || pi) of the joint action, summed over the dimensions of Box actions. Upstream
+      averages over them: its `target_kl` and `cg_damping`, times their number, are ours for the same step.
     * Conjugate gradients start at zero, stop at a relative residual, which is logged (`train/cg_residual`), and at
       curvature that is not positive. Upstream starts at random, which leaves any subspace and draws on the global
       generator, and stops at an absolute residual that gradients of another scale never, or always, meet.

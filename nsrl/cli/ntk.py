@@ -1,0 +1,182 @@
+"""`nsrl ntk`: the spectrum of a retained behaviour, the gallery of figures, and the study of the forecast."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nsrl.errors import NsrlError
+
+GALLERY = Path("runs/reference/ntk")
+ABOUT = """\
+See how an agent learns and forgets through tangent kernels.
+
+  nsrl ntk spectrum --agent agent.zip --buffer retention.npz
+  nsrl ntk gallery
+  nsrl ntk gallery --only certificate,drift --again --out runs/gallery
+  nsrl ntk forecast --agent agent.zip --buffer retention.npz
+
+spectrum   what a buffer retains of an agent's behaviour: rank, effective dimension, eigenvalues
+gallery    draw every figure anew, with its numbers and a page that shows them all; goes on where it stopped
+forecast   fine-tune a CartPole agent many times, and compare the forgetting that was forecast with what happened
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, run, print."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise NsrlError(f"nsrl ntk: {error}") from error
+    return {"spectrum": _spectrum, "gallery": _gallery, "forecast": _forecast}[options.what](options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise NsrlError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="nsrl ntk", usage="nsrl ntk [-h] {spectrum,gallery,forecast} ...", description=ABOUT,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{spectrum,gallery,forecast}",
+                                     parser_class=_Parser)  # fmt: skip
+    spectrum = commands.add_parser("spectrum", prog="nsrl ntk spectrum", help="of a retained behaviour")
+    spectrum.add_argument("--agent", required=True, help="an SB3 zip, a run folder or a hub address")
+    spectrum.add_argument("--buffer", type=Path, required=True, help="its retention buffer")
+    spectrum.add_argument("--states", type=_positive, default=256, help="buffer states linearised (default 256)")
+    spectrum.add_argument("--preserve", choices=("distribution", "mode"), default="distribution")
+    spectrum.add_argument("--kl_budget", type=float, default=0.01, help="of the effective dimension (default 0.01)")
+    spectrum.add_argument("--step", type=float, default=0.1, help="norm of a step, for the same (default 0.1)")
+    spectrum.add_argument("--trust_buffer", action="store_true", help="accept another agent's buffer")
+    spectrum.add_argument("--out", type=Path, help="folder for spectrum.json and spectrum.png (default: none)")
+    gallery = commands.add_parser("gallery", prog="nsrl ntk gallery", help="draw the figures")
+    gallery.add_argument("--out", type=Path, default=GALLERY, help=f"folder (default {GALLERY})")
+    gallery.add_argument("--only", default="", help="names of figures, separated by commas")
+    gallery.add_argument("--workers", type=_positive, default=2, help="processes at a time (default 2)")
+    gallery.add_argument("--again", action="store_true", help="draw also what is there")
+    gallery.add_argument("--quick", action="store_true", help="small sizes, to try it out; the numbers mean nothing")
+    study = commands.add_parser("forecast", prog="nsrl ntk forecast", help="forecast and outcome over many runs")
+    study.add_argument("--agent", required=True, help="a CartPole agent: an SB3 zip or a run folder")
+    study.add_argument("--buffer", type=Path, help="its retention buffer (default: collect one of 512 states)")
+    study.add_argument("--out", type=Path, default=GALLERY / "forecast.json", help=f"default {GALLERY}/forecast.json")
+    study.add_argument("--tasks", type=_words, default=None, help="CartPole variants, separated by commas")
+    study.add_argument("--learning_rates", type=_floats, default=(1e-4, 3e-4, 1e-3))
+    study.add_argument("--timesteps", type=_integers, default=(2048, 6144))
+    study.add_argument("--seeds", type=_integers, default=(0,))
+    return parser
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from nsrl.bench.report import Table
+    from nsrl.bench.runs import write_json
+    from nsrl.bench.training import use_one_thread
+    from nsrl.cli.command import print_table
+    from nsrl.ntk.rl import retained_behaviour
+    from nsrl.rl.buffer import RetentionBuffer
+
+    use_one_thread()
+    buffer = RetentionBuffer.load(options.buffer)
+    found = retained_behaviour(options.agent, buffer, states=options.states, preserve=options.preserve,
+                               trust_buffer=options.trust_buffer)  # fmt: skip
+    dimension = found.effective_dimension(options.kl_budget, options.step)
+    values = found.spectrum.values[: max(found.spectrum.rank, 1)]
+    rows = (
+        ("states linearised", str(found.states)),
+        ("protected parameters", str(found.parameters)),
+        ("rank", f"{found.spectrum.rank} ({found.rank_fraction:.1%} of the parameters)"),
+        (f"effective dimension at KL {options.kl_budget:g}, step {options.step:g}", f"{dimension:.1f}"),
+        ("eigenvalues: largest, median, smallest",
+         f"{float(values[0]):.3g}, {float(values[len(values) // 2]):.3g}, {float(values[-1]):.3g}"),
+    )  # fmt: skip
+    print_table(Table(("retained behaviour", ""), rows))
+    if options.out is not None:
+        from nsrl.ntk.gallery.policies import spectrum_plate
+
+        content = {"states": found.states, "parameters": found.parameters, "rank": found.spectrum.rank,
+                   "effective_dimension": dimension, "kl_budget": options.kl_budget, "step": options.step,
+                   "eigenvalues": values.tolist()}  # fmt: skip
+        write_json(options.out / "spectrum.json", content)
+        print(f"numbers  {options.out / 'spectrum.json'}")
+        print(f"figure   {spectrum_plate(found).save(options.out / 'spectrum.png')}")
+    return 0
+
+
+def _gallery(options: argparse.Namespace) -> int:
+    from nsrl.ntk.gallery import make_gallery
+
+    only = tuple(_words(options.only)) if options.only else ()
+    with _progress("gallery") as show:
+        figures = make_gallery(options.out, only=only, workers=options.workers, again=options.again,
+                               quick=options.quick, on_progress=show)  # fmt: skip
+    print(f"figures  {len(figures)}\npage     {options.out / 'README.md'}")
+    return 0
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    from nsrl.bench.report import Table, scientific
+    from nsrl.bench.training import use_one_thread
+    from nsrl.cli.command import print_table
+    from nsrl.ntk.gallery.page import write_page
+    from nsrl.ntk.gallery.policies import study_plate
+    from nsrl.ntk.rl.study import CARTPOLES, OLD_TASK, forecast_study
+    from nsrl.rl.buffer import RetentionBuffer
+
+    use_one_thread()
+    if options.buffer is not None:
+        buffer = RetentionBuffer.load(options.buffer)
+    else:
+        buffer = RetentionBuffer.collect(options.agent, OLD_TASK, n_states=512)
+    with _progress("fine-tuning runs") as show:
+        study = forecast_study(
+            options.agent, buffer, options.out, tasks=options.tasks or tuple(CARTPOLES),
+            learning_rates=options.learning_rates, timesteps=options.timesteps, seeds=options.seeds,
+            on_run=lambda done, total: show("run", done, total),
+        )  # fmt: skip
+    head = ("task", "learning rate", "steps", "seed", "forecast KL", "measured KL")
+    rows = tuple(
+        (row["task"], f"{row['learning_rate']:g}", str(row["timesteps"]), str(row["seed"]),
+         scientific(row["forecast_kl"]), scientific(row["measured_kl"]))
+        for row in study.rows
+    )  # fmt: skip
+    print_table(Table(head, rows))
+    print(f"rank correlation            {study.spearman:.3f} (p = {study.p_value:.2g}, {len(study.rows)} runs)")
+    for name, value in study.within.items():
+        print(f"  at {name:<24} {value:.3f}")
+    print(f"learning rate x steps alone {study.learning_rate_only:.3f}")
+    print(f"results  {options.out}\nfigure   {study_plate(study).save(options.out.with_suffix('.png'))}")
+    if (options.out.parent / "README.md").is_file():
+        write_page(options.out.parent)
+    return 0
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda last, done, total: bar.update(task, completed=done, total=total, description=f"{name}: {last}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in _words(text))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))

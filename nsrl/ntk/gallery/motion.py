@@ -1,0 +1,165 @@
+"""Networks in training: the figures of rajatvd's NTK experiments."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nsrl.ntk.dynamics import OutputDynamics
+from nsrl.ntk.gallery.beginnings import line, tanh_net
+from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, panels, told
+from nsrl.ntk.kernels import empirical_ntk
+from nsrl.ntk.lazy import ScaledModel, relative_weight_change
+from nsrl.ntk.sweeps import scale_sweep
+from nsrl.ntk.training import descend
+
+X = torch.tensor([[-2.0], [0.5]]).double()
+Y = torch.tensor([[3.0], [-1.0]]).double()
+
+
+def deep_net(width: int = 100, seed: int | None = None) -> nn.Sequential:
+    """Two hidden ReLU layers."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    layers = [nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
+    return nn.Sequential(*layers).double()
+
+
+def _rate(model: nn.Module, share: float = 0.3) -> float:
+    """A share of the largest stable learning rate, for the loss 1/2 sum of squares."""
+    return share * 2.0 / float(torch.linalg.eigvalsh(empirical_ntk(model, X))[-1])
+
+
+def training(quick: bool) -> Plate:
+    """F2."""
+    grid, steps = line(121, -3, 2), 60 if quick else 400
+    figure, axes = panels(2)
+    numbers = {}
+    for axis, alpha in zip(axes, (0.3, 30.0), strict=True):
+        model = ScaledModel(deep_net(seed=0), alpha)
+        rate = 0.05 * _rate(deep_net(seed=0)) / alpha**2
+        run = descend(model, X, Y, learning_rate=rate, steps=20 * steps, every=steps, test_inputs=grid)
+        assert run.test_outputs is not None
+        for snapshot, shade in ((0, 0.15), (1, 0.35), (3, 0.6), (20, 1.0)):
+            axis.plot(grid, run.test_outputs[snapshot], color=COLOURS[0], alpha=shade,
+                      label=f"step {snapshot * steps}")  # fmt: skip
+        axis.plot(X, Y, "o", color=COLOURS[1], label="data")
+        label(axis, "x", "f(x)", f"output scale {alpha:g}", legend=True)
+        numbers[f"weight_change_alpha_{alpha:g}"] = float(run.weight_changes[-1])
+    return Plate(figure, numbers)
+
+
+def weights(quick: bool) -> Plate:
+    """F3."""
+    widths = [10, 100] if quick else [10, 30, 100, 300, 1000]
+    figure, axes = panels(6, 3.6, 3.2, rows=2)
+    shown = iter(axes[:3])
+    changes, numbers = [], {}
+    for width, colour in zip(widths, COLOURS, strict=False):
+        model = deep_net(width, seed=1)
+        start = copy.deepcopy(model)
+        run = descend(model, X, Y, learning_rate=_rate(model), steps=150 if quick else 300)
+        axes[3].semilogy(run.losses.clamp_min(1e-16), color=colour, label=f"width {width}")
+        axes[4].plot(run.weight_changes, color=colour, label=f"width {width}")
+        changes.append(relative_weight_change(model, start))
+        if width in (10, 100, 1000):
+            change = (model[2].weight - start[2].weight).detach()[:40, :40]  # type: ignore[operator, union-attr, index]
+            scale = float(start[2].weight.std())  # type: ignore[operator, union-attr, arg-type]
+            axis = next(shown)
+            picture = axis.imshow(change / scale, cmap="RdBu", vmin=-1, vmax=1)
+            label(axis, "column", "row", f"width {width}")
+            axis.grid(visible=False)
+            figure.colorbar(picture, ax=axis, label="change / std of the weights")
+    for axis in shown:
+        axis.set_axis_off()
+    label(axes[3], "step", "loss", legend=True)
+    axes[3].set_ylim(1e-13, None)
+    label(axes[4], "step", "|w - w0| / |w0|", legend=True)
+    if len(widths) > 2:
+        numbers["weight_change"] = told(law(axes[5], widths, changes, "|w - w0| / |w0|", COLOURS[0]), -0.5)
+    label(axes[5], "width", "relative weight change", legend=len(widths) > 2)
+    return Plate(figure, {**numbers, "changes": dict(zip(map(str, widths), changes, strict=True))})
+
+
+def drift(quick: bool) -> Plate:
+    """F4."""
+    alphas = np.logspace(-1, 3, 5 if quick else 9).tolist()
+    points = scale_sweep(lambda: tanh_net(64), alphas, X, Y, learning_rate=5e-4, steps=100 if quick else 1500,
+                         seeds=range(1 if quick else 5))  # fmt: skip
+    figure, axes = panels(2)
+    numbers = {}
+    laws = (("drift", "|K_T - K_0| / |K_0|"), ("weight_change", "|w_T - w_0| / |w_0|"))
+    for axis, (key, name), colour in zip(axes, laws, COLOURS, strict=False):
+        small = [p for p in points if p.alpha < 10]
+        axis.loglog([p.alpha for p in small], [getattr(p, key) for p in small], "o", color="0.7", markersize=4,
+                    label="not lazy, not fitted")  # fmt: skip
+        lazy = [p for p in points if p.alpha >= 10]
+        numbers[key] = told(law(axis, [p.alpha for p in lazy], [getattr(p, key) for p in lazy], "fit", colour), -1.0)
+        label(axis, "output scale alpha", name, legend=True)
+    return Plate(figure, numbers)
+
+
+def ellipses(quick: bool) -> Plate:
+    """F6."""
+    alphas = (0.1, 1.0, 30.0)
+    figure, axes = panels(3)
+    numbers = {}
+    for axis, alpha in zip(axes, alphas, strict=True):
+        model = ScaledModel(deep_net(seed=3), alpha)
+        before = empirical_ntk(model, X) / alpha**2
+        rate = 0.1 * _rate(deep_net(seed=3))
+        run = descend(model, X, Y, learning_rate=rate / alpha**2, steps=100 if quick else 2000, every=5)
+        after = empirical_ntk(model, X) / alpha**2
+        path = run.outputs[:, :, 0]
+        times = torch.linspace(0, float(run.times[-1] * alpha**2), 300, dtype=torch.float64)
+        straight = OutputDynamics(before, run.outputs[0], Y).train_outputs(times)[:, :, 0]
+        axis.plot(*straight.T, ":", color="0.4", label="linearised")
+        axis.plot(*path.T, color=COLOURS[0], label="network")
+        axis.plot(*Y[:, 0], "*", color=COLOURS[1], markersize=10, label="target")
+        # both in the unit of the first kernel, so that growth shows
+        unit = float(torch.linalg.eigvalsh(before)[-1])
+        for kernel, style, name in ((before, "--", "kernel, before"), (after, "-", "kernel, after")):
+            axis.plot(*_ellipse(kernel / unit, Y[:, 0]), style, color=COLOURS[2], linewidth=1, label=name)
+        label(axis, "f(-2)", "f(0.5)", f"alpha = {alpha:g}")
+        axis.set_xlim(-1.0, 5.5)
+        axis.set_ylim(-3.6, 2.2)
+        numbers[f"drift_alpha_{alpha:g}"] = float((after - before).norm() / before.norm())
+    axes[0].legend(fontsize=7, frameon=False, loc="upper right")
+    return Plate(figure, numbers)
+
+
+def _ellipse(kernel: Tensor, centre: Tensor) -> Tensor:
+    angles = torch.linspace(0, 2 * math.pi, 100, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(kernel)
+    circle = torch.stack([angles.cos(), angles.sin()])
+    return centre.unsqueeze(1) + vectors @ (values.clamp_min(0).sqrt().unsqueeze(1) * circle)
+
+
+def one_parameter(_: bool) -> Plate:
+    """F7."""
+    x, y, start = 1.5, 3.0, 0.4
+    figure, axes = panels(4, 3.8, 3.1, rows=2)
+    numbers = {}
+
+    def f(w: Tensor, alpha: float) -> Tensor:
+        return alpha * (w * x + w**2 * x + torch.sin(torch.exp(0.1 * w))) * (w - start)
+
+    for column, alpha in enumerate((1.0, 30.0)):
+        w0 = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(f(w0, alpha), w0)
+        reach = 2.0 * abs(y) / float(slope)  # twice the step that the linear model needs
+        w = torch.linspace(start - reach, start + reach, 200, dtype=torch.float64)
+        model, linear = f(w, alpha), slope * (w - start)
+        for row, (curve, tangent, name) in enumerate(
+            ((model, linear, "f"), (0.5 * (model - y) ** 2, 0.5 * (linear - y) ** 2, "loss"))
+        ):
+            axis = axes[2 * row + column]
+            axis.plot(w, curve, color=COLOURS[0], label="model")
+            axis.plot(w, tangent, "--", color=COLOURS[1], label="linearised at 0.4")
+            label(axis, "w", name, f"alpha = {alpha:g}" if row == 0 else "", legend=row == 0)
+        numbers[f"gap_alpha_{alpha:g}"] = float((model - linear).abs().max() / model.abs().max())
+    return Plate(figure, numbers)

@@ -1,0 +1,340 @@
+"""The recorder: rides on an optimizer's step hooks and adds up path integrals on a set of queries as training runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsrl.errors import NsrlError
+from nsrl.ntk.path.rules import Rule, find_rule
+from nsrl.ntk.path.steps import gradient_scale
+from nsrl.ntk.path.weightings import KernelNode, Weighting, contribution
+from nsrl.projection.fallback import Forward
+from nsrl.projection.jacobian import FactoredJacobian, jacobian
+from nsrl.projection.optimizer import FlatParameters, StepHooks
+
+_UNRECORDED: ContextVar[bool] = ContextVar("unrecorded", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within the block a recorder takes no call of its module for training; gradients are on."""
+    token = _UNRECORDED.set(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _UNRECORDED.reset(token)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of the optimizer.
+
+    Attributes:
+        displacement: |D_k|, the norm of the realised displacement.
+        change: |f(w_{k+1}) - f(w_k)| on the queries.
+        residual: |f(w_{k+1}) - f(w_k) - J(w_k) D_k|, what the first-order term leaves out: O(|D_k|^2).
+    """
+
+    displacement: float
+    change: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """What a path did to the queries; predicted = initial + steps + outside, and steps = contributions + rest.
+
+    Attributes:
+        initial: f(x; w_0), shape (N, O).
+        final: f(x; w_N), evaluated, (N, O).
+        predicted: f(x; w_N), rebuilt from the path, (N, O).
+        steps: change by the optimizer's own steps, (N, O).
+        outside: change by whatever moved the parameters between steps (a projection, a restoration), (N, O).
+        totals: for each weighting its sum over the path, (N, ..., M).
+        rest: the part of `steps` that belongs to no recorded sample: Adam's and momentum's memory of earlier batches,
+            weight decay, other losses, an unknown optimizer; (N, O). All of `steps` where no samples were recorded.
+        certificate: |final - predicted| / |final - initial| of every query, (N,); 0 where nothing moved.
+        history: one record a step, when asked for.
+    """
+
+    initial: Tensor
+    final: Tensor
+    predicted: Tensor
+    steps: Tensor
+    outside: Tensor
+    totals: dict[str, Tensor]
+    rest: Tensor
+    certificate: Tensor
+    history: tuple[StepRecord, ...]
+
+    @property
+    def contributions(self) -> Tensor:
+        """How much each sample moved each output of each query, (N, O, M).
+
+        Raises:
+            NsrlError: no samples were recorded.
+        """
+        if "contribution" not in self.totals:
+            raise NsrlError("no contributions were recorded: give the recorder the number of samples")
+        return self.totals["contribution"]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples of one optimizer step: their Jacobian at its start, dL/df, and who they are."""
+
+    jacobian: FactoredJacobian
+    cotangents: Tensor
+    indices: Tensor
+
+
+class PathRecorder:
+    """Records the path of a module's parameters under any `torch.optim.Optimizer`, on queries, without checkpoints.
+
+        recorder = PathRecorder(model, optimizer, queries, samples=len(x))
+        for _ in range(steps):                      # the training loop as it is
+            optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
+        result = recorder.result()                  # result.predicted, .certificate, .contributions, .rest
+
+    The samples of a step are what the module was called with, with gradients on, since the step before; call
+    `expect(indices)` ahead of a minibatch to say which they are, or `add_batch` where the module is not called itself.
+    Training goes exactly as without the recorder.
+
+    Args:
+        module: in eval mode or without dropout and batch normalisation.
+        optimizer: what moves it.
+        queries: inputs on which predictions are followed, N samples.
+        rule: "left", "midpoint", "gauss2", "gauss3" (see `RULES`) or a `Rule`; each node costs a Jacobian of the
+            queries a step.
+        samples: number of training samples M, for per-sample contributions; None records none.
+        weightings: what else is summed up, by name, beside "contribution".
+        query_slope: derivative of the queries' loss in their outputs, (N, O) -> (N, O), for `tracin` and its kin.
+        forward: function (module, inputs) -> outputs (N, O); default `module(inputs)`.
+        parameters: names of the followed parameters; default all trainable ones.
+        memory: batches kept, so that momentum's share of an earlier batch can be told from the rest; 1 keeps the
+            present one only.
+        residuals: keep a `StepRecord` of every step, for one more Jacobian a step.
+
+    Raises:
+        NsrlError: an unknown rule, a parameter that the optimizer does not have, bad numbers.
+        JacobianError: a random module, batch normalisation or dropout in train mode.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        queries: Any,
+        *,
+        rule: str | Rule = "gauss3",
+        samples: int | None = None,
+        weightings: Mapping[str, Weighting] | None = None,
+        query_slope: Callable[[Tensor], Tensor] | None = None,
+        forward: Forward | None = None,
+        parameters: Sequence[str] | None = None,
+        memory: int = 1,
+        residuals: bool = False,
+    ):
+        if memory < 1 or (samples is not None and samples < 1):
+            raise NsrlError(f"memory and samples must be at least 1, not {memory} and {samples}")
+        self.module = module
+        self.optimizer = optimizer
+        self.queries = queries
+        self.rule = find_rule(rule)
+        self.samples = samples
+        self.weightings = {"contribution": contribution, **(weightings or {})} if samples else {}
+        self.query_slope = query_slope
+        self.residuals = residuals
+        self._forward: Forward = forward or (lambda module, inputs: module(inputs))
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.names = tuple(name for name in named if parameters is None or name in parameters)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        strange = [name for name in self.names if id(named[name]) not in owned]
+        if strange or not self.names:
+            raise NsrlError(f"the optimizer does not have {', '.join(strange) or 'any parameter'} of the module")
+        self.flat = FlatParameters([named[name] for name in self.names])
+        self._dense: dict[str, tuple[str, ...]] = {}
+        self._calls: list[tuple[Any, Tensor]] = []
+        self._given: list[tuple[Any, Tensor, Tensor]] = []
+        self._expected: Tensor | None = None
+        self._batches: deque[_Batch | None] = deque(maxlen=memory)
+        self.restart()
+        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
+        self._watch = module.register_forward_hook(self._on_forward) if samples else None
+
+    def restart(self, samples: int | None = None) -> None:
+        """Begin a new path here, of `samples` training samples (default: as many as before)."""
+        if samples is not None and self.samples is not None:
+            self.samples = samples
+        self._calls.clear()
+        self._given.clear()
+        self._batches.clear()
+        self._here = self.flat.read()
+        self._initial = self._evaluate()
+        self._steps = torch.zeros_like(self._initial)
+        self._outside = torch.zeros_like(self._initial)
+        self._totals: dict[str, Tensor] = {}
+        self._history: list[StepRecord] = []
+
+    def expect(self, indices: Tensor | Sequence[int]) -> None:
+        """Which training samples the coming batch is made of, (B,); without it they are 0 to B - 1."""
+        self._expected = torch.as_tensor(indices, dtype=torch.long)
+
+    def add_batch(self, inputs: Any, cotangents: Tensor, indices: Tensor | Sequence[int]) -> None:
+        """Say by hand what the coming step is made of: inputs of B samples, dL/df (B, O), and which they are (B,)."""
+        self._given.append((inputs, cotangents.detach(), torch.as_tensor(indices, dtype=torch.long)))
+
+    def flush(self) -> None:
+        """Take in what has moved the parameters since the last step."""
+        now = self.flat.read()
+        if not torch.equal(now, self._here):
+            with self._parked(now):
+                for change, _ in self._nodes(self._here, now):
+                    self._outside += change
+        self._here = now
+
+    def result(self) -> PathResult:
+        """The path from the start, or the last `restart`, to here."""
+        self.flush()
+        final = self._evaluate()
+        predicted = self._initial + self._steps + self._outside
+        moved = (final - self._initial).norm(dim=1)
+        error = (final - predicted).norm(dim=1)
+        totals = {name: total.clone() for name, total in self._totals.items()}
+        owned = totals["contribution"].sum(-1) if totals else torch.zeros_like(self._steps)
+        return PathResult(self._initial.clone(), final, predicted, self._steps.clone(), self._outside.clone(), totals,
+                          self._steps - owned, torch.where(moved > 0, error / moved.clamp_min(1e-300), error),
+                          tuple(self._history))  # fmt: skip
+
+    def detach(self) -> None:
+        """Stop recording; results stay."""
+        self.flush()
+        self._hooks.detach()
+        if self._watch is not None:
+            self._watch.remove()
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if (
+            _UNRECORDED.get()
+            or not isinstance(output, Tensor)
+            or not output.requires_grad
+            or not torch.is_grad_enabled()
+        ):
+            return
+        inputs = args[0].detach() if isinstance(args[0], Tensor) else args[0]
+        output.register_hook(lambda gradient: self._calls.append((inputs, gradient.detach().clone())))
+
+    def _before_step(self) -> None:
+        self.flush()
+        if self.samples:
+            self._batches.appendleft(self._take_batch())
+
+    def _after_step(self) -> None:
+        now = self.flat.read()
+        with self._parked(now):
+            for change, queries in self._nodes(self._here, now):
+                self._steps += change
+                self._attribute(*queries)
+            if self.residuals:
+                self._record(now)
+        self._here = now
+
+    def _take_batch(self) -> _Batch | None:
+        pieces = self._given + [(x, c, self._indices(len(c))) for x, c in self._calls]
+        self._calls, self._given, self._expected = [], [], None
+        if not pieces:
+            return None
+        if len(pieces) > 1:
+            raise NsrlError(
+                "the module was differentiated more than once for one step; call it for other ends inside "
+                "nsrl.ntk.path.unrecorded(), or give the samples in one piece with add_batch"
+            )
+        inputs, cotangents, indices = pieces[0]
+        if len(indices) != len(cotangents) or int(indices.max()) >= (self.samples or 0):
+            raise NsrlError(f"a batch of {len(cotangents)} samples got {len(indices)} indices below {self.samples}")
+        with unrecorded():
+            factors = self._linearise("batch", inputs)
+        cotangents = cotangents.to(factors.outputs)
+        given = self.flat.gradient().to(factors.outputs)
+        own = factors.rmatvec(cotangents.flatten())
+        # Clipping scales the whole gradient: the optimizer was given this multiple of what the samples asked for.
+        share = float(own @ given) / max(float(own @ own), 1e-300)
+        return _Batch(factors, share * cotangents, indices)
+
+    def _indices(self, count: int) -> Tensor:
+        return torch.arange(count) if self._expected is None else self._expected
+
+    # -- along a segment --------------------------------------------------------------------------------------------
+
+    def _nodes(self, start: Tensor, end: Tensor) -> Iterator[tuple[Tensor, tuple[FactoredJacobian, float]]]:
+        """The change of the queries node by node, (N, O), with their Jacobian and the weight there."""
+        displacement = end - start
+        for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True):
+            self.flat.write(start + node * displacement)
+            factors = self._linearise("queries", self.queries)
+            yield weight * factors.matvec(displacement).view_as(self._initial), (factors, weight)
+
+    def _attribute(self, factors: FactoredJacobian, weight: float) -> None:
+        slopes = None if self.query_slope is None else self.query_slope(factors.outputs)
+        rows: Tensor | None = None
+        for lag, batch in enumerate(self._batches):
+            scale = gradient_scale(self.optimizer, self.flat.parameters, lag)
+            if batch is None or scale is None:
+                continue
+            if isinstance(scale, float):
+                kernel = scale * factors.cross_gram(batch.jacobian)
+            else:
+                rows = factors.dense() if rows is None else rows
+                kernel = batch.jacobian.matmat((rows * scale.to(rows)).T).T
+            queries, outputs = self._initial.shape
+            kernel = weight * kernel.to(self._initial).view(queries, outputs, -1, outputs)
+            node = KernelNode(kernel, batch.cotangents, slopes)
+            for name, weighting in self.weightings.items():
+                self._add(name, weighting(node), batch.indices)
+
+    def _add(self, name: str, values: Tensor, indices: Tensor) -> None:
+        if name not in self._totals:
+            self._totals[name] = values.new_zeros(*values.shape[:-1], self.samples or 0)
+        self._totals[name].index_add_(-1, indices.to(values.device), values)
+
+    def _record(self, now: Tensor) -> None:
+        self.flat.write(self._here)
+        factors = self._linearise("queries", self.queries)
+        displacement = now - self._here
+        self.flat.write(now)
+        change = self._evaluate() - factors.outputs
+        linear = factors.matvec(displacement).view_as(change)
+        self._history.append(
+            StepRecord(float(displacement.norm()), float(change.norm()), float((change - linear).norm()))
+        )
+
+    def _linearise(self, kind: str, inputs: Any) -> FactoredJacobian:
+        known = self._dense.get(kind)
+        factors = jacobian(self.module, inputs, forward=self._forward, parameters=self.names, check=known is None,
+                           dense=known or ())  # fmt: skip
+        self._dense[kind] = factors.recomputed
+        return factors
+
+    def _evaluate(self) -> Tensor:
+        with unrecorded(), torch.no_grad():
+            return self._forward(self.module, self.queries).detach().clone()
+
+    @contextmanager
+    def _parked(self, end: Tensor) -> Iterator[None]:
+        """The parameters may be moved along the path, and are back at `end`, bit for bit, afterwards."""
+        try:
+            with unrecorded():
+                yield
+        finally:
+            self.flat.write(end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nsrl.errors import NsrlError
@@ -158,9 +158,16 @@ def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as bar:
+    with ExitStack() as stack:
+        bar = Progress(console=Console(stderr=True))
         task = bar.add_task(name, total=None)
-        yield lambda last, done, total: bar.update(task, completed=done, total=total, description=f"{name}: {last}")
+
+        def show(last: str, done: int, total: int) -> None:
+            if not bar.live.is_started:  # not before there is something to show: bad input is told first, and alone
+                stack.enter_context(bar)
+            bar.update(task, completed=done, total=total, description=f"{name}: {last}")
+
+        yield show
 
 
 def _positive(text: str) -> int:

@@ -34,8 +34,7 @@ def fit_values(policy: ActorCriticPolicy, observations: Observation, returns: Te
     for _ in range(epochs):
         order = torch.randperm(len(returns), device=returns.device)
         targets = returns[order].unsqueeze(1).split(batch_size)
-        for batch, target in zip(head.select(order).split(batch_size), targets, strict=True):
-            passes = batch.passes()
+        for passes, target in zip(head.minibatches(order, batch_size), targets, strict=True):
             error = passes.outputs - target
             step(passes.pieces(error * (2.0 / len(error))))
             errors.append(error)

@@ -216,7 +216,7 @@ class Head:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """Outputs now, shape (N, O)."""
-        return self.forward(self.inputs)
+        return self.forward(self.inputs) if self.stages is None else self.passes().outputs
 
     def passes(self) -> Passes:
         """Both products with the Jacobian at the present parameters."""
@@ -230,10 +230,15 @@ class Head:
         """The same on some of the batch."""
         return Head(self.forward, select(self.inputs, indices), self.parameters, self.stages)
 
-    def split(self, size: int) -> Iterator[Head]:
-        """The same on consecutive parts of the batch, `size` rows each but for the last."""
-        rows = len(next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs)
-        return (self.select(slice(start, start + size)) for start in range(0, rows, size))
+    def minibatches(self, order: Tensor, size: int) -> Iterator[Passes]:
+        """Passes on `size` rows after the other in some order, each at the parameters of its time."""
+        if self.stages is None:
+            for rows in order.split(size):
+                yield self.select(rows).passes()
+        else:
+            assert isinstance(self.inputs, Tensor)
+            for inputs in self.inputs[order].split(size):
+                yield LayerPasses(self.stages, inputs, self.parameters)
 
 
 def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:

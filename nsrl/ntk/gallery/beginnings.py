@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, panels, told
+from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, mark, panels, told
 from nsrl.ntk.infinite import InfiniteNetwork
 from nsrl.ntk.kernels import empirical_ntk
 from nsrl.ntk.random_functions import fourier_functions, random_function_kernel
@@ -36,6 +36,7 @@ def random_nets(quick: bool) -> Plate:
         errors.append(float(torch.stack([(k - exact).norm() / exact.norm() for k in kernels]).square().mean().sqrt()))
     fit = law(right, widths, errors, "|K - K_inf| / |K_inf|", COLOURS[2])
     label(right, "width", "relative error of the tangent kernel", legend=True)
+    mark(right, widths)
     inside = float((draws.abs() <= 2 * spread).double().mean())
     return Plate(figure, {"inside_two_sigma": inside, "kernel_error": told(fit, -0.5)})
 
@@ -79,6 +80,7 @@ def asymptotics(quick: bool) -> Plate:
         numbers[key] = told(fit, expected)
         label(axis, "width", name, f"expected slope {expected:g}", legend=True)
         low, high = axis.get_ylim()
+        mark(axis, widths)
         axis.set_ylim(min(low, high / 10), high * 1.3)  # at least a decade, or a constant would look like noise
     return Plate(figure, numbers)
 

@@ -94,7 +94,8 @@ def fourier(quick: bool) -> Plate:
     grid = torch.arange(count, dtype=torch.float64).unsqueeze(1) / count
     net = InfiniteNetwork(2, "relu")
     maps: list[tuple[str, nn.Module]] = [("none (x on a line)", Homogeneous())]
-    maps += [(f"amplitudes j^-{p:g}", FourierFeatures.decaying(min(32, count // 2), p)) for p in (2.0, 1.0, 0.0)]
+    powers = (("amplitudes 1/j²", 2.0), ("amplitudes 1/j", 1.0), ("amplitudes all alike", 0.0))
+    maps += [(name, FourierFeatures.decaying(min(32, count // 2), power)) for name, power in powers]
     target = torch.sin(2 * math.pi * grid) + 0.5 * torch.sin(2 * math.pi * 9 * grid)
     figure, (left, right) = panels(2, 5.0)
     numbers = {}
@@ -106,11 +107,11 @@ def fourier(quick: bool) -> Plate:
         kernel = kernel / kernel.diagonal().mean()
         spectrum = frequency_spectrum(kernel)
         left.semilogy(spectrum.clamp_min(1e-6), color=colour, label=name)
-        fit = OutputDynamics(kernel, torch.zeros_like(target), target).train_outputs([20.0])[0]
+        fit = OutputDynamics(kernel, torch.zeros_like(target), target).train_outputs([3.0])[0]
         right.plot(grid, fit, color=colour, label=name, linewidth=1)
         numbers[f"high_over_low, {name}"] = float(spectrum[9] / spectrum[1])
     right.plot(grid, target, ":", color="black", label="target: frequencies 1 and 9")
     label(left, "frequency", "learning rate of the frequency", "spectrum of the tangent kernel", legend=True)
-    label(right, "x", "f(x) at t = 20", legend=True)
+    label(right, "x", "f(x) at t = 3", legend=True)
     right.set_ylim(-1.6, 2.9)
     return Plate(figure, numbers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from nsrl.ntk.gallery.plate import COLOURS, Plate, label, panels
 from nsrl.ntk.regression import NadarayaWatson, NTKPrincipalComponents, NTKRegressor
@@ -68,29 +67,31 @@ def kernel_pca(quick: bool) -> Plate:
 
     count = 120 if quick else 300
     sets = {
-        "circles": (*make_circles(count, factor=0.4, noise=0.05, random_state=0), 1 / (2 * 0.4**2)),
-        "moons": (*make_moons(count, noise=0.07, random_state=0), 1 / (2 * 0.25**2)),
+        "circles": (*make_circles(count, factor=0.3, noise=0.05, random_state=0), 2.0),
+        "moons": (*make_moons(count, noise=0.07, random_state=0), 8.0),
     }
     figure, axes = panels(6, 3.5, 3.2, rows=2)
     numbers = {}
-    torch.manual_seed(0)
+
+    def score(values: np.ndarray, classes: np.ndarray) -> float:
+        return float(LogisticRegression(C=1e4).fit(values, classes).score(values, classes))
+
     for row, (name, (points, classes, gamma)) in enumerate(sets.items()):
         views = {
             "data": points,
-            "Gaussian kernel": KernelPCA(2, kernel="rbf", gamma=gamma).fit_transform(points),
-            "tangent kernel": NTKPrincipalComponents(6, width=128).fit(points).transform(points)[:, [0, 3]]
-            if name == "circles"
-            else NTKPrincipalComponents(2, width=128).fit(points).transform(points),
+            "Gaussian kernel": KernelPCA(8, kernel="rbf", gamma=gamma).fit_transform(points),
+            "tangent kernel": NTKPrincipalComponents(8, width=128).fit(points).transform(points),
         }
-        for column, (view, values) in enumerate(views.items()):
-            axis = axes[3 * row + column]
+        for axis, (view, values) in zip(axes[3 * row :], views.items(), strict=False):
+            # of the leading components those two that tell the classes apart best, one at a time
+            ranked = sorted(range(values.shape[1]), key=lambda c: -score(values[:, [c]], classes))
+            pair = sorted(ranked[:2])
             for kind in (0, 1):
-                axis.plot(*values[classes == kind].T[:2], ".", color=COLOURS[kind], markersize=3, label=f"class {kind}")
-            score = LogisticRegression().fit(values, classes).score(values, classes)
-            numbers[f"{name}, {view}"] = float(score)
-            names = ("x_1", "x_2") if view == "data" else ("component 1", "component 2")
-            if view == "tangent kernel" and name == "circles":
-                names = ("component 1", "component 4")
-            label(axis, *names, f"{name}, {view}: separable {score:.0%}")
-    axes[0].legend(fontsize=8, frameon=False, loc="center")
+                axis.plot(*values[classes == kind][:, pair].T, ".", color=COLOURS[kind], markersize=3,
+                          label=f"class {kind}")  # fmt: skip
+            numbers[f"{name}, {view}"] = score(values[:, pair], classes)
+            kind_of = "x" if view == "data" else "component"
+            label(axis, f"{kind_of} {pair[0] + 1}", f"{kind_of} {pair[1] + 1}",
+                  f"{name}, {view}: separable {numbers[f'{name}, {view}']:.0%}")  # fmt: skip
+    axes[3].legend(fontsize=8, frameon=False, loc="upper right", markerscale=3)
     return Plate(figure, numbers)

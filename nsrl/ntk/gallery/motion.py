@@ -36,17 +36,17 @@ def _rate(model: nn.Module, share: float = 0.3) -> float:
 
 def training(quick: bool) -> Plate:
     """F2."""
-    grid, steps = line(121, -3, 2), 60 if quick else 400
+    grid, shown = line(121, -3, 2), (0, 10, 40, 200, 2000)
     figure, axes = panels(2)
     numbers = {}
     for axis, alpha in zip(axes, (0.3, 30.0), strict=True):
         model = ScaledModel(deep_net(seed=0), alpha)
-        rate = 0.05 * _rate(deep_net(seed=0)) / alpha**2
-        run = descend(model, X, Y, learning_rate=rate, steps=20 * steps, every=steps, test_inputs=grid)
+        rate = 0.03 * _rate(deep_net(seed=0)) / alpha**2
+        run = descend(model, X, Y, learning_rate=rate, steps=400 if quick else 2000, every=10, test_inputs=grid)
         assert run.test_outputs is not None
-        for snapshot, shade in ((0, 0.15), (1, 0.35), (3, 0.6), (20, 1.0)):
-            axis.plot(grid, run.test_outputs[snapshot], color=COLOURS[0], alpha=shade,
-                      label=f"step {snapshot * steps}")  # fmt: skip
+        for step, shade in zip(shown, (0.2, 0.35, 0.5, 0.7, 1.0), strict=True):
+            snapshot = min(step // 10, len(run.test_outputs) - 1)
+            axis.plot(grid, run.test_outputs[snapshot], color=COLOURS[0], alpha=shade, label=f"step {step}")
         axis.plot(X, Y, "o", color=COLOURS[1], label="data")
         label(axis, "x", "f(x)", f"output scale {alpha:g}", legend=True)
         numbers[f"weight_change_alpha_{alpha:g}"] = float(run.weight_changes[-1])
@@ -76,11 +76,11 @@ def weights(quick: bool) -> Plate:
             figure.colorbar(picture, ax=axis, label="change / std of the weights")
     for axis in shown:
         axis.set_axis_off()
-    label(axes[3], "step", "loss", legend=True)
+    label(axes[3], "step", "loss", "colours as in the next panel")
     axes[3].set_ylim(1e-13, None)
     label(axes[4], "step", "|w - w0| / |w0|", legend=True)
     if len(widths) > 2:
-        numbers["weight_change"] = told(law(axes[5], widths, changes, "|w - w0| / |w0|", COLOURS[0]), -0.5)
+        numbers["weight_change"] = told(law(axes[5], widths, changes, "|w - w0| / |w0|", COLOURS[0]), -1.0)
     label(axes[5], "width", "relative weight change", legend=len(widths) > 2)
     return Plate(figure, {**numbers, "changes": dict(zip(map(str, widths), changes, strict=True))})
 
@@ -128,7 +128,7 @@ def ellipses(quick: bool) -> Plate:
         axis.set_xlim(-1.0, 5.5)
         axis.set_ylim(-3.6, 2.2)
         numbers[f"drift_alpha_{alpha:g}"] = float((after - before).norm() / before.norm())
-    axes[0].legend(fontsize=7, frameon=False, loc="upper right")
+    axes[-1].legend(fontsize=8, frameon=False, loc="upper right")
     return Plate(figure, numbers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> N
 def certificate(quick: bool) -> Plate:
     """Error against learning rate, smooth and kinked."""
     rates = [0.01, 0.005, 0.0025] if quick else [0.01, 0.005, 0.0025, 0.00125, 0.000625]
-    time, numbers = 0.05 if quick else 0.2, {}
+    time = 0.05 if quick else 0.2
+    numbers: dict[str, Any] = {}
     figure, axes = panels(2, 5.0, 4.2)
     for axis, activation in zip(axes, (nn.Tanh, nn.ReLU), strict=True):
         for (rule, order), colour in zip((("left", 1), ("midpoint", 2), ("gauss2", 4), ("gauss3", 6)), COLOURS,
@@ -50,7 +53,7 @@ def certificate(quick: bool) -> Plate:
                 errors.append(float(recorder.result().certificate.max()))
             if activation is nn.Tanh and rule != "gauss3":
                 above = [(r, e) for r, e in zip(rates, errors, strict=True) if e > 3e-14]
-                numbers[rule] = told(law(axis, *zip(*above, strict=True), rule, colour), order)
+                numbers[rule] = told(law(axis, [r for r, _ in above], [e for _, e in above], rule, colour), order)
             else:
                 axis.loglog(rates, errors, "s--", color=colour, markersize=4, linewidth=0.8, label=rule)
             numbers[f"{activation.__name__}, {rule}"] = errors
@@ -59,17 +62,17 @@ def certificate(quick: bool) -> Plate:
 
 
 def contributions(quick: bool) -> Plate:
-    """Heat map over training, and sums for SGD and Adam."""
+    """Heat map over training, and sums without and with momentum."""
     figure, axes = panels(3, 4.6)
-    query, chunks, steps = QUERIES[3:4], 10 if quick else 30, 5 if quick else 20
-    numbers = {}
+    query, chunks, steps = QUERIES[3:4], 10 if quick else 30, 5
+    numbers: dict[str, Any] = {}
     table: Tensor | None = None
-    for axis, name in zip(axes[1:], ("SGD", "AdamW"), strict=True):
+    for axis, name in zip(axes[1:], ("SGD", "SGD, momentum and decay"), strict=True):
         model = curved()
         if name == "SGD":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         else:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.004, momentum=0.6, weight_decay=0.02)
         recorder = PathRecorder(model, optimizer, query, samples=len(X))
         rows, rest = [], []
         for _ in range(chunks):
@@ -101,7 +104,9 @@ def contributions(quick: bool) -> Plate:
 def residuals(quick: bool) -> Plate:
     """Second-order residual per step."""
     figure, (left, right) = panels(2, 5.0)
-    numbers, sizes, missed = {}, [], []
+    numbers: dict[str, Any] = {}
+    sizes: list[float] = []
+    missed: list[float] = []
     for rate, colour in zip((0.01, 0.0025), COLOURS, strict=False):
         model = curved()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)

@@ -66,6 +66,14 @@ def label(axis: Axes, x: str, y: str, title: str = "", legend: bool = False) -> 
         axis.legend(fontsize=8, frameon=False)
 
 
+def mark(axis: Axes, values: Any) -> None:
+    """Write these numbers on a logarithmic x axis: its own labels overlap within a decade or two."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_xticks(list(values), [f"{value:g}" for value in values])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
 def law(axis: Axes, x: Any, y: Any, name: str, colour: str, marker: str = "o") -> Slope:
     """Draw points of a power law with the fitted line, on log-log axes; the fit."""
     from nsrl.ntk.slopes import fit_slope

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def policy_spectrum(quick: bool) -> Plate:
     """Spectrum and effective dimension."""
     agent, buffer = pretrained(2000 if quick else 40_000)
     figure, (left, right) = panels(2, 5.0)
-    numbers = {}
+    numbers: dict[str, Any] = {}
     budgets = np.logspace(-5, 0, 30)
     for states, colour in zip((8, 64) if quick else (16, 64, 256), COLOURS, strict=False):
         found = retained_behaviour(agent, buffer, states=states)
@@ -108,7 +109,7 @@ def plasticity(quick: bool) -> Plate:
 def forgetting(quick: bool) -> Plate:
     """Attribution of one update, without and with a budget."""
     figure, axes = panels(3, 4.8)
-    numbers = {}
+    numbers: dict[str, Any] = {}
     _, buffer = pretrained(2000 if quick else 40_000)
     for axis, (method, name) in zip(axes, (("finetune", "plain PPO"), ("null_space", "NullSpacePPO")), strict=False):
         model = _finetuner(quick, method)

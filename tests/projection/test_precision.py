@@ -119,6 +119,8 @@ def test_the_old_switches_can_be_read_inside(user):
 @new_switches
 def test_what_was_inherited_is_inherited_again():
     """A child that had no value of its own follows its parent still."""
+    for switch in SWITCHES:  # torch's old setters, called by whatever ran before, give the children their own values
+        write(switch, "none")
     inherited()
     with full_precision():
         pass

@@ -46,6 +46,10 @@ def ask_worker(task: dict[str, Any], threads: int) -> dict[str, Any] | Failure:
 
 def main(arguments: list[str]) -> int:
     """Do one task."""
+    import torch
+
+    # Exact float32 on both sides: TF32 would make a rival faster and wrong. Set here, in a process of its own.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(json.dumps(do_task(json.loads(arguments[0]))))
     return 0
 
@@ -60,8 +64,6 @@ def do_task(task: dict[str, Any]) -> dict[str, Any]:
     from nsrl.bench.speed.methods import METHODS
     from nsrl.bench.speed.scaling import measure_scaling
 
-    # Exact float32 on both sides: TF32 would make a rival faster and wrong.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     kind = task["kind"]
     if kind == "bandwidth":
         return {"bytes_per_second": copy_bandwidth(task["device"])}

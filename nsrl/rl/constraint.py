@@ -22,9 +22,11 @@ from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
+from nsrl.rl.natural import PolicyJacobian
 from nsrl.rl.passes import Head, Passes, actor_head
 from nsrl.rl.policies import Observation, action_family, policy_outputs
 from nsrl.rl.spreads import StatewiseGaussian
+from nsrl.rl.trust import Quadratic
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
@@ -55,12 +57,10 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Linearisation:
-    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J d|^2."""
+class Linearisation(Quadratic):
+    """The second-order model with a factored Jacobian, whose Gram matrix can be formed."""
 
     jacobian: Jacobian
-    residual: Tensor
-    divergence: float
 
 
 class RetentionConstraint:
@@ -266,12 +266,32 @@ class RetentionConstraint:
         residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
         return Linearisation(StackedJacobian([factored, rows]), residual, divergence)
 
+    def quadratic(self, indices: Tensor) -> Quadratic:
+        """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
+        weights = self._relative_weights(indices)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        root = None if weights is None else weights.sqrt()
+        passes = self._passes(indices)
+        with torch.no_grad():
+            seeds = _rows_times(root, metric.seeds(passes.outputs))
+            residual = _rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
+            divergence = _weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            if not self.protects_log_std:
+                return Quadratic(PolicyJacobian(passes, seeds), residual, divergence)
+            assert isinstance(metric, Gaussian)
+            residual = torch.cat([residual, metric.log_std_residual(reference, passes.outputs)])
+        return Quadratic(PolicyJacobian(passes, seeds, self._log_std_columns), residual, divergence)
+
+    @property
+    def _log_std_columns(self) -> tuple[int, int]:
+        start = sum(self.parameters.sizes[: self.names.index("log_std")])
+        return start, start + self.policy.log_std.numel()
+
     def _log_std_rows(self, factored: FactoredJacobian) -> FactoredJacobian:
         """One row a dimension, sqrt(2) d log_std: the Fisher information of a standard deviation is 2."""
         size = self.policy.log_std.numel()
-        start = sum(self.parameters.sizes[: self.names.index("log_std")])
         values = math.sqrt(2.0) * torch.eye(size, device=self.reference.device).unsqueeze(0)
-        block = DenseBlock(values, (start, start + size))
+        block = DenseBlock(values, self._log_std_columns)
         return FactoredJacobian([block], (size, factored.shape[1]), size, factored.names, factored.outputs[:1])
 
     def _mean(self, values: Tensor, indices: Tensor | None = None) -> float:

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nsrl.projection.metrics import OutputMetric
 from nsrl.rl.passes import Passes
 
 Product = Callable[[Tensor], Tensor]
@@ -45,14 +44,14 @@ class PolicyJacobian:
 
     Args:
         passes: through the actor, on N states.
-        metric: of the outputs, untempered; its seeds S have S^T S = the Fisher information of the outputs.
+        seeds: S, shape (N, R, O): S^T S / N is the Fisher information of a state's outputs, times its weight.
         log_std: columns, as start and stop, of a state-independent log standard deviation, which the network does
             not reach and whose Fisher information is 2; None without.
     """
 
-    def __init__(self, passes: Passes, metric: OutputMetric, log_std: tuple[int, int] | None = None):
+    def __init__(self, passes: Passes, seeds: Tensor, log_std: tuple[int, int] | None = None):
         self._passes = passes
-        self._seeds = metric.seeds(passes.outputs) / math.sqrt(len(passes.outputs))
+        self._seeds = seeds / math.sqrt(len(passes.outputs))
         self._log_std = log_std
 
     def matvec(self, vector: Tensor) -> Tensor:

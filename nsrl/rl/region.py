@@ -17,7 +17,7 @@ from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.natural import LocalModel, Product, Products, Step
 from nsrl.rl.retention import Retention
-from nsrl.rl.trust import Quadratic, retained_step
+from nsrl.rl.trust import retained_step
 
 #: Settings that shape the many small steps of a first-order optimizer.
 FIRST_ORDER = ("gradient", "projection", "project_every", "batch_states", "rate", "damping")
@@ -112,8 +112,8 @@ class RetentionRegion(Retention):
         if self._projector is not None:
             self._step = local.null_step(embedding.projector(self._projector.null))
         else:
-            model = self.constraint.linearise(self.constraint.train)
-            quadratic = Quadratic(embedding.jacobian(model.jacobian), model.residual, model.divergence)
+            model = self.constraint.quadratic(self.constraint.train)
+            quadratic = replace(model, jacobian=embedding.jacobian(model.jacobian))
             self._step = retained_step(local, quadratic, self.multiplier.target)
             self._coefficients.append(self._step.multiplier)
         self.seconds["project"] += perf_counter() - start

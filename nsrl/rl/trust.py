@@ -34,10 +34,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The second-order model of the buffer's KL, as `nsrl.rl.constraint.Linearisation`, over the rollout's parameters.
+    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J_ret d|^2.
 
     Attributes:
-        jacobian: J_ret.
+        jacobian: J_ret, whitened.
         residual: rho.
         divergence: KL(0).
     """

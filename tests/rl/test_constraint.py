@@ -132,6 +132,10 @@ def test_weights_repeat_states(kind: str, preserve: str) -> None:
     torch.testing.assert_close(rows.T @ rows, fisher, rtol=1e-3, atol=1e-6 * float(fisher.abs().max()))
     slope = model_of_copies.jacobian.rmatvec(model_of_copies.residual)
     torch.testing.assert_close(model.jacobian.rmatvec(model.residual), slope, rtol=1e-3, atol=1e-5)
+    passes = ours.quadratic(ours.train)
+    vector = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    assert passes.predict(vector) == pytest.approx(model.predict(vector), rel=1e-5)
+    torch.testing.assert_close(passes.jacobian.matvec(vector).double(), rows @ vector.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_equal_weights_are_no_weights_to_the_last_bit() -> None:

@@ -263,6 +263,17 @@ def test_the_jacobian_of_the_constraint_is_that_of_jacrev(name: str) -> None:
     slope = torch.cat([grad.flatten() for grad in grads])
     torch.testing.assert_close(pull, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
 
+    # Passes through the network make the same products.
+    model = constraint.quadratic(states)
+    assert model.divergence == pytest.approx(linearised.divergence, rel=1e-6)
+    torch.testing.assert_close(model.residual.to(ours), linearised.residual.to(ours), rtol=1e-5, atol=1e-7)
+    scale = float(ours.abs().max())
+    vectors, rows = directions[:, 0].float(), torch.randn(len(ours), generator=generator)
+    torch.testing.assert_close(model.jacobian.matvec(vectors).double(), ours @ vectors.double(), rtol=1e-4,
+                               atol=1e-4 * scale)  # fmt: skip
+    torch.testing.assert_close(model.jacobian.rmatvec(rows).double(), ours.T @ rows.double(), rtol=1e-4,
+                               atol=1e-4 * scale)  # fmt: skip
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_actor_and_shared_features_are_protected_and_the_critic_is_not(name: str) -> None:

@@ -8,78 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nsrl.errors import NsrlError
+from nsrl.bench.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 from nsrl.rl.config import RetentionConfig
 
 Method = Literal["null_space", "kl_penalty", "finetune"]
-
-
-@dataclass(frozen=True)
-class PPOSettings:
-    """PPO as Stable-Baselines3 names it.
-
-    Attributes:
-        n_envs: environments stepped side by side.
-        n_steps: steps of each environment in a rollout.
-        batch_size: transitions in a minibatch.
-        n_epochs: passes over a rollout.
-        learning_rate: of Adam, constant.
-        gamma: discount.
-        gae_lambda: of the generalised advantage estimate.
-        clip_range: of the probability ratio.
-        ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the value loss.
-        max_grad_norm: gradients are clipped to this norm.
-    """
-
-    n_envs: int = 8
-    n_steps: int = 2048
-    batch_size: int = 64
-    n_epochs: int = 10
-    learning_rate: float = 3e-4
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    ent_coef: float = 0.0
-    vf_coef: float = 0.5
-    max_grad_norm: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "ppo.")
-
-
-@dataclass(frozen=True)
-class PPOOverrides:
-    """PPO settings of the fine-tuning run; null keeps what the pretrained agent was trained with.
-
-    Attributes:
-        n_envs: environments stepped side by side.
-        n_steps: steps of each environment in a rollout.
-        batch_size: transitions in a minibatch.
-        n_epochs: passes over a rollout.
-        learning_rate: of Adam, constant.
-        gamma: discount.
-        gae_lambda: of the generalised advantage estimate.
-        clip_range: of the probability ratio.
-        ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the value loss.
-        max_grad_norm: gradients are clipped to this norm.
-    """
-
-    n_envs: int = 8
-    n_steps: int | None = None
-    batch_size: int | None = None
-    n_epochs: int | None = None
-    learning_rate: float | None = None
-    gamma: float | None = None
-    gae_lambda: float | None = None
-    clip_range: float | None = None
-    ent_coef: float | None = None
-    vf_coef: float | None = None
-    max_grad_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "ppo.")
 
 
 @dataclass(frozen=True)
@@ -208,10 +140,12 @@ class FinetuneConfig:
         new_env: environment id of the task to learn.
         buffer: path of a saved retention buffer (npz or run folder); null collects one, as `states` says.
         states: how the buffer is collected.
-        method: "null_space" keeps the KL budget; "kl_penalty" and "finetune" (plain PPO) are the baselines.
+        method: "null_space" keeps the KL budget; "kl_penalty" and "finetune" (no constraint) are the baselines.
         penalty: coefficient of method kl_penalty.
         retention: how the budget is kept.
-        ppo: settings of PPO that differ from the agent's own.
+        algorithm: "ppo" or "trpo", whatever the agent was trained with.
+        ppo: settings of algorithm ppo that differ from the agent's own.
+        trpo: settings of algorithm trpo that differ from the agent's own.
         total_timesteps: environment steps on the new task, over all environments.
         evaluation: when both tasks are evaluated.
         checkpoint_every: steps between checkpoints, from which --resume continues.
@@ -231,7 +165,9 @@ class FinetuneConfig:
     method: Method = "null_space"
     penalty: float = 1.0
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    algorithm: Algorithm = "ppo"
     ppo: PPOOverrides = field(default_factory=PPOOverrides)
+    trpo: TRPOOverrides = field(default_factory=TRPOOverrides)
     total_timesteps: int = 100_000
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every: int = 20_000
@@ -243,6 +179,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_chosen(self.algorithm, self.ppo, self.trpo)
 
 
 @dataclass(frozen=True)
@@ -304,21 +241,3 @@ class DemoConfig:
     )
     cache: str = "runs/cache"
     out: str | None = None
-
-
-LEAST = {
-    "n_envs": 1, "n_steps": 1, "batch_size": 1, "n_epochs": 1, "total_timesteps": 1, "checkpoint_every": 1,
-    "every": 1, "episodes": 1, "final_episodes": 1, "seed": 0, "penalty": 0.0, "learning_rate": 0.0, "ent_coef": 0.0,
-    "vf_coef": 0.0, "max_grad_norm": 0.0, "clip_range": 0.0, "gamma": 0.0, "gae_lambda": 0.0,
-}  # fmt: skip
-MOST = {"gamma": 1.0, "gae_lambda": 1.0}
-
-
-def check_ranges(settings: object, prefix: str = "") -> None:
-    """Raise NsrlError, naming the key, for a number out of range; NaN is out of every range."""
-    for key, least in LEAST.items():
-        value = vars(settings).get(key)
-        most = MOST.get(key, float("inf"))
-        if value is not None and not least <= value <= most:
-            bounds = f"at least {least}" if most == float("inf") else f"between {least} and {most}"
-            raise NsrlError(f"{prefix}{key} must be {bounds}, not {value}")

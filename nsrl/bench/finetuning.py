@@ -11,6 +11,7 @@ from nsrl.bench.buffers import obtain_buffer
 from nsrl.bench.config import FinetuneConfig
 from nsrl.bench.environment import describe_environment
 from nsrl.bench.figures import curve_from_history, draw_curves, first_returns
+from nsrl.bench.hyperparameters import chosen
 from nsrl.bench.report import describe_method, write_finetuning_report
 from nsrl.bench.runs import RunFolder, choose_folder, read_lines, slug, write_json, write_text
 from nsrl.bench.settings import to_yaml
@@ -25,6 +26,9 @@ from nsrl.rl.evaluation import evaluate
 from nsrl.rl.normalization import RetainingVecNormalize
 from nsrl.rl.ppo import RETENTION_FIELDS, NullSpacePPO
 from nsrl.rl.progress import FineTuningProgress
+from nsrl.rl.trpo import NullSpaceTRPO
+
+Model = NullSpacePPO | NullSpaceTRPO
 
 
 def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress: bool = False) -> Outcome:
@@ -72,25 +76,26 @@ def resume_finetuning(path: str | Path, *, progress: bool = False) -> Outcome:
     return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
 
 
-def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> NullSpacePPO:
+def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> Model:
     """The model of a run before its first step.
 
     Raises:
         NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
     """
-    overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
+    overrides = chosen(config.algorithm, config.ppo, config.trpo)
     envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
     if agent.normalizer is not None:
         gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
         envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
     retention = {key: getattr(config.retention, key) for key in RETENTION_FIELDS}
-    return NullSpacePPO.from_pretrained(
+    algorithm = NullSpacePPO if config.algorithm == "ppo" else NullSpaceTRPO
+    return algorithm.from_pretrained(
         agent, envs, retain=buffer, method=config.method, penalty=config.penalty, trust_buffer=config.trust_buffer,
         seed=config.seed, **retention, **overrides,
     )  # fmt: skip
 
 
-def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: NullSpacePPO, *,
+def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: Model, *,
          progress: bool, resume: bool) -> Outcome:  # fmt: skip
     """Train and write down what came out."""
     watch = Stopwatch()
@@ -109,6 +114,7 @@ def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, 
             "name": tasks.name,
             "old_env": tasks.old,
             "new_env": tasks.new,
+            "algorithm": config.algorithm,
             "method": config.method,
             "penalty": config.penalty if config.method == "kl_penalty" else None,
             "kl_budget": config.retention.kl_budget,
@@ -132,7 +138,7 @@ def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, 
     return Outcome(folder, metrics)
 
 
-def model_buffer(model: NullSpacePPO) -> RetentionBuffer:
+def model_buffer(model: Model) -> RetentionBuffer:
     """The buffer that a model is held to."""
     assert model.retention is not None
     return model.retention.constraint.buffer
@@ -150,7 +156,7 @@ def draw_finetuning(folder: RunFolder, metrics: dict[str, Any]) -> Path:
     )
 
 
-def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: NullSpacePPO) -> dict[str, Any]:
+def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -> dict[str, Any]:
     """What a policy does on both tasks, and how far it is from the reference."""
     settings = config.evaluation
     found: dict[str, Any] = {}

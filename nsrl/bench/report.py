@@ -98,9 +98,10 @@ def _comparison_row(label: str, state: dict[str, Any], seconds: float | None) ->
 
 def describe_method(metrics: dict[str, Any]) -> str:
     """The method in words."""
+    name = metrics.get("algorithm", "ppo").upper()  # runs of before there was a choice have none
     if metrics["method"] == "kl_penalty":
-        return f"PPO with KL penalty {metrics['penalty']:g}"
-    return {"null_space": "NullSpacePPO", "finetune": "plain PPO"}[metrics["method"]]
+        return f"{name} with KL penalty {metrics['penalty']:g}"
+    return {"null_space": f"NullSpace{name}", "finetune": f"plain {name}"}[metrics["method"]]
 
 
 def write_finetuning_report(folder: RunFolder, metrics: dict[str, Any]) -> None:

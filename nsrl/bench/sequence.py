@@ -198,6 +198,7 @@ def _gather(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder]
     return {
         "command": "sequence",
         "name": config.name or f"sequence-{config.labels[-1]}",
+        "algorithm": config.algorithm,
         "method": config.method,
         "penalty": config.penalty if config.method == "kl_penalty" else None,
         "seed": config.seed,

@@ -11,11 +11,9 @@ from nsrl.bench.config import (
     EvaluationSettings,
     FinetuneConfig,
     Method,
-    PPOOverrides,
-    PPOSettings,
     PretrainConfig,
-    check_ranges,
 )
+from nsrl.bench.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 from nsrl.bench.runs import slug
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
@@ -69,10 +67,12 @@ class SequenceConfig:
             total_timesteps, evaluation and seed are the task's and the sequence's.
         tasks: the tasks in order, the first one included.
         states: how the states of each task are collected.
-        method: "null_space" keeps every task's budget; "kl_penalty" and "finetune" (plain PPO) are the baselines.
+        method: "null_space" keeps every task's budget; "kl_penalty" and "finetune" (no constraint) are the baselines.
         penalty: coefficient of method kl_penalty.
         retention: how the budgets are kept.
-        ppo: settings of PPO on later tasks that differ from the first agent's own.
+        algorithm: "ppo" or "trpo", with which later tasks are learnt; the first is, and references are, by PPO.
+        ppo: settings of algorithm ppo on later tasks that differ from the first agent's own.
+        trpo: settings of algorithm trpo on later tasks that differ from the first agent's own.
         references: also train every later task alone, from scratch, for as many steps; the forward transfer needs it.
         evaluation: when all tasks are evaluated.
         checkpoint_every: steps between checkpoints, from which --resume continues.
@@ -89,7 +89,9 @@ class SequenceConfig:
     method: Method = "null_space"
     penalty: float = 1.0
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    algorithm: Algorithm = "ppo"
     ppo: PPOOverrides = field(default_factory=PPOOverrides)
+    trpo: TRPOOverrides = field(default_factory=TRPOOverrides)
     references: bool = False
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every: int = 20_000
@@ -100,6 +102,7 @@ class SequenceConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_chosen(self.algorithm, self.ppo, self.trpo)
         if self.retention.task_budgets is not None:
             raise NsrlError(
                 "retention.task_budgets follows from the tasks of a sequence; give each its kl_budget there"
@@ -144,8 +147,8 @@ class SequenceConfig:
         retention = replace(self.retention, **({"kl_budget": 0.0} if hard else {"task_budgets": budgets}))  # type: ignore[arg-type]
         return FinetuneConfig(
             new_env=task.env, states=self.states, method=self.method, penalty=self.penalty, retention=retention,
-            ppo=self.ppo, total_timesteps=task.total_timesteps, evaluation=self.evaluation,
-            checkpoint_every=self.checkpoint_every, seed=self.seed, trust=self.trust,
+            algorithm=self.algorithm, ppo=self.ppo, trpo=self.trpo, total_timesteps=task.total_timesteps,
+            evaluation=self.evaluation, checkpoint_every=self.checkpoint_every, seed=self.seed, trust=self.trust,
         )  # fmt: skip
 
     def _alone(self, task: SequenceTask, ppo: PPOSettings) -> PretrainConfig:

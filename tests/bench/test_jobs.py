@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nsrl.bench import worker
-from nsrl.bench.config import EvaluationSettings, FinetuneConfig, PPOSettings, PretrainConfig
+from nsrl.bench.config import EvaluationSettings, FinetuneConfig, PretrainConfig
+from nsrl.bench.hyperparameters import PPOSettings
 from nsrl.bench.jobs import Job, Status, _status, gather, run_jobs
 from nsrl.errors import NsrlError
 

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributions import Categorical, kl_divergence
 
 from nsrl.bench import sequence_suite, worker
-from nsrl.bench.config import BufferSettings, EvaluationSettings, PPOOverrides, PPOSettings, PretrainConfig
+from nsrl.bench.config import BufferSettings, EvaluationSettings, PretrainConfig
+from nsrl.bench.hyperparameters import PPOOverrides, PPOSettings
 from nsrl.bench.jobs import Job
 from nsrl.bench.runs import RunFolder, read_lines
 from nsrl.bench.sequence import learn_sequence, resume_sequence

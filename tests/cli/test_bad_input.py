@@ -140,6 +140,12 @@ class TestSettings:
     def test_penalty(self, refused, finetuning):
         assert "penalty must be" in refused(*finetuning("--method", "kl_penalty", "--penalty=-1"))
 
+    def test_settings_of_the_other_algorithm(self, refused, finetuning):
+        assert "ppo.n_envs is a setting of algorithm ppo" in refused(*finetuning("--algorithm", "trpo"))
+        assert "set ppo.n_steps if it has one" in refused(*finetuning("--trpo.n_steps", "64"))
+        assert "trpo.target_kl must be at least 0" in refused(*finetuning("--trpo.target_kl=-1"))
+        assert "algorithm must be" in refused(*finetuning("--algorithm", "sac"))
+
     def test_unknown_key(self, refused, finetuning, tmp_path):
         (tmp_path / "c.yaml").write_text("retention:\n  kl_budgt: 0.1\n")
         assert "did you mean retention.kl_budget?" in refused(*finetuning("--config", str(tmp_path / "c.yaml")))

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -104,6 +105,24 @@ def test_the_baselines_go_through_the_same_loop(method, words, finetuning, finet
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["method"] == method and metrics["penalty"] == (2.0 if words else None)
     assert metrics["after"]["kl_mean"] > 0.0
+
+
+@pytest.mark.parametrize("method", ["null_space", "finetune"])
+def test_trpo_goes_through_the_same_command(method, finetuning, finetuned, tmp_path):
+    out = tmp_path / method
+    words = ["--algorithm", "trpo", "--ppo.n_envs", "8", "--trpo.n_envs", "2", "--trpo.n_steps", "128"]
+    words += ["--trpo.target_kl", "0.02", "--method", method, "--buffer", str(finetuned), "--out", str(out)]
+    assert main(finetuning(*words)) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["algorithm"] == "trpo" and metrics["timesteps"] == 512
+    assert metrics["after"]["kl_mean"] > 0.0
+    if method == "null_space":
+        assert metrics["after"]["kl_mean"] <= 0.01
+    named = {"null_space": "NullSpaceTRPO", "finetune": "plain TRPO"}[method]
+    assert named in (out / "report.md").read_text()
+    model = TRPO.load(out / "agent.zip")
+    assert model.target_kl == 0.02
+    assert evaluate(model, "nsrl/CartPole-v0", episodes=2, seed=20_000).mean == metrics["after"]["old_return"]["mean"]
 
 
 def test_without_out_the_folder_is_fresh_under_runs(pretrained, elsewhere, capsys):

@@ -38,6 +38,7 @@ class RetentionReport:
             last update.
         states: buffer states (training, held out).
         updates: policy updates made under the budget.
+        restored: Gauss-Newton restorations made after updates that ended over the budget.
         rollbacks: updates that had to fall back towards the last feasible parameters.
         overhead_fraction: share of the learning time spent on retention.
         seconds: that time, by stage.
@@ -54,6 +55,7 @@ class RetentionReport:
     effective_dimension: float
     states: tuple[int, int]
     updates: int
+    restored: int
     rollbacks: int
     overhead_fraction: float
     seconds: dict[str, float]
@@ -154,7 +156,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             budget=retention.config.kl_budget, rank=rank, parameters=sum(retention.constraint.parameters.sizes),
             effective_dimension=dimension,
             states=(len(retention.constraint.train), len(retention.constraint.heldout)),
-            updates=retention.updates, rollbacks=retention.rollbacks,
+            updates=retention.updates, restored=retention.restored, rollbacks=retention.rollbacks,
             overhead_fraction=self._overhead(), seconds=dict(retention.seconds), kl_by_task=measured.kl_by_task,
         )  # fmt: skip
 

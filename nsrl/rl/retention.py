@@ -23,61 +23,8 @@ from nsrl.projection.budget import KrylovProjection, Projection, SpectralProject
 from nsrl.projection.optimizer import StepHooks
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import Measurement, RetentionConstraint
-
-#: Below this the multiplier (times the budget) counts as zero and nothing is added to the gradient.
-FLOOR = 1e-4
-CEILING = 1e4
-
-
-class StateDraw:
-    """Endless minibatches of buffer states: shuffled epochs from an own generator, never the global one."""
-
-    def __init__(self, indices: Tensor, seed: int):
-        self._indices = indices
-        self._generator = torch.Generator().manual_seed(seed)
-        self._queue = indices[:0]
-
-    def draw(self, count: int) -> Tensor:
-        """The next `count` state indices (all of them when there are fewer)."""
-        count = min(count, len(self._indices))
-        if len(self._queue) < count:
-            order = torch.randperm(len(self._indices), generator=self._generator)
-            self._queue = self._indices[order.to(self._indices.device)]
-        batch, self._queue = self._queue[:count], self._queue[count:]
-        return batch
-
-    def state(self) -> dict[str, Tensor]:
-        """Generator state and queue, for checkpoints."""
-        return {"generator": self._generator.get_state(), "queue": self._queue.cpu()}
-
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state()` was taken."""
-        self._generator.set_state(state["generator"])
-        self._queue = state["queue"].to(self._indices.device)
-
-
-class Multiplier:
-    """Lagrange multiplier of the budget, driven by measured KL: proportional-integral control of its logarithm.
-
-    Follows Stooke et al. 2020 (PID Lagrangian methods), in log space because the multiplier's natural size, about
-    0.01 / budget for PPO's normalised advantages, spans orders of magnitude.
-    """
-
-    def __init__(self, target: float, rate: float, damping: float):
-        self.target = target
-        self.rate = rate
-        self.damping = damping
-        self.integral = FLOOR
-
-    def update(self, kl: float) -> float:
-        """The multiplier for a measured KL; 0 while the constraint is inactive."""
-        if not self.target > 0.0:
-            return 0.0
-        excess = min(max(kl / self.target - 1.0, -1.0), 2.0)
-        self.integral = min(max(self.integral * math.exp(self.rate * excess), FLOOR), CEILING)
-        if self.integral <= FLOOR and excess < -0.5:
-            return 0.0
-        return self.integral / self.target * math.exp(self.damping * excess)
+from nsrl.rl.draws import StateDraw, active_subset
+from nsrl.rl.multiplier import Multiplier
 
 
 class Retention:
@@ -91,6 +38,9 @@ class Retention:
     Attributes:
         last: measurement after the latest update.
         multiplier: the dual variable.
+        updates: policy updates made.
+        restored: Gauss-Newton restorations made.
+        rollbacks: updates that had to fall back towards the last feasible parameters.
     """
 
     def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
@@ -101,6 +51,7 @@ class Retention:
         self.minibatches = StateDraw(constraint.train, config.seed)
         self.subsets = StateDraw(constraint.train, config.seed + 1)
         self.updates = 0
+        self.restored = 0
         self.rollbacks = 0
         self.last: Measurement = constraint.measure()
         self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
@@ -142,6 +93,7 @@ class Retention:
             "target": self.multiplier.target,
             "gap": self._gap,
             "updates": self.updates,
+            "restored": self.restored,
             "rollbacks": self.rollbacks,
             "seconds": dict(self.seconds),
             **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
@@ -153,6 +105,7 @@ class Retention:
         self.multiplier.integral, self.multiplier.target = float(state["multiplier"]), float(state["target"])
         self._gap = float(state["gap"])
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
+        self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
         self.seconds.update(state["seconds"])
         for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
             draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
@@ -233,13 +186,7 @@ class Retention:
         train, drawn = self.constraint.train, self.subsets.draw(self.config.subset_states)
         if self.config.selection == "random" or len(drawn) == len(train):
             return drawn, None
-        divergences = self.constraint.state_divergences()[train]
-        largest = train[divergences.topk(len(drawn) // 2).indices]
-        others = drawn[~torch.isin(drawn, largest)][: len(drawn) - len(largest)]
-        # Unweighted, the model would take the largest KL for the mean, and a policy inside the budget for one outside.
-        share = (len(train) - len(largest)) / len(others)
-        importance = torch.cat([torch.ones_like(largest), torch.full_like(others, share, dtype=torch.float64)])
-        return torch.cat([largest, others]), importance
+        return active_subset(self.constraint, drawn)
 
     @property
     def _aim(self) -> float:
@@ -268,6 +215,7 @@ class Retention:
         while kl > self.config.tolerance and restored < self.config.restore_steps:
             better = self._restore(kl)
             restored += 1
+            self.restored += 1
             if better >= kl * 0.99:
                 return min(kl, better), restored
             kl = better

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_util import make_vec_env
 
 from nsrl import NullSpacePPO
-from nsrl.rl.retention import FLOOR, Multiplier, StateDraw
+from nsrl.rl.draws import StateDraw
+from nsrl.rl.multiplier import FLOOR, Multiplier
 from tests.rl.builders import NEW, SMALL, cached_buffer
 
 
@@ -69,6 +70,7 @@ def test_restoration_keeps_more_of_an_update_than_the_fallback_would() -> None:
     flat.write(feasible + step)
     assert retention.constraint.divergence() > 1e-3
     retention.end()
+    assert retention.restored == model.retention_report().restored == 1
     restored = flat.read() - feasible
     assert retention.last.kl_mean <= 1e-3 and retention.rollbacks == 0
     flat.write(feasible + step)
@@ -81,6 +83,7 @@ def test_state_dict_round_trip() -> None:
     model.learn(256)
     other.retention.load_state_dict(model.retention.state_dict())
     assert other.retention.updates == model.retention.updates == 2
+    assert other.retention.restored == model.retention.restored
     assert other.retention.multiplier.integral == model.retention.multiplier.integral
     assert torch.equal(other.retention.minibatches.draw(9), model.retention.minibatches.draw(9))
 

@@ -1,4 +1,7 @@
-"""NullSpaceTRPO against sb3_contrib.TRPO without a constraint: seconds an update on one rollout, and returns."""
+"""NullSpaceTRPO against sb3_contrib.TRPO without a constraint: seconds an update on one rollout, and returns.
+
+nsrl bench trpo
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,21 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from nsrl.bench.environment import describe_environment
-from nsrl.bench.runs import write_json
+from nsrl.bench.jobs import Status
+from nsrl.bench.report import Table, number
+from nsrl.bench.runs import slug, write_json
 from nsrl.errors import NsrlError
 
 ALGORITHMS = ("stock", "null_space")
+LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO"}
 
 
 def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0,
@@ -48,13 +55,13 @@ def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, 
     weights = copy.deepcopy(stock.policy.state_dict())
     moments = copy.deepcopy(stock.policy.optimizer.state_dict())
     seconds: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
-    for number in range(warmup + rounds):
+    for turn in range(warmup + rounds):
         for name, model in models.items():
             model.policy.load_state_dict(weights)
             model.policy.optimizer.load_state_dict(copy.deepcopy(moments))
             start = perf_counter()
             model.train()
-            if number >= warmup:
+            if turn >= warmup:
                 seconds[name].append(perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -70,73 +77,146 @@ def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, 
     }
 
 
-def compare_returns(env: str, steps: int, seeds: Sequence[int] = (0, 1, 2), *, out: str | Path, jobs: int = 1,
-                    same_region: bool = True, on_run: Callable[[dict[str, Any]], Any] | None = None,
-                    **settings: Any) -> dict[str, Any]:  # fmt: skip
-    """Train both from scratch, each run in a process of its own, and write the returns as JSON.
+@dataclass(frozen=True)
+class Case:
+    """A task on which both are trained from scratch.
+
+    Attributes:
+        env: environment id.
+        steps: environment steps of a run.
+        settings: keyword arguments of both constructors, plain JSON; those of rl-zoo3 where it has some.
+    """
+
+    env: str
+    steps: int
+    settings: Mapping[str, Any]
+
+
+CASES = (
+    Case("CartPole-v1", 100_000, {"n_steps": 1024, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
+                                  "cg_damping": 1e-3, "n_critic_updates": 20}),
+    Case("Pendulum-v1", 100_000, {"n_steps": 2048, "gamma": 0.9, "n_critic_updates": 15}),
+    Case("Hopper-v5", 300_000, {"n_steps": 2048, "cg_max_steps": 25, "n_critic_updates": 20}),
+)  # fmt: skip
+SEEDS = (0, 1, 2)
+
+
+def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[int] = SEEDS, *, workers: int = 1,
+                    on_status: Callable[[Status], Any] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    """Train both from scratch, each run in a process of its own; runs that are finished in `out` are not run again.
+
+    Both get the same trust region. Upstream's KL and Fisher information are means over action dimensions, ours those of
+    the joint action; so ours gets upstream's `target_kl` and `cg_damping` times their number.
 
     Args:
-        env: environment id.
-        steps: of each run.
+        out: folder of the runs, a JSON file each.
+        cases: what is learnt.
         seeds: one run of each algorithm a seed.
-        out: the JSON file.
-        jobs: processes at a time.
-        same_region: give both the same trust region. Upstream's KL and Fisher information are means over action
-            dimensions, ours those of the joint action; so ours gets upstream's `target_kl` and `cg_damping` times their
-            number. False gives both the same numbers.
-        on_run: called with the result of every run.
-        settings: keyword arguments of both constructors, plain JSON.
+        workers: processes at a time.
+        on_status: called after every run.
 
     Returns:
-        `runs`: algorithm, seed, the mean return over 20 deterministic episodes after training (`final`), that of the
-        last 100 training episodes (`training`), the mean of the latter over all updates (`curve`), both NaN where no
-        episode ended, and seconds; and `means` of these by algorithm.
+        One entry a run: env, steps, algorithm, seed, the mean return over 20 deterministic episodes after training
+        (`final`), that of the last 100 training episodes (`training`), the mean of the latter over all updates
+        (`curve`), both NaN where no episode ended, and seconds.
 
     Raises:
         NsrlError: a run that failed, with the last line that it printed.
     """
-    if not seeds or steps < 1 or jobs < 1:
-        raise NsrlError(f"seeds, steps and jobs must be at least one, not {list(seeds)}, {steps} and {jobs}")
-    given = [(name, seed) for seed in seeds for name in ALGORITHMS]
-
-    def run(job: tuple[str, int]) -> dict[str, Any]:
-        result = _run_apart(*job, env, steps, same_region, settings)
-        if on_run is not None:
-            on_run(result)
-        return result
-
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = list(pool.map(run, given))
-    means = {
-        name: {key: statistics.fmean(run[key] for run in runs if run["algorithm"] == name)
-               for key in ("final", "training", "curve", "seconds")}
+    if not seeds or not cases or workers < 1:
+        raise NsrlError(f"cases, seeds and workers must be at least one, not {len(cases)}, {list(seeds)} and {workers}")
+    orders: list[dict[str, Any]] = [
+        {"name": name, "seed": seed, "env": case.env, "steps": case.steps, "settings": dict(case.settings)}
+        for case in cases
+        for seed in seeds
         for name in ALGORITHMS
-    }  # fmt: skip
-    result = {
-        "env": env, "steps": steps, "seeds": list(seeds), "same_region": same_region, "settings": settings,
-        "means": means, "runs": runs, "environment": describe_environment(),
-    }  # fmt: skip
-    write_json(Path(out), result)
-    return result
+    ]
+    start, done = perf_counter(), 0
+    found: list[dict[str, Any] | None] = [_read(out, order) for order in orders]
+    total = sum(order["steps"] for order, result in zip(orders, found, strict=True) if result is None)
+
+    def tell() -> None:
+        names = [_file(out, order).stem for order, result in zip(orders, found, strict=True) if result is not None]
+        seconds = perf_counter() - start
+        left = seconds * (total - done) / done if done else None
+        if on_status is not None:
+            on_status(Status(len(orders), names, [], [], seconds, left))
+
+    tell()
+    with ThreadPoolExecutor(workers) as pool:
+        pending = {pool.submit(_run_apart, order): number for number, order in enumerate(orders) if not found[number]}
+        for future in as_completed(pending):
+            number = pending[future]
+            found[number] = future.result()
+            write_json(_file(out, orders[number]), {"order": orders[number], "result": found[number]})
+            done += orders[number]["steps"]
+            tell()
+    return [result for result in found if result is not None]
 
 
-def _run_apart(name: str, seed: int, env: str, steps: int, same_region: bool, settings: dict[str, Any]) -> Any:
-    order = {"name": name, "seed": seed, "env": env, "steps": steps, "same_region": same_region, "settings": settings}
+def summarise_returns(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a task and algorithm: means over seeds, and the smallest final return."""
+    rows = []
+    for env in dict.fromkeys(run["env"] for run in runs):
+        for name in ALGORITHMS:
+            chosen = [run for run in runs if run["env"] == env and run["algorithm"] == name]
+            means = {
+                key: statistics.fmean(run[key] for run in chosen) for key in ("final", "training", "curve", "seconds")
+            }
+            rows.append({"env": env, "steps": chosen[0]["steps"], "algorithm": name, "seeds": len(chosen), **means,
+                         "lowest": min(run["final"] for run in chosen)})  # fmt: skip
+    return rows
+
+
+def trpo_tables(content: dict[str, Any]) -> list[Table]:
+    """The tables of a benchmark: seconds an update, and returns."""
+    updates = tuple(
+        (row["env"], f"{row['states']}", f"{1e3 * row['medians']['stock']:.0f}",
+         f"{1e3 * row['medians']['null_space']:.0f}", f"{row['ratio']:.2f}")
+        for row in content["updates"]
+    )  # fmt: skip
+    returns = tuple(
+        (f"{row['env']}, {row['steps'] // 1000}k", LABELS[row["algorithm"]], number(row["final"]),
+         number(row["lowest"]), number(row["training"]), number(row["curve"]))
+        for row in content["returns"]
+    )  # fmt: skip
+    return [
+        Table(("one update", "states", "upstream, ms", "ours, ms", "ratio"), updates, "TRPO: median time"),
+        Table(("task", "algorithm", "final", "lowest seed", "training", "whole curve"), returns,
+              f"TRPO from scratch: mean return over {content['returns'][0]['seeds']} seeds"),
+    ]  # fmt: skip
+
+
+def _file(out: Path, order: dict[str, Any]) -> Path:
+    return out / f"{slug(order['env'])}-{order['name']}-seed{order['seed']}.json"
+
+
+def _read(out: Path, order: dict[str, Any]) -> dict[str, Any] | None:
+    path = _file(out, order)
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["order"] != order:
+        raise NsrlError(f"{path} holds a run with other settings; choose another --out, or move it away")
+    return content["result"]
+
+
+def _run_apart(order: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "nsrl.bench.trpo", json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         lines = (done.stderr.strip() or "nothing was printed").splitlines()
-        raise NsrlError(f"the run of {name} on {env}, seed {seed}, failed: {lines[-1]}")
+        raise NsrlError(f"the run of {order['name']} on {order['env']}, seed {order['seed']}, failed: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _train(name: str, seed: int, env: str, steps: int, same_region: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     from gymnasium import spaces
 
     from nsrl.rl.evaluation import evaluate
 
     model = _build(name, env, seed, settings)
-    if same_region and name == "null_space" and isinstance(model.action_space, spaces.Box):
+    if name == "null_space" and isinstance(model.action_space, spaces.Box):
         dimensions = math.prod(model.action_space.shape)
         model.target_kl *= dimensions
         model.cg_damping *= dimensions
@@ -152,7 +232,8 @@ def _train(name: str, seed: int, env: str, steps: int, same_region: bool, settin
     start = perf_counter()
     model.learn(steps)
     return {
-        "algorithm": name, "seed": seed, "target_kl": model.target_kl, "final": evaluate(model, env).mean,
+        "env": env, "steps": steps, "algorithm": name, "seed": seed, "target_kl": model.target_kl,
+        "final": evaluate(model, env).mean,
         "training": curve[-1] if curve else math.nan, "curve": statistics.fmean(curve) if curve else math.nan,
         "seconds": perf_counter() - start,
     }  # fmt: skip

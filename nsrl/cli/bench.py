@@ -15,6 +15,7 @@ Run a benchmark and write its results.
 
   nsrl bench cartpole_swapped            all methods and seeds of configs/bench/cartpole_swapped.yaml
   nsrl bench sequence_cartpole           tasks one after the other: average performance, forgetting, forward transfer
+  nsrl bench trpo                        update speed and returns against sb3_contrib.TRPO, no constraint
   nsrl bench overhead                    wall time and memory against stock PPO, interleaved
   nsrl bench speed                       Gram matrices and projections against other libraries (nsrl[rivals])
   nsrl bench speed --quick --only gram_mlp,scaling
@@ -31,7 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(prog="nsrl bench", description=ABOUT, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("name", help="a suite of configs/bench, the path of a suite, overhead, speed or continual")
+    parser.add_argument(
+        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed or continual"
+    )
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
@@ -57,10 +60,12 @@ def run(arguments: Sequence[str]) -> int:
     out = options.out or Path("runs/bench") / Path(options.name).stem
     if options.name == "overhead":
         return _overhead(options.configs, out, options.reference)
+    if options.name == "trpo":
+        return _trpo(out, options.reference, options.workers)
     path = Path(options.name) if options.name.endswith(".yaml") else options.configs / "bench" / f"{options.name}.yaml"
     if not path.is_file():
         suites = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
-        known = ", ".join([*suites, "overhead", "speed", "continual"])
+        known = ", ".join([*suites, "trpo", "overhead", "speed", "continual"])
         raise NsrlError(f"there is no suite {options.name!r}; known: {known}")
     return _suite(path, out, options.reference, options.workers)
 
@@ -83,6 +88,29 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
     draw(content, reference / f"{suite.name}.png")
     print_table(tabulate(content))
     print(f"results  {reference / suite.name}.json\nfigure   {reference / suite.name}.png")
+    return 0
+
+
+def _trpo(out: Path, reference: Path, workers: int) -> int:
+    from nsrl.bench.environment import describe_environment
+    from nsrl.bench.runs import write_json
+    from nsrl.bench.training import use_one_thread
+    from nsrl.bench.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
+    from nsrl.cli.command import print_table
+    from nsrl.cli.status_line import StatusLine
+
+    with StatusLine("trpo") as line:
+        runs = compare_returns(out, workers=workers, on_status=line.show)
+    use_one_thread()
+    updates = [measure_trpo(case.env) for case in CASES]
+    content = {
+        "updates": updates, "returns": summarise_returns(runs), "runs": runs,
+        "cases": {case.env: dict(case.settings) for case in CASES}, "environment": describe_environment(),
+    }  # fmt: skip
+    write_json(reference / "trpo.json", content)
+    for table in trpo_tables(content):
+        print_table(table)
+    print(f"results  {reference / 'trpo.json'}")
     return 0
 
 

@@ -26,23 +26,33 @@ def test_updates_are_timed_in_turn_on_one_rollout() -> None:
     json.dumps(found)
 
 
-def test_returns_are_compared_over_seeds_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trpo, "_run_apart", trpo._train)
-    seen: list[dict[str, Any]] = []
-    found = trpo.compare_returns("Pendulum-v1", 256, (0, 1), out=tmp_path / "returns.json", on_run=seen.append, **TINY)
-    assert [(run["algorithm"], run["seed"]) for run in found["runs"]] == [
+def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    made: list[dict[str, Any]] = []
+
+    def train(order: dict[str, Any]) -> dict[str, Any]:
+        made.append(order)
+        return trpo._train(**order)
+
+    monkeypatch.setattr(trpo, "_run_apart", train)
+    cases = [trpo.Case("Pendulum-v1", 256, TINY)]
+    seen: list[int] = []
+    runs = trpo.compare_returns(tmp_path, cases, (0, 1), on_status=lambda status: seen.append(len(status.done)))
+    assert [(run["algorithm"], run["seed"]) for run in runs] == [
         ("stock", 0), ("null_space", 0), ("stock", 1), ("null_space", 1),
     ]  # fmt: skip
-    assert len(seen) == 4 and json.loads((tmp_path / "returns.json").read_text())["runs"] == found["runs"]
-    finals = [run["final"] for run in found["runs"] if run["algorithm"] == "stock"]
-    assert found["means"]["stock"]["final"] == pytest.approx(sum(finals) / 2)
+    assert seen == [0, 1, 2, 3, 4] and len(made) == 4
+    (tmp_path / "Pendulum-v1-stock-seed1.json").unlink()
+    assert trpo.compare_returns(tmp_path, cases, (0, 1))[0] == runs[0]
+    assert len(made) == 5 and made[4]["name"] == "stock" and made[4]["seed"] == 1
+    with pytest.raises(NsrlError, match="other settings"):
+        trpo.compare_returns(tmp_path, [trpo.Case("Pendulum-v1", 128, TINY)], (0, 1))
+    rows = trpo.summarise_returns(runs)
+    assert rows[0]["final"] == pytest.approx((runs[0]["final"] + runs[2]["final"]) / 2)
+    assert rows[1]["lowest"] == min(runs[1]["final"], runs[3]["final"])
 
 
-@pytest.mark.parametrize(("env", "same_region", "expected"), [
-    ("nsrl/Pendulum-v0", True, 0.01), ("CartPole-v1", True, 0.01), ("_TwoTorques", True, 0.02),
-    ("_TwoTorques", False, 0.01),
-])  # fmt: skip
-def test_both_get_the_same_trust_region(env: str, same_region: bool, expected: float, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("env", "expected"), [("Pendulum-v1", 0.01), ("CartPole-v1", 0.01), ("_TwoTorques", 0.02)])
+def test_both_get_the_same_trust_region(env: str, expected: float) -> None:
     if env == "_TwoTorques":
         import gymnasium as gym
         import numpy as np
@@ -53,15 +63,15 @@ def test_both_get_the_same_trust_region(env: str, same_region: bool, expected: f
             def action(self, action: Any) -> Any:
                 return action[:1]
 
-        env = f"TwoTorques{same_region}-v0"
+        env = "TwoTorques-v0"
         gym.register(env, lambda: TwoTorques(gym.make("Pendulum-v1").unwrapped), max_episode_steps=50)
-    run = trpo._train("null_space", 0, env, 64, same_region, TINY)
+    run = trpo._train("null_space", 0, env, 64, TINY)
     assert run["target_kl"] == pytest.approx(expected)
-    assert trpo._train("stock", 0, env, 64, same_region, TINY)["target_kl"] == 0.01
+    assert trpo._train("stock", 0, env, 64, TINY)["target_kl"] == 0.01
 
 
 def test_a_run_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(NsrlError, match="the run of stock on NoSuchTask-v0, seed 0, failed"):
-        trpo._run_apart("stock", 0, "NoSuchTask-v0", 64, True, {})
+        trpo._run_apart({"name": "stock", "seed": 0, "env": "NoSuchTask-v0", "steps": 64, "settings": {}})
     with pytest.raises(NsrlError, match="at least one"):
-        trpo.compare_returns("CartPole-v1", 64, (), out=tmp_path / "returns.json")
+        trpo.compare_returns(tmp_path, seeds=())

@@ -84,7 +84,8 @@ class Case:
     Attributes:
         env: environment id.
         steps: environment steps of a run.
-        settings: keyword arguments of both constructors, plain JSON; those of rl-zoo3 where it has some.
+        settings: keyword arguments of both constructors, plain JSON, with `ENVS` environments side by side; those of
+            rl-zoo3 where it has some.
     """
 
     env: str
@@ -93,12 +94,13 @@ class Case:
 
 
 CASES = (
-    Case("CartPole-v1", 100_000, {"n_steps": 1024, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
+    Case("CartPole-v1", 100_000, {"n_steps": 128, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
                                   "cg_damping": 1e-3, "n_critic_updates": 20}),
-    Case("Pendulum-v1", 100_000, {"n_steps": 2048, "gamma": 0.9, "n_critic_updates": 15}),
-    Case("Hopper-v5", 300_000, {"n_steps": 2048, "cg_max_steps": 25, "n_critic_updates": 20}),
+    Case("Pendulum-v1", 100_000, {"n_steps": 256, "gamma": 0.9, "n_critic_updates": 15}),
+    Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20}),
 )  # fmt: skip
 SEEDS = (0, 1, 2)
+ENVS = 8
 
 
 def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[int] = SEEDS, *, workers: int = 1,
@@ -212,10 +214,11 @@ def _run_apart(order: dict[str, Any]) -> dict[str, Any]:
 
 def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     from gymnasium import spaces
+    from stable_baselines3.common.env_util import make_vec_env
 
     from nsrl.rl.evaluation import evaluate
 
-    model = _build(name, env, seed, settings)
+    model = _build(name, make_vec_env(env, ENVS, seed=seed), seed, settings)
     if name == "null_space" and isinstance(model.action_space, spaces.Box):
         dimensions = math.prod(model.action_space.shape)
         model.target_kl *= dimensions
@@ -239,7 +242,7 @@ def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any])
     }  # fmt: skip
 
 
-def _build(name: str, env: str, seed: int, settings: dict[str, Any]) -> Any:
+def _build(name: str, env: Any, seed: int, settings: dict[str, Any]) -> Any:
     from sb3_contrib import TRPO
 
     import nsrl  # noqa: F401  registers the "nsrl/..." ids

@@ -42,7 +42,7 @@ def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: 
     ]  # fmt: skip
     assert seen == [0, 1, 2, 3, 4] and len(made) == 4
     (tmp_path / "Pendulum-v1-stock-seed1.json").unlink()
-    assert trpo.compare_returns(tmp_path, cases, (0, 1))[0] == runs[0]
+    assert trpo.compare_returns(tmp_path, cases, (0, 1))[0]["final"] == runs[0]["final"]
     assert len(made) == 5 and made[4]["name"] == "stock" and made[4]["seed"] == 1
     with pytest.raises(NsrlError, match="other settings"):
         trpo.compare_returns(tmp_path, [trpo.Case("Pendulum-v1", 128, TINY)], (0, 1))

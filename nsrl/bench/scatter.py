@@ -7,6 +7,8 @@ from typing import Any
 
 #: Colours of the methods that keep a budget.
 OURS = ("tab:red", "tab:orange", "tab:purple", "tab:green", "tab:brown", "tab:pink")
+#: Height of the figure as a share of the old task's return, so that a difference of one step does not fill it.
+LEAST_SPAN = 0.2
 
 
 def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
@@ -24,7 +26,7 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
     other = 0
     for method in methods:
         rows = [row for row in content["rows"] if row["method"] == method]
-        kind = content["methods"][method]["method"]
+        kind, trpo = content["methods"][method]["method"], content["methods"][method].get("algorithm") == "trpo"
         x, y = [row["after/new_return"] for row in rows], [row["after/old_return"] for row in rows]
         mean = (sum(x) / len(x), sum(y) / len(y))
         colour: Any
@@ -32,9 +34,9 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
             colour, marker = colormaps["Blues"](0.45 + 0.15 * len(penalties)), "s"
             penalties.append((content["methods"][method]["penalty"], mean))
         elif kind == "finetune":
-            colour, marker = "0.45", "X"
+            colour, marker = ("0.2", "P") if trpo else ("0.45", "X")
         else:
-            colour, marker = OURS[other % len(OURS)], "o"
+            colour, marker = OURS[other % len(OURS)], "D" if trpo else "o"
             other += 1
         axes.scatter(x, y, s=18, color=colour, alpha=0.45, linewidths=0)
         axes.scatter(
@@ -44,7 +46,11 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
         points = [mean for _, mean in sorted(penalties)]
         axes.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1, alpha=0.6, zorder=1)
     before = [row["before/old_return"] for row in content["rows"]]
-    axes.axhline(sum(before) / len(before), color="black", linewidth=0.8, linestyle=":", label="old task before")
+    level = sum(before) / len(before)
+    axes.axhline(level, color="black", linewidth=0.8, linestyle=":", label="old task before")
+    low, high = axes.get_ylim()
+    missing = max(LEAST_SPAN * abs(level) - (high - low), 0.0)
+    axes.set_ylim(low - missing / 2, high + missing / 2)
     axes.set_xlabel("return on the new task after fine-tuning")
     axes.set_ylabel("return on the old task after fine-tuning")
     axes.set_title(content["suite"].replace("_", " "))

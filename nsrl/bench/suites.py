@@ -19,6 +19,7 @@ from typing import Any
 from nsrl.bench.config import FinetuneConfig, PretrainConfig
 from nsrl.bench.environment import describe_environment
 from nsrl.bench.jobs import Job, Status, run_jobs
+from nsrl.bench.learning import learning_curves
 from nsrl.bench.runs import read_lines, slug, write_json
 from nsrl.bench.sequence_config import SequenceConfig
 from nsrl.bench.settings import Config, build, check_keys, load, plain, read_yaml
@@ -141,6 +142,7 @@ def summarise(suite: Suite, jobs: list[Job]) -> dict[str, Any]:
             _summary(method, [row for row in rows if row["method"] == method], plain_returns)
             for method in suite.methods
         ],
+        "curves": learning_curves(jobs),
     }
 
 

@@ -71,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
+    from nsrl.bench.learning import learning_table
     from nsrl.bench.scatter import draw_tradeoff
     from nsrl.bench.sequence_suite import draw_sequence_suite, run_sequence_suite, sequence_suite_table
     from nsrl.bench.suite_report import suite_table
@@ -87,6 +88,8 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
     write_suite(content, reference / f"{suite.name}.json")
     draw(content, reference / f"{suite.name}.png")
     print_table(tabulate(content))
+    if not suite.is_sequence:
+        print_table(learning_table(content["curves"], f"{suite.name}: return on the new task after so many steps"))
     print(f"results  {reference / suite.name}.json\nfigure   {reference / suite.name}.png")
     return 0
 

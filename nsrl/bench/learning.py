@@ -1,35 +1,35 @@
-"""What keeping, resetting or warming up the critic does: both tasks' returns over the runs of a finished suite.
-
-nsrl bench cartpole_critics
-python -m nsrl.bench.critics configs/bench/cartpole_critics.yaml runs/bench/cartpole_critics
-"""
+"""How fast the methods of a suite learn: both tasks' returns over its runs."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
+from nsrl.bench.jobs import Job
 from nsrl.bench.report import Table, number
 from nsrl.bench.runs import read_lines
 from nsrl.bench.statistics import bootstrap
-from nsrl.bench.suites import Suite
 from nsrl.errors import NsrlError
 
 #: Evaluations after the start that have a column of their own: a misleading critic shows early or never.
 EARLY = 4
 
 
-def critic_curves(suite: Suite, out: Path) -> list[dict[str, Any]]:
+def learning_curves(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Returns at every evaluation, one row a run: method, seed, and the lists timesteps, new and old.
 
+    Args:
+        jobs: finished fine-tuning runs, named "METHOD seed N".
+
     Raises:
-        NsrlError: a run of the suite has not been evaluated.
+        NsrlError: a run that has not been evaluated.
     """
     rows = []
-    for job in suite.finetuning_jobs(out):
+    for job in jobs:
         measured = [line for line in read_lines(job.run.history) if line.get("return/new") is not None]
         if not measured:
-            raise NsrlError(f"{job.folder} holds no evaluations; run the suite first: nsrl bench {suite.name}")
+            raise NsrlError(f"{job.folder} holds no evaluations; run its suite first, by nsrl bench")
         rows.append({
             "method": job.name.rpartition(" seed ")[0], "seed": job.config.seed,
             "timesteps": [line["timesteps"] for line in measured],
@@ -39,22 +39,19 @@ def critic_curves(suite: Suite, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def critic_table(rows: list[dict[str, Any]], title: str = "") -> Table:
+def learning_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     """New-task return at the first evaluations and over the whole run, and the old task's lowest, of every method.
 
-    Means over seeds with 95 % bootstrap intervals; "over the run" is the mean of a run's evaluations after its start.
+    Means over seeds, the one over the run with a 95 % bootstrap interval; "whole run" is the mean of a run's
+    evaluations after its start.
     """
     steps = rows[0]["timesteps"][1 : 1 + EARLY]
-    head = ("critic", *(f"new, {step:,} steps" for step in steps), "new, over the run", "old, lowest")
+    head = ("method", *(f"{step / 1000:.0f}k" for step in steps), "whole run", "old, lowest")
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
-        early = [[run["new"][index] for run in runs] for index in range(1, 1 + len(steps))]
-        whole = [sum(run["new"][1:]) / len(run["new"][1:]) for run in runs]
-        lines.append((method, *map(_interval, [*early, whole]), number(min(min(run["old"]) for run in runs))))
+        early = [number(fmean(run["new"][index] for run in runs), 0) for index in range(1, 1 + len(steps))]
+        whole = bootstrap([fmean(run["new"][1:]) for run in runs])
+        lines.append((method, *early, f"{whole.estimate:.0f} [{whole.low:.0f}, {whole.high:.0f}]",
+                      number(min(min(run["old"]) for run in runs), 0)))  # fmt: skip
     return Table(head, tuple(lines), title)
-
-
-def _interval(values: list[float]) -> str:
-    found = bootstrap(values)
-    return f"{found.estimate:.0f} [{found.low:.0f}, {found.high:.0f}]"

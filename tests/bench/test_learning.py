@@ -1,4 +1,4 @@
-"""Keeping, resetting and warming up the critic: what the suite asks for, and how its runs are summed up."""
+"""How fast the methods of a suite learn, on the suite that keeps, resets or warms up the critic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nsrl.bench.critics import critic_curves, critic_table
+from nsrl.bench.learning import learning_curves, learning_table
 from nsrl.bench.runs import write_lines
 from nsrl.bench.suites import read_suite
 from nsrl.errors import NsrlError
@@ -19,10 +19,10 @@ def write_runs(out: Path) -> None:
     for number, job in enumerate(read_suite(SUITE).finetuning_jobs(out)):
         rows = []
         for evaluation in range(4):
-            rows.append({"timesteps": 10 * evaluation, "kl_mean": 0.0})
+            rows.append({"timesteps": 10_000 * evaluation, "kl_mean": 0.0})
             new = 100.0 * (number % 3) + 10.0 * job.config.seed + evaluation
             rows[-1] |= {"return/new": new, "return/old": 500.0 - evaluation - job.config.seed}
-            rows.append({"timesteps": 10 * evaluation + 5, "kl_mean": 0.0})
+            rows.append({"timesteps": 10_000 * evaluation + 5, "kl_mean": 0.0})
         job.folder.mkdir(parents=True)
         write_lines(job.run.history, rows)
 
@@ -38,17 +38,16 @@ def test_the_suite_has_the_three_settings_and_nothing_else_differs() -> None:
 
 def test_the_runs_are_summed_up(tmp_path: Path) -> None:
     write_runs(tmp_path)
-    rows = critic_curves(read_suite(SUITE), tmp_path)
-    assert len(rows) == 9 and rows[0]["timesteps"] == [0, 10, 20, 30]
-    table = critic_table(rows)
-    assert table.head == ("critic", "new, 10 steps", "new, 20 steps", "new, 30 steps", "new, over the run",
-                          "old, lowest")  # fmt: skip
+    rows = learning_curves(read_suite(SUITE).finetuning_jobs(tmp_path))
+    assert len(rows) == 9 and rows[0]["timesteps"] == [0, 10_000, 20_000, 30_000]
+    table = learning_table(rows)
+    assert table.head == ("method", "10k", "20k", "30k", "whole run", "old, lowest")
     assert [line[0] for line in table.rows] == ["keep", "reset", "warm up"]
     # mean over seeds 0, 1, 2 of 100 m + 10 s + e at e = 1, 2, 3, and the mean of these
     assert [cell.split()[0] for cell in table.rows[1][1:-1]] == ["111", "112", "113", "112"]
-    assert table.rows[1][-1] == "495.0"
+    assert table.rows[1][-1] == "495"
 
 
 def test_a_suite_that_has_not_run_is_told_how_to(tmp_path: Path) -> None:
-    with pytest.raises(NsrlError, match="nsrl bench cartpole_critics"):
-        critic_curves(read_suite(SUITE), tmp_path)
+    with pytest.raises(NsrlError, match="run its suite first"):
+        learning_curves(read_suite(SUITE).finetuning_jobs(tmp_path))

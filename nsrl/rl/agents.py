@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -29,7 +30,6 @@ from nsrl.rl.archive import (
     written_atomically,
 )
 from nsrl.rl.layouts import find_agent, find_statistics
-from nsrl.rl.masking import is_maskable
 from nsrl.rl.normalization import ObservationNormalizer, RetainingVecNormalize, save_stock
 from nsrl.rl.policies import action_family
 from nsrl.rl.spaces import check_spaces as check_described
@@ -42,7 +42,7 @@ class Agent:
     """A pretrained policy and all it needs to act as it was trained."""
 
     model: OnPolicyAlgorithm
-    """Stock PPO, A2C or TRPO, without environment and with a fresh optimizer; or the model that was given."""
+    """Stock, without environment and with a fresh optimizer (see `nsrl.rl.stock.ALGORITHMS`); or the model given."""
     normalizer: ObservationNormalizer | None = None
     """What to do to raw observations before `model` sees them; None if nothing."""
     path: Path | None = None
@@ -130,14 +130,11 @@ def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
 
 
 def _check_supported(model: BaseAlgorithm, name: str) -> None:
-    if is_maskable(model.policy):
+    policies = ActorCriticPolicy | MaskableActorCriticPolicy
+    if not isinstance(model, OnPolicyAlgorithm) or not isinstance(model.policy, policies):
         raise NsrlError(
-            f"{name} is a {type(model).__name__}, whose masks only its own algorithm applies; only PPO, A2C and TRPO "
-            "agents can be taken over, but protect(model, retain=buffer) keeps a budget on MaskablePPO in place"
-        )
-    if not isinstance(model, OnPolicyAlgorithm) or not isinstance(model.policy, ActorCriticPolicy):
-        raise NsrlError(
-            f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO) can be fine-tuned"
+            f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO, MaskablePPO) can "
+            "be fine-tuned"
         )
     action_family(model.policy)
 
@@ -200,6 +197,38 @@ def training_env(
     if seed is not None:
         wrapped.seed(seed)
     return wrapped
+
+
+def attach_env(
+    agent: Agent, env: str | gym.Env | VecEnv, *, seed: int | None = None, n_envs: int = 1
+) -> OnPolicyAlgorithm:
+    """The agent's model with a task to learn, ready for `protect` and `learn`; for algorithms that stay what they are.
+
+        model = agents.attach_env(agents.load("maskable.zip"), new_env, n_envs=8)
+        protect(model, retain=buffer, kl_budget=0.01).learn(600_000)
+
+    Args:
+        agent: its model is changed in place; weights, optimizer and hyper-parameters are kept.
+        env, n_envs: as in `training_env`.
+        seed: of the run.
+
+    Raises:
+        NsrlError: as `training_env`.
+    """
+    model = agent.model
+    wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
+    check_spaces(model, wrapped)
+    if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
+        model.n_envs = wrapped.num_envs
+        model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
+            model.n_steps, model.observation_space, model.action_space, device=model.device, gamma=model.gamma,
+            gae_lambda=model.gae_lambda, n_envs=model.n_envs, **model.rollout_buffer_kwargs,
+        )  # fmt: skip
+    model.set_env(wrapped)
+    if seed is not None:
+        model.seed = seed
+        model.set_random_seed(seed)
+    return model
 
 
 def fingerprint(policy: torch.nn.Module) -> str:

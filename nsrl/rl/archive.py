@@ -31,6 +31,8 @@ from nsrl.rl.descriptions import (
 
 TRUST = "trust=True (--trust) would unpickle it, which can run any code in the file"
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
+#: Where the rollout buffers are that the algorithms choose by themselves.
+STOCK_BUFFERS = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
 SB3_POLICIES = "stable_baselines3.common.policies"
 POLICY_CLASSES = {
     (SB3_POLICIES, "ActorCriticPolicy"),
@@ -255,6 +257,6 @@ def _hyperparameters(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
             else:
                 plain[key] = schedule
     rollout_buffer = data.get("rollout_buffer_class")
-    if isinstance(rollout_buffer, dict) and rollout_buffer.get("__module__") != "stable_baselines3.common.buffers":
+    if isinstance(rollout_buffer, dict) and rollout_buffer.get("__module__") not in STOCK_BUFFERS:
         untrusted.append("rollout_buffer_class")
     return plain, tuple(untrusted)

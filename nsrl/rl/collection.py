@@ -6,9 +6,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from difflib import get_close_matches
-from importlib import metadata
 from typing import Any
 
 import gymnasium as gym
@@ -19,13 +17,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents import Agent, agent_in_memory, check_spaces, fingerprint, load
-from nsrl.rl.masking import INVALID, is_maskable, masked_by
+from nsrl.rl.agents import Agent, load
+from nsrl.rl.masking import INVALID, masked_by
 from nsrl.rl.normalization import ObservationNormalizer
 from nsrl.rl.policies import action_family
+from nsrl.rl.provenance import provenance, registered_id
 from nsrl.rl.rollout import (
     Progress,
-    Rollout,
     advantages,
     evaluation_mode,
     map_arrays,
@@ -34,7 +32,6 @@ from nsrl.rl.rollout import (
     reference_outputs,
     roll_out,
 )
-from nsrl.rl.spaces import describe_space
 
 SELECTIONS = ("expert", "advantage")
 
@@ -121,7 +118,7 @@ def collect(
         raise NsrlError("the agent carries no environment; pass env, for instance the id of the task it was trained on")
     vec_env = as_vec_env(given, config.n_envs)
     try:
-        model, trained, source = _acting_agent(agent, trust, vec_env)
+        model, trained, source = resolve_agent(agent, trust, vec_env)
         policy, family = model.policy, action_family(model.policy)
         normalizer = frozen_normalizer(trained, vec_env)
         scaling = unwrap_vec_normalize(vec_env) or model.get_vec_normalize_env()
@@ -173,78 +170,6 @@ def split(n_states: int, share: float, rng: np.random.Generator) -> np.ndarray:
     heldout = np.zeros(n_states, dtype=bool)
     heldout[rng.permutation(n_states)[: min(round(share * n_states), n_states - 1)]] = True
     return heldout
-
-
-def provenance(
-    model: OnPolicyAlgorithm,
-    source: str | None,
-    env_id: str | None,
-    config: CollectionConfig,
-    rollout: Rollout,
-    reward_scale: float | None,
-) -> dict[str, Any]:
-    """Where a buffer comes from, as plain JSON."""
-    returns = rollout.episode_returns
-    return {
-        **identity(model, source),
-        "env_id": env_id,
-        "task": config.task or env_id or "old",
-        "seed": int(config.seed),
-        "select": config.select,
-        "n_states": int(config.n_states),
-        "n_transitions": int(rollout.rewards.size),
-        "quantile": float(config.quantile) if config.select == "advantage" else None,
-        "reward_scale": reward_scale,
-        "heldout": float(config.heldout),
-        "episodes": len(returns),
-        "return_mean": float(np.mean(returns)) if returns else None,
-    }
-
-
-def identity(model: OnPolicyAlgorithm, source: str | None) -> dict[str, Any]:
-    """Which agent a buffer's outputs are from, and what it was made with, as plain JSON."""
-    return {
-        "fingerprint": fingerprint(model.policy),
-        "agent": source,
-        "algorithm": type(model).__name__,
-        "observation_space": describe_space(model.observation_space),
-        "action_space": describe_space(model.action_space),
-        **circumstances(),
-    }
-
-
-def circumstances() -> dict[str, Any]:
-    """Versions and date, as plain JSON."""
-    return {
-        "versions": {name: version(name) for name in ("nsrl", "torch", "stable-baselines3", "gymnasium", "numpy")},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def version(package: str) -> str | None:
-    """Installed version of a package, None when it runs from a source tree."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def registered_id(env: VecEnv) -> str | None:
-    """Gymnasium id of the first environment, None when it was not made from the registry."""
-    try:
-        return env.get_attr("spec", 0)[0].id
-    except AttributeError:
-        return None
-
-
-def _acting_agent(
-    agent: BaseAlgorithm | Agent | str | os.PathLike[str], trust: bool, env: VecEnv
-) -> tuple[OnPolicyAlgorithm, ObservationNormalizer | None, str | None]:
-    """As `resolve_agent`; and a MaskablePPO in memory, for whose masks the roll-out asks the environment."""
-    if isinstance(agent, OnPolicyAlgorithm) and is_maskable(agent.policy):
-        check_spaces(agent, env)
-        return agent, agent_in_memory(agent).normalizer, None
-    return resolve_agent(agent, trust, env)
 
 
 def resolve_agent(

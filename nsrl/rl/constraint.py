@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from statistics import harmonic_mean
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -22,38 +21,16 @@ from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
+from nsrl.rl.measurement import Measurement
 from nsrl.rl.natural import PolicyJacobian
-from nsrl.rl.passes import Head, Passes, actor_head
+from nsrl.rl.passes import Head, Passes, actor_head, select
 from nsrl.rl.policies import Observation, action_family, policy_outputs
 from nsrl.rl.spreads import StatewiseGaussian
+from nsrl.rl.state_weights import StateWeights, rows_times, weighted_mean
 from nsrl.rl.trust import Quadratic
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What the policy does on the buffer now, against the reference.
-
-    Attributes:
-        kl_mean: mean KL(pi_ref || pi) over the whole buffer, nats per state, by the buffer's weights (and, with task
-            budgets, 1 / budget): the quantity under the budget.
-        kl_max: largest KL of a state, whatever its weight.
-        kl_heldout: mean KL over the held-out states, on which nothing is ever differentiated; NaN without any.
-        agreement: share of states on which both policies act alike (same likeliest action; Gaussian means within half
-            a reference standard deviation).
-        agreement_heldout: the same over the held-out states.
-        kl_by_task: mean KL over the states of each task of a merged buffer, the quantities under task budgets; empty
-            for a buffer of one source without them.
-    """
-
-    kl_mean: float
-    kl_max: float
-    kl_heldout: float
-    agreement: float
-    agreement_heldout: float
-    kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,18 +71,13 @@ class RetentionConstraint:
                 "collect the buffer from an agent with the same action space"
             )
         device = policy.device
-        self.inputs: Observation = _to(buffer.inputs(), device)
+        self.inputs: Observation = buffer.inputs(device=device)
         self.reference = torch.tensor(buffer.outputs, device=device)
         counts = buffer.weights > 0.0
         self.train = torch.tensor(np.flatnonzero(counts & ~buffer.heldout), device=device)
         self.heldout = torch.tensor(np.flatnonzero(counts & buffer.heldout), device=device)
-        self._tasks = _states_by_task(buffer, counts, device, alone=task_budgets is not None)
-        self.shares = _shares(self._tasks, task_budgets)
-        weights = torch.tensor(buffer.weights, device=device).double()
-        for task, share in self.shares.items():
-            weights[self._tasks[task]] /= share * weights[self._tasks[task]].sum()
-        # Equal weights take the plain means, whose results do not depend on there being weights at all.
-        self._weights = None if bool((weights == weights[0]).all()) else weights
+        self._weights = StateWeights(buffer, task_budgets, device)
+        self.shares = self._weights.shares
         self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.spreads, device=device)
         self._valid = valid_actions(self.reference) if is_maskable(policy) else None
         self.names = self._protected_names()
@@ -129,7 +101,7 @@ class RetentionConstraint:
     @property
     def metric(self) -> OutputMetric:
         """The output metric on the whole buffer, at the current standard deviation."""
-        return self._metric_on(None, self._relative_weights(None))
+        return self._metric_on(None, self._weights.relative())
 
     def _metric_on(self, indices: Tensor | None, weights: Tensor | None) -> OutputMetric:
         """The output metric on some states (None: all) of these weights."""
@@ -157,14 +129,14 @@ class RetentionConstraint:
         kl = metric.divergence(self.reference, outputs)
         held = self.heldout
         return Measurement(
-            kl_mean=self._mean(kl),
+            kl_mean=self._weights.mean(kl),
             kl_max=float(kl.max()),
-            kl_heldout=self._mean(kl, held) if len(held) else math.nan,
+            kl_heldout=self._weights.mean(kl, held) if len(held) else math.nan,
             agreement=metric.agreement(self.reference, outputs),
             agreement_heldout=(
                 self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
             ),
-            kl_by_task={task: self._mean(kl, states) for task, states in self._tasks.items()},
+            kl_by_task=self._weights.mean_by_task(kl),
         )
 
     @torch.no_grad()
@@ -176,13 +148,13 @@ class RetentionConstraint:
     def divergences(self) -> tuple[float, float]:
         """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged."""
         kl = self.state_divergences()
-        binding, training = self._binding(kl), self._mean(kl, self.train)
+        binding, training = self._binding(kl), self._weights.mean(kl, self.train)
         return (binding, training) if math.isfinite(binding) else (math.inf, math.inf)
 
     @torch.no_grad()
     def divergence(self) -> float:
         """Mean KL over the whole buffer; infinity where the policy has diverged to NaN."""
-        kl = self._mean(self.state_divergences())
+        kl = self._weights.mean(self.state_divergences())
         return kl if math.isfinite(kl) else math.inf
 
     @torch.no_grad()
@@ -195,10 +167,11 @@ class RetentionConstraint:
         return self._binding(self.state_divergences())
 
     def _binding(self, kl: Tensor) -> float:
-        whole = self._mean(kl)
+        whole = self._weights.mean(kl)
         if not math.isfinite(whole):
             return math.inf
-        return max((self._mean(kl, self._tasks[task]) / share for task, share in self.shares.items()), default=whole)
+        tasks = self._weights.tasks
+        return max((self._weights.mean(kl, tasks[task]) / share for task, share in self.shares.items()), default=whole)
 
     def gradient(self, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some states and its gradient in the protected parameters, shape (P,)."""
@@ -207,13 +180,13 @@ class RetentionConstraint:
 
     def probe(self, indices: Tensor) -> tuple[float, Callable[[], list[Tensor]]]:
         """Mean KL of some states, and a function that goes back for its gradients, one a protected parameter."""
-        weights = self._relative_weights(indices)
+        weights = self._weights.relative(indices)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         passes = self._passes(indices)
         with torch.no_grad():
             # dKL/dz is known in closed form: the backward pass starts at the outputs, not at the KL.
-            kl = _weighted_mean(metric.divergence(reference, passes.outputs), weights)
-            slope = _rows_times(weights, metric.slope(reference, passes.outputs)) / len(indices)
+            kl = weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            slope = rows_times(weights, metric.slope(reference, passes.outputs)) / len(indices)
 
         def pull() -> list[Tensor]:
             pieces = list(passes.pull(slope).split(self._sizes))
@@ -232,7 +205,7 @@ class RetentionConstraint:
     def _passes(self, indices: Tensor) -> Passes:
         """The policy at some states, with the products of its Jacobian in the protected parameters."""
         if self._still is None:
-            return actor_head(self.policy, _select(self.inputs, indices), self._reached).passes()
+            return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
         return self._still.select(indices).passes()
 
     def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Linearisation:
@@ -246,19 +219,19 @@ class RetentionConstraint:
             importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
                 the buffer's weights. None where the states are a uniform sample.
         """
-        weights = self._relative_weights(indices, importance)
+        weights = self._weights.relative(indices, importance)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
         scale = 1.0 / math.sqrt(len(indices))
         factored = jacobian(
-            self.policy, _select(self.inputs, indices), forward=_forward, parameters=self.names,
-            seed=lambda outputs: _rows_times(root, metric.seeds(outputs)), scale=scale,
+            self.policy, select(self.inputs, indices), forward=_forward, parameters=self.names,
+            seed=lambda outputs: rows_times(root, metric.seeds(outputs)), scale=scale,
             check=len(indices) not in self._dense, dense=self._dense.get(len(indices), ()),
         )  # fmt: skip
         self._dense[len(indices)] = factored.recomputed
         outputs = factored.outputs
-        residual = (_rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
-        divergence = _weighted_mean(metric.divergence(reference, outputs).detach(), weights)
+        residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
+        divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
             return Linearisation(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
@@ -268,14 +241,14 @@ class RetentionConstraint:
 
     def quadratic(self, indices: Tensor) -> Quadratic:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
-        weights = self._relative_weights(indices)
+        weights = self._weights.relative(indices)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
         passes = self._passes(indices)
         with torch.no_grad():
-            seeds = _rows_times(root, metric.seeds(passes.outputs))
-            residual = _rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
-            divergence = _weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            seeds = rows_times(root, metric.seeds(passes.outputs))
+            residual = rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
+            divergence = weighted_mean(metric.divergence(reference, passes.outputs), weights)
             if not self.protects_log_std:
                 return Quadratic(PolicyJacobian(passes, seeds), residual, divergence)
             assert isinstance(metric, Gaussian)
@@ -294,23 +267,11 @@ class RetentionConstraint:
         block = DenseBlock(values, self._log_std_columns)
         return FactoredJacobian([block], (size, factored.shape[1]), size, factored.names, factored.outputs[:1])
 
-    def _mean(self, values: Tensor, indices: Tensor | None = None) -> float:
-        """Weighted mean over some states (None: all) of values for all states, shape (N,)."""
-        chosen = values if indices is None else values[indices]
-        return _weighted_mean(chosen, self._relative_weights(indices))
-
-    def _relative_weights(self, indices: Tensor | None, importance: Tensor | None = None) -> Tensor | None:
-        """Weights of some states (None: all), scaled to mean 1, float64; None for equal ones."""
-        weights = self._weights if self._weights is None or indices is None else self._weights[indices]
-        if importance is not None:
-            weights = importance.double() if weights is None else weights * importance
-        return None if weights is None else weights / weights.mean()
-
     def _protected_names(self) -> tuple[str, ...]:
         """Parameters that the outputs depend on, found by autograd rather than by name."""
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         with torch.enable_grad():
-            outputs = policy_outputs(self.policy, _select(self.inputs, self.train[:2]))
+            outputs = policy_outputs(self.policy, select(self.inputs, self.train[:2]))
             if outputs.shape[1] != self.reference.shape[1]:
                 raise NsrlError(
                     f"the buffer holds {self.reference.shape[1]} outputs a state but the policy has "
@@ -327,52 +288,3 @@ class RetentionConstraint:
 
 def _forward(policy: nn.Module, observations: Observation) -> Tensor:
     return policy_outputs(cast(ActorCriticPolicy, policy), observations)
-
-
-def _weighted_mean(values: Tensor, weights: Tensor | None) -> float:
-    return float(values.mean() if weights is None else (weights * values).mean())
-
-
-def _rows_times(weights: Tensor | None, values: Tensor) -> Tensor:
-    """Values (N, ...) with those of state n multiplied by its weight; None multiplies by nothing."""
-    if weights is None:
-        return values
-    return values * weights.to(values).view(-1, *[1] * (values.ndim - 1))
-
-
-def _states_by_task(buffer: RetentionBuffer, counts: np.ndarray, device: torch.device, *,
-                    alone: bool) -> dict[str, Tensor]:  # fmt: skip
-    """Indices of each task's states, those of weight zero left out; none for a task that is alone unless asked for."""
-    if len(buffer.tasks) == 1 and not alone:
-        return {}
-    names = np.asarray(buffer.tasks)[buffer.source]
-    found = {task: np.flatnonzero((names == task) & counts) for task in dict.fromkeys(buffer.tasks)}
-    return {task: torch.tensor(states, device=device) for task, states in found.items() if len(states)}
-
-
-def _shares(tasks: Mapping[str, Tensor], budgets: Mapping[str, float] | None) -> dict[str, float]:
-    """Each budget as a multiple of their harmonic mean.
-
-    In that unit the mean KL, every task weighing 1 / budget, is at the overall budget where all tasks are at theirs.
-    """
-    if budgets is None:
-        return {}
-    if budgets.keys() != tasks.keys():
-        raise NsrlError(
-            f"task_budgets is for the tasks {', '.join(budgets)}, but the buffer holds states of {', '.join(tasks)}; "
-            "give each of these its budget"
-        )
-    unit = harmonic_mean(list(budgets.values()))
-    return {task: budget / unit for task, budget in budgets.items()}
-
-
-def _select(inputs: Observation, indices: Tensor) -> Observation:
-    if isinstance(inputs, Mapping):
-        return {key: value[indices] for key, value in inputs.items()}
-    return inputs[indices]
-
-
-def _to(inputs: Observation, device: torch.device) -> Observation:
-    if isinstance(inputs, Mapping):
-        return {key: value.to(device) for key, value in inputs.items()}
-    return inputs.to(device)

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
 from nsrl.rl.collection import resolve_agent
+from nsrl.rl.masking import mask_reader, with_masks
 from nsrl.rl.normalization import ObservationNormalizer
 from nsrl.rl.policies import action_family, policy_outputs
 from nsrl.rl.rollout import (
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 LONGEST = 100_000
 
 Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
-#: Raw observations of all rows, and the episode that each row is in, to actions.
-Actor = Callable[[Observations, Sequence[int]], np.ndarray]
+#: Raw observations of all rows, the episode that each row is in, and valid actions (None: all), to actions.
+Actor = Callable[[Observations, Sequence[int], np.ndarray | None], np.ndarray]
+#: Valid actions of the current observations.
+Masks = Callable[[gym.Env | VecEnv], np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def evaluate(
 
     Episode i starts from seed `seed + i` whatever `n_envs` is, and exactly these episodes count, however long
     they take. The policy sees observations under `normalizer` and nothing else: never the moving statistics
-    of a training environment. Rewards are raw. The global random generators and the policy's training mode
+    of a training environment. Rewards are raw. A MaskablePPO plays under the action masks of environments that have
+    them. The global random generators and the policy's training mode
     stay as they were.
 
     Args:
@@ -111,13 +115,13 @@ def evaluate(
         check_spaces(learner, first)
         if normalizer is not None:
             normalizer.check(first.observation_space)
-        actor = _actor(learner.policy, normalizer, seed, deterministic)
+        actor, masks = _actor(learner.policy, normalizer, seed, deterministic), mask_reader(learner.policy, first)
         with own_randomness(seed), evaluation_mode(learner.policy):
             if isinstance(played, VecEnv):
                 _check_normalized(played, normalizer)
                 with raw_observations(played):
-                    return Returns.of(*_play_vec_env(played, actor, episodes, seed))
-            return Returns.of(*_play_copies(played, actor, episodes, seed))
+                    return Returns.of(*_play_vec_env(played, actor, masks, episodes, seed))
+            return Returns.of(*_play_copies(played, actor, masks, episodes, seed))
     finally:
         for copy in opened:
             copy.close()
@@ -141,17 +145,20 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
     def seen(observations: Observations) -> Any:
         return observations if normalizer is None else normalizer.normalize(observations)
 
-    def likeliest(observations: Observations, _: Sequence[int]) -> np.ndarray:
-        return policy.predict(seen(observations), deterministic=True)[0]
+    def likeliest(observations: Observations, _: Sequence[int], valid: np.ndarray | None) -> np.ndarray:
+        masks = {} if valid is None else {"action_masks": valid}
+        return policy.predict(seen(observations), deterministic=True, **masks)[0]
 
     if deterministic:
         return likeliest
     family = action_family(policy)
     generators: dict[int, torch.Generator] = {}
 
-    def sampled(observations: Observations, episodes: Sequence[int]) -> np.ndarray:
+    def sampled(observations: Observations, episodes: Sequence[int], valid: np.ndarray | None) -> np.ndarray:
         with torch.no_grad():
             outputs = policy_outputs(policy, policy.obs_to_tensor(seen(observations))[0])
+        if valid is not None:
+            outputs = with_masks(outputs, torch.as_tensor(valid, device=outputs.device))
         rows = []
         for row, episode in enumerate(episodes):
             if episode not in generators:
@@ -162,15 +169,18 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
     return sampled
 
 
-def _play_copies(envs: Sequence[gym.Env], actor: Actor, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _play_copies(
+    envs: Sequence[gym.Env], actor: Actor, masks: Masks, episodes: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A copy that has ended an episode takes the next one; idle ones keep their row in the batch."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     begun = min(len(envs), episodes)
     playing = list(range(begun))
     current: list[Any] = [envs[row].reset(seed=seed + row)[0] for row in range(begun)]
+    valid = None if masks is None else np.concatenate([masks(env) for env in envs[:begun]])
     busy = list(range(begun))
     while busy:
-        actions = actor(stack(current), playing)
+        actions = actor(stack(current), playing, valid)
         still = []
         for row in busy:
             env, episode = envs[row], playing[row]
@@ -183,13 +193,15 @@ def _play_copies(envs: Sequence[gym.Env], actor: Actor, episodes: int, seed: int
                 playing[row] = begun
                 current[row] = env.reset(seed=seed + begun)[0]
                 begun += 1
+            if masks is not None and valid is not None:
+                valid[row] = masks(env)[0]
             still.append(row)
         busy = still
         _check_ending(lengths)
     return returns, lengths
 
 
-def _play_vec_env(env: VecEnv, actor: Actor, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _play_vec_env(env: VecEnv, actor: Actor, masks: Masks, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rounds of one episode an env, as a VecEnv is seeded as a whole; what is played beyond is dropped."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     for start in range(0, episodes, env.num_envs):
@@ -198,7 +210,8 @@ def _play_vec_env(env: VecEnv, actor: Actor, episodes: int, seed: int) -> tuple[
         env.seed(seed + start)
         current: Any = env.reset()
         while busy.any():
-            current, rewards, dones, _ = env.step(actor(current, playing.tolist()))
+            valid = None if masks is None else masks(env)
+            current, rewards, dones, _ = env.step(actor(current, playing.tolist(), valid))
             returns[playing[busy]] += rewards[busy]
             lengths[playing[busy]] += 1
             busy &= ~dones

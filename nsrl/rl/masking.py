@@ -8,11 +8,12 @@ reference logit is -1e8, the value that sb3-contrib itself puts there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
@@ -44,19 +45,28 @@ def valid_actions(reference: Tensor) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
-def read_masks(env: VecEnv, outputs: int) -> np.ndarray:
+def read_masks(env: gym.Env | VecEnv, outputs: int) -> np.ndarray:
     """Masks of the current observations, one row an environment, (E, outputs) bool; heads side by side.
 
     Raises:
         NsrlError: an environment whose masks have another size.
     """
-    masks = np.asarray(get_action_masks(env)).reshape(env.num_envs, -1).astype(bool)
+    rows = env.num_envs if isinstance(env, VecEnv) else 1
+    masks = np.asarray(get_action_masks(env)).reshape(rows, -1).astype(bool)  # type: ignore[arg-type]
     if masks.shape[1] != outputs:
         raise NsrlError(
             f"action_masks() of the environment has {masks.shape[1]} entries, but the policy has {outputs} logits; "
             "return one entry for each choice of each action"
         )
     return masks
+
+
+def mask_reader(policy: BasePolicy, env: gym.Env | VecEnv) -> Callable[[gym.Env | VecEnv], np.ndarray] | None:
+    """`read_masks` for a policy on environments like `env`; None where policy or environment knows no masks."""
+    if not (is_maskable(policy) and is_masking_supported(env)):  # type: ignore[arg-type]
+        return None
+    outputs = int(policy.action_net.out_features)  # type: ignore[union-attr, arg-type]
+    return lambda played: read_masks(played, outputs)
 
 
 @contextmanager
@@ -66,12 +76,13 @@ def masked_by(env: VecEnv, policy: BasePolicy) -> Iterator[list[np.ndarray]]:
     Does nothing, and collects nothing, for other policies and for environments without masks.
     """
     masks: list[np.ndarray] = []
-    if not (is_maskable(policy) and is_masking_supported(env)):  # type: ignore[arg-type]
+    read = mask_reader(policy, env)
+    if read is None:
         yield masks
         return
 
     def apply(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-        masks.append(read_masks(env, logits.shape[1]))
+        masks.append(read(env))
         return with_masks(logits, torch.as_tensor(masks[-1], device=logits.device))
 
     hook = policy.action_net.register_forward_hook(apply)  # type: ignore[union-attr, operator]

@@ -10,9 +10,11 @@ from gymnasium import Env
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.rl.collection import circumstances, same_statistics
+from nsrl.rl.collection import resolve_agent, same_statistics
+from nsrl.rl.masking import INVALID, is_maskable
 from nsrl.rl.minari import concatenated
 from nsrl.rl.normalization import ObservationNormalizer
+from nsrl.rl.provenance import circumstances
 from nsrl.rl.sources import Reference, from_arrays
 from nsrl.rl.spaces import same_actions, same_observations
 
@@ -57,10 +59,11 @@ def from_agents(
     for index, (agent, env) in enumerate(zip(agents, envs, strict=True)):
         buffer = kind.collect(agent, env, n_states, seed=seed + index, trust=trust, **options)
         if reference is not None:
-            task = buffer.provenance["task"]
+            masked = is_maskable(resolve_agent(reference, trust)[0].policy)
             buffer = from_arrays(
-                kind, buffer.observations, reference, heldout=buffer.heldout, seed=seed + index, task=task, trust=trust
-            )
+                kind, buffer.observations, reference, heldout=buffer.heldout, seed=seed + index, trust=trust,
+                task=buffer.provenance["task"], action_masks=buffer.outputs > 0.5 * INVALID if masked else None,
+            )  # fmt: skip
         buffers.append(buffer)
     return merge(kind, buffers)
 

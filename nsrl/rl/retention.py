@@ -22,8 +22,9 @@ from torch import Tensor
 from nsrl.projection.budget import KrylovProjection, Projection, SpectralProjection
 from nsrl.projection.optimizer import StepHooks
 from nsrl.rl.config import RetentionConfig
-from nsrl.rl.constraint import Measurement, RetentionConstraint
+from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.draws import StateDraw, active_subset
+from nsrl.rl.measurement import Measurement
 from nsrl.rl.multiplier import Multiplier
 
 

@@ -12,8 +12,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from nsrl.errors import NsrlError
 from nsrl.rl import minari
 from nsrl.rl.agents import Agent
-from nsrl.rl.collection import circumstances, distribution, identity, resolve_agent, same_statistics, split
+from nsrl.rl.collection import distribution, resolve_agent, same_statistics, split
+from nsrl.rl.masking import INVALID, is_maskable
 from nsrl.rl.normalization import ObservationNormalizer
+from nsrl.rl.provenance import circumstances, identity
 from nsrl.rl.rollout import Observations, evaluation_mode, map_arrays, reference_outputs
 from nsrl.rl.spaces import describe_space
 
@@ -39,6 +41,7 @@ def from_arrays(
     action_space: spaces.Space | None = None,
     observation_space: spaces.Space | None = None,
     log_std: Any = None,
+    action_masks: Any = None,
     weights: Any = None,
     normalizer: ObservationNormalizer | None = None,
     heldout: float | np.ndarray = 0.2,
@@ -56,6 +59,7 @@ def from_arrays(
         action_space: what the outputs are for; it tells the family.
         observation_space: of the policy to be protected; default Box observations of the arrays' shapes.
         log_std: reference log standard deviations of given means, (O,).
+        action_masks: which actions are valid in each state, (N, O) bool; of a MaskablePPO.
         weights: importance of each state, (N,), in any unit; stored with mean 1.
         normalizer: what the policy to be protected does to raw observations; default the agent's.
         heldout: share of the states held out, or which they are, (N,) bool.
@@ -70,9 +74,13 @@ def from_arrays(
         raise NsrlError("give either the agent whose outputs are the reference, or the outputs themselves")
     observations = _as_arrays(observations)
     if agent is not None:
-        fields = _labelled(observations, agent, normalizer, trust)
+        fields = _labelled(observations, agent, normalizer, trust, action_masks)
     else:
         fields = _recorded(observations, outputs, action_space, observation_space, log_std, normalizer)
+    if action_masks is not None:
+        if "categorical" not in fields["family"]:
+            raise NsrlError("action_masks are for Discrete and MultiDiscrete actions only; leave them out")
+        fields["outputs"] = _masked(fields["outputs"], action_masks)
     n = len(fields["outputs"])
     fields["provenance"] |= {
         "env_id": None,
@@ -100,6 +108,8 @@ def from_minari(
 ) -> RetentionBuffer:
     """A buffer of states from a Minari data set; the reference outputs are the agent's, not the data's actions.
 
+    Data without an agent: `nsrl.rl.cloning.clone` makes one by behaviour cloning of the data's actions.
+
     Args:
         kind: the class of the buffer; `RetentionBuffer.from_minari` passes it.
         dataset: a `minari.MinariDataset`, the id of a local one, or its folder. Needs the extra `minari`.
@@ -123,10 +133,16 @@ def from_minari(
 
 
 def _labelled(
-    observations: Observations, agent: Reference, normalizer: ObservationNormalizer | None, trust: bool
-) -> dict[str, Any]:
+    observations: Observations, agent: Reference, normalizer: ObservationNormalizer | None, trust: bool,
+    action_masks: Any = None,
+) -> dict[str, Any]:  # fmt: skip
     """Fields of a buffer with an agent's outputs."""
     model, trained, source = resolve_agent(agent, trust)
+    if is_maskable(model.policy) and action_masks is None:
+        raise NsrlError(
+            f"{type(model).__name__} acts under action masks, which only from_arrays takes: pass it action_masks, "
+            "(N, O) bool, or collect the buffer from the environment"
+        )
     if trained is not None and normalizer is not None and not same_statistics(trained, normalizer):
         raise NsrlError(
             "the normalizer has other observation statistics than the agent; leave it out to use the agent's"
@@ -178,6 +194,17 @@ def _recorded(
         "normalizer": normalizer,
         "provenance": {**{key: describe_space(space) for key, space in described.items()}, **circumstances()},
     }
+
+
+def _masked(outputs: np.ndarray, action_masks: Any) -> np.ndarray:
+    """Reference logits with those of invalid actions at -1e8, as `nsrl.rl.collection` has them."""
+    masks = np.asarray(action_masks)
+    if masks.dtype != np.bool_ or masks.shape != outputs.shape or not masks.any(1).all():
+        raise NsrlError(
+            f"action_masks has dtype {masks.dtype} and shape {masks.shape}, but must be bool, {outputs.shape}, with a "
+            "valid action in each row"
+        )
+    return np.where(masks, outputs, np.float32(INVALID))
 
 
 def _mean_one(weights: Any) -> Any:

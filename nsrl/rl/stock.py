@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sb3_contrib import TRPO
+from sb3_contrib import TRPO, MaskablePPO
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
+    BasePolicy,
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
@@ -22,8 +28,14 @@ from torch import Tensor
 from nsrl.errors import NsrlError
 from nsrl.rl.archive import Archive
 
-ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO}
-POLICIES = {cls.__name__: cls for cls in (ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy)}
+ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO, "MaskablePPO": MaskablePPO}
+POLICIES: dict[str, type[BasePolicy]] = {
+    cls.__name__: cls
+    for cls in (
+        ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy,
+        MaskableActorCriticPolicy, MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy,
+    )
+}  # fmt: skip
 # Constructor arguments that describe a run, not an algorithm: a fine-tuning run sets its own.
 OF_THE_RUN = {
     "self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log",
@@ -39,7 +51,7 @@ def rebuilt(archive: Archive, device: str = "cpu") -> OnPolicyAlgorithm:
     """The stock SB3 model that an archive describes, without environment and with a fresh optimizer.
 
     Raises:
-        NsrlError: an algorithm other than PPO, A2C and TRPO, or weights that do not fit the described policy.
+        NsrlError: an algorithm that is not in `ALGORITHMS`, or weights that do not fit the described policy.
     """
     algorithm = named_algorithm(archive.algorithm, archive.path)
     try:
@@ -58,7 +70,7 @@ def rebuilt(archive: Archive, device: str = "cpu") -> OnPolicyAlgorithm:
     return model
 
 
-def bare(algorithm: type[OnPolicyAlgorithm], policy: type[ActorCriticPolicy], device: str) -> OnPolicyAlgorithm:
+def bare(algorithm: type[OnPolicyAlgorithm], policy: type[BasePolicy], device: str) -> OnPolicyAlgorithm:
     """An instance without environment, spaces and networks, as SB3's own `load` starts from."""
     return algorithm(policy, None, device=device, _init_setup_model=False)  # type: ignore[call-arg, arg-type]
 
@@ -82,9 +94,9 @@ def _fill(path: Path, policy: ActorCriticPolicy, state_dict: dict[str, Tensor]) 
 
 
 def named_algorithm(name: str, path: Path) -> type[OnPolicyAlgorithm]:
-    """PPO, A2C or TRPO; NsrlError for any other, whose actions depend on memory or masks too."""
+    """One of `ALGORITHMS`; NsrlError for any other, whose actions depend on memory too."""
     if name not in ALGORITHMS:
-        raise NsrlError(f"{path} is a {name} agent; only PPO, A2C and TRPO agents can be fine-tuned")
+        raise NsrlError(f"{path} is a {name} agent; only PPO, A2C, TRPO and MaskablePPO agents can be fine-tuned")
     return ALGORITHMS[name]
 
 
@@ -94,7 +106,7 @@ def arguments(algorithm: type[BaseAlgorithm]) -> set[str]:
 
 
 def stock_class(algorithm: type[BaseAlgorithm]) -> type[OnPolicyAlgorithm]:
-    """The PPO, A2C or TRPO that a class is or extends; PPO for any other."""
+    """The one of `ALGORITHMS` that a class is or extends; PPO for any other."""
     return next((cls for cls in algorithm.__mro__ if cls in ALGORITHMS.values()), PPO)
 
 

@@ -24,6 +24,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents import Agent
 from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.masking import is_maskable
 from nsrl.rl.policies import Observation, policy_outputs
 from nsrl.rl.preservation import check_exact, random_inputs
 from nsrl.rl.rollout import own_randomness
@@ -163,6 +164,11 @@ def add_actions(
     space = old.action_space
     if not isinstance(space, spaces.Discrete):
         raise NsrlError(f"actions can be added to Discrete action spaces only, but the agent has {space}")
+    if is_maskable(old.policy):
+        raise NsrlError(
+            "actions cannot be added to a MaskablePPO agent: where few others are valid, a low logit is not unlikely; "
+            "declare them before training and mask them meanwhile"
+        )
     if count < 1 or not math.isfinite(margin):
         raise NsrlError(f"count is {count} and margin {margin}, but at least one action and a finite margin are needed")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_contrib import TRPO
@@ -17,14 +16,14 @@ from nsrl.rl.critic import fit_values
 from nsrl.rl.natural import LocalModel, Step
 from nsrl.rl.passes import reached_parameters, select
 from nsrl.rl.policies import action_family
-from nsrl.rl.ppo import RETENTION_FIELDS
-from nsrl.rl.protected import ProtectedMixin, build_config
+from nsrl.rl.pretrained import PretrainedMixin, without_optimizer
 from nsrl.rl.region import PenalisedRegion, RetentionRegion, build_region
 from nsrl.rl.retention import Retention
+from nsrl.rl.stock import hyperparameters
 from nsrl.rl.surrogate import Surrogate
 
 if TYPE_CHECKING:
-    from nsrl.rl.buffer import RetentionBuffer
+    from nsrl.rl.agents import Agent
 
 #: A step that measures too long is shortened to this share of the length that a quadratic KL would allow,
 FITTING = 0.98
@@ -142,7 +141,7 @@ class NaturalTRPO(TRPO):
         self.logger.record("train/cg_iterations", update.step.iterations)
 
 
-class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
+class NullSpaceTRPO(PretrainedMixin, NaturalTRPO):
     """Trust-region policy optimisation under a retention constraint.
 
     Every update minimises the linearised surrogate inside two trust regions, KL(pi_old || pi) <= target_kl on the
@@ -156,76 +155,22 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
         print(model.retention_report())
         model.export("finetuned.zip")          # a stock zip: sb3_contrib.TRPO.load just works
 
+    `from_pretrained` takes a TRPO agent's hyper-parameters; of a PPO or A2C agent the discounts and, of PPO, the length
+    of a rollout: learning rate and minibatches there are those of the policy's loss, here the critic's. The gradient
+    that method="kl_penalty" adds is exact, on all training states.
+
     Saved zips are stock TRPO zips too, and `NullSpaceTRPO.load` reads stock ones.
     """
 
     @classmethod
-    def from_pretrained(
-        cls,
-        agent: Any,
-        env: Any,
-        retain: RetentionBuffer | None = None,
-        kl_budget: float = 0.01,
-        *,
-        method: str = "null_space",
-        penalty: float = 1.0,
-        tensorboard_log: str | None = None,
-        trust: bool = False,
-        trust_buffer: bool = False,
-        normalize: bool = True,
-        n_envs: int = 1,
-        seed: int | None = None,
-        device: str = "cpu",
-        verbose: int = 0,
-        **options: Any,
-    ) -> NullSpaceTRPO:
-        """Take over a pretrained agent for fine-tuning; arguments as for `NullSpacePPO.from_pretrained`.
-
-        Hyper-parameters are the agent's where it is a TRPO agent. From a PPO or A2C agent come the discounts and, from
-        PPO, the length of a rollout: learning rate and minibatches there are those of the policy's loss, here the
-        critic's.
-
-        Args:
-            agent, env, retain, kl_budget, penalty, tensorboard_log, trust, trust_buffer, normalize, n_envs, seed: as
-                there.
-            method: "null_space"; "kl_penalty" (coefficient `penalty`, the penalty's exact gradient on all training
-                states) or "finetune" (the KL is only measured).
-            options: fields of `RetentionConfig` and keyword arguments of TRPO, which override the agent's.
-
-        Raises:
-            NsrlError: unreadable agent, spaces that differ, a foreign or damaged buffer, a bad budget or option.
-        """
-        from nsrl.rl import agents, stock
-
-        retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
-        config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
-        source = agents.load(agent, trust=trust, device=device)
-        settings = {**stock.hyperparameters(source.model, cls), **options}
-        policy_kwargs = dict(settings.pop("policy_kwargs", source.model.policy_kwargs))
-        if isinstance(source.model, A2C):
-            # Its RMSprop and its five-step rollouts are not TRPO's.
-            for key in ("optimizer_class", "optimizer_kwargs"):
-                policy_kwargs.pop(key, None)
+    def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
+        model = source.model
+        settings = {"policy_kwargs": model.policy_kwargs, **hyperparameters(model, cls), **options}
+        if isinstance(model, A2C):
+            # Its five-step rollouts are not TRPO's either.
+            settings["policy_kwargs"] = without_optimizer(settings["policy_kwargs"])
             settings = {key: value for key, value in settings.items() if key != "n_steps" or key in options}
-        env = agents.training_env(env, source.normalizer if normalize else None, seed=seed,
-                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
-        agents.check_spaces(source.model, env)
-        policy: Any = source.model.policy_class
-        model = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
-                    seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
-        model.policy.load_state_dict(source.model.policy.state_dict())
-        if retain is not None:
-            model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
-        return model
-
-    def export(self, path: str | Path) -> Path:
-        """Write a stock SB3 zip (atomically); `sb3_contrib.TRPO.load(path)` acts identically.
-
-        When the environment is VecNormalize-wrapped, its statistics are written beside it as `vecnormalize.pkl`.
-        """
-        from nsrl.rl import agents
-
-        return agents.export(self, path)
+        return settings
 
     def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
                       penalty: float) -> Retention:  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
+from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -134,7 +134,6 @@ def test_custom_policies_need_trust(tmp_path):
 def test_unsupported_agents_are_refused(trust, tmp_path):
     discrete = {"observation_space": VECTOR, "action_space": spaces.Discrete(2)}
     for model, reason in (
-        (build(MaskablePPO, **discrete), "only .*PPO, A2C"),
         (build(RecurrentPPO, "MlpLstmPolicy", **discrete), "only .*PPO, A2C"),
         (build(use_sde=True), "use_sde=False"),
         (DQN("MlpPolicy", FakeEnv(**discrete), buffer_size=1, device="cpu"), "on-policy"),

@@ -13,14 +13,16 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.distributions import Categorical, kl_divergence
 
-from nsrl import NullSpacePPO, RetentionBuffer, protect
+from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
-from nsrl.rl import agents
+from nsrl.rl import agents, surgery
 from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.evaluation import evaluate
 from nsrl.rl.masking import INVALID, MaskedCategorical, masked_by
 
 SIZES = {"discrete": (4,), "multi": (3, 2)}
@@ -188,13 +190,124 @@ def test_masks_of_another_size_are_refused() -> None:
         RetentionBuffer.collect(build(env=env), env, n_states=5)
 
 
-def test_only_protect_takes_a_maskable_agent(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error:.*exist only pickled")
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_zip_is_loaded_without_unpickling_and_protected(kind: str, tmp_path: Path) -> None:
+    model = build(kind).learn(64)
+    model.save(tmp_path / "agent.zip")
+    agent = agents.load(tmp_path / "agent.zip", envs(kind))
+    assert type(agent.model) is MaskablePPO and agents.load(agent) is agent
+    assert agents.fingerprint(agent.model.policy) == agents.fingerprint(model.policy)
+    assert agent.model.n_steps == 32 and agent.hyperparameters["n_epochs"] == 3
+    buffer = RetentionBuffer.collect(tmp_path / "agent.zip", envs(kind), n_states=60)
+    assert buffer.digest() == RetentionBuffer.collect(model, envs(kind), n_states=60).digest()
+    fine = protect(agents.attach_env(agent, envs(kind), seed=3), retain=buffer, kl_budget=1e-3)
+    fine.learn(3 * 32 * 4)
+    report = fine.retention_report()
+    assert report.updates == 4 and 0.0 < report.kl_mean <= 1e-3
+    stock = MaskablePPO.load(agents.export(fine, tmp_path / "fine"), device="cpu")
+    observations = np.array(buffer.observations)
+    masks = valid(observations, kind)
+    played = [m.predict(observations, deterministic=True, action_masks=masks)[0] for m in (stock, fine)]
+    assert np.array_equal(*played)
+
+
+@pytest.mark.parametrize("algorithm", [NullSpacePPO, NullSpaceTRPO])
+def test_other_algorithms_say_how_to_keep_a_maskable_agent_s_own(algorithm: Any, tmp_path: Path) -> None:
     model = build()
     model.save(tmp_path / "agent.zip")
-    with pytest.raises(NsrlError, match=r"protect\(model, retain=buffer\)"):
-        agents.load(model)
-    with pytest.raises(NsrlError, match="MaskablePPO agent; only PPO, A2C and TRPO"):
-        NullSpacePPO.from_pretrained(tmp_path / "agent.zip", envs())
+    for source in (model, tmp_path / "agent.zip", agents.load(tmp_path / "agent.zip")):
+        with pytest.raises(NsrlError, match=r"MaskablePPO, whose action masks .*attach_env.*protect\(model") as caught:
+            algorithm.from_pretrained(source, envs())
+        assert "\n" not in str(caught.value)
+
+
+def test_attaching_an_environment_takes_statistics_along_and_leaves_the_policy_alone(tmp_path: Path) -> None:
+    model = build(env=VecNormalize(envs())).learn(96)
+    agents.export(model, tmp_path / "agent")
+    agent = agents.load(tmp_path / "agent.zip")
+    before = agents.fingerprint(agent.model.policy)
+    attached = agents.attach_env(agent, DummyVecEnv([Corridor] * 2), seed=0)
+    around = attached.get_vec_normalize_env()
+    assert attached is agent.model and attached.n_envs == 2 and agents.fingerprint(attached.policy) == before
+    assert around is not None and np.array_equal(around.obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
+    attached.learn(64)
+    with pytest.raises(NsrlError, match="action space"):
+        agents.attach_env(agent, envs("multi"))
+
+
+class Scored(Corridor):
+    """The reward tells the actions apart."""
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        after, _, terminated, truncated, info = super().step(action)
+        return after, float((np.ravel(action) + 1) @ [1.0, 10.0][: np.size(action)]), terminated, truncated, info
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_evaluation_plays_under_the_masks_of_the_environment(kind: str, tmp_path: Path) -> None:
+    model = build(kind).learn(64)
+    expected = []
+    for episode in range(5):
+        env = Scored(kind)
+        seen, total, done = env.reset(seed=50 + episode)[0], 0.0, False
+        while not done:
+            action = model.predict(seen, deterministic=True, action_masks=env.action_masks())[0]
+            seen, reward, done, _, _ = env.step(action)
+            total += reward
+        expected.append(total)
+    copies = [Scored(kind), Scored(kind)]
+    vectors = DummyVecEnv([lambda: Scored(kind)] * 2)
+    model.save(tmp_path / "agent.zip")
+    for played in (Scored(kind), copies, vectors):
+        found = evaluate(tmp_path / "agent.zip", played, episodes=5, seed=50)
+        # DummyVecEnv seeds its next episodes itself, so that only those from fresh seeds are comparable
+        assert found.returns[:2] == tuple(expected[:2]) and len(found.returns) == 5
+    assert evaluate(model, copies, episodes=5, seed=50).returns == tuple(expected)
+    drawn = evaluate(model, copies, episodes=5, seed=50, deterministic=False)  # Corridor refuses what is not valid
+    assert drawn.returns != tuple(expected)
+    assert drawn.returns == evaluate(model, Scored(kind), episodes=5, seed=50, deterministic=False).returns
+
+
+def test_masked_returns_are_those_of_sb3_contrib() -> None:
+    model = build().learn(64)
+    theirs, _ = evaluate_policy(model, DummyVecEnv([Scored]), n_eval_episodes=300, warn=False)
+    ours = evaluate(model, DummyVecEnv([Scored] * 10), episodes=300)
+    assert ours.mean == pytest.approx(theirs, abs=4 * ours.std / 300**0.5 * 2**0.5)
+    free = model.policy.predict(np.zeros((1, 3), np.float32), deterministic=True)[0]
+    assert evaluate(model, Open(), episodes=1).returns and free.shape == (1,)
+
+
+def test_arrays_carry_masks() -> None:
+    model = build().learn(64)
+    collected = RetentionBuffer.collect(model, envs(), n_states=40)
+    masks = valid(np.asarray(collected.observations))
+    options = {"heldout": collected.heldout}
+    labelled = RetentionBuffer.from_arrays(collected.observations, model, action_masks=masks, **options)
+    assert labelled.digest() == collected.digest()
+    given = RetentionBuffer.from_arrays(
+        collected.observations, outputs=np.where(masks, collected.outputs, 0.0), action_space=model.action_space,
+        action_masks=masks, **options,
+    )  # fmt: skip
+    assert given.digest() == collected.digest()
+    both = RetentionBuffer.from_agents([model, model], envs(), 20, reference=model)
+    assert np.array_equal(both.outputs > -1e7, valid(np.asarray(both.observations)))
+    both.check(model)
+    for wrong in (masks[:5], masks.astype(int), np.zeros_like(masks)):
+        with pytest.raises(NsrlError, match="must be bool"):
+            RetentionBuffer.from_arrays(collected.observations, model, action_masks=wrong)
+    with pytest.raises(NsrlError, match="pass it action_masks"):
+        RetentionBuffer.from_arrays(collected.observations, model)
+
+
+def test_surgery_widens_a_maskable_agent_and_refuses_to_add_actions() -> None:
+    model = build().learn(64)
+    buffer = RetentionBuffer.collect(model, envs(), n_states=40)
+    wide = surgery.add_context(model, 1, scale=0.1)
+    assert type(wide) is MaskablePPO
+    surgery.widen_buffer(buffer, wide).check(wide)
+    with pytest.raises(NsrlError, match="cannot be added to a MaskablePPO"):
+        surgery.add_actions(model, 1)
 
 
 logits = st.lists(st.floats(-5, 5), min_size=4, max_size=4)

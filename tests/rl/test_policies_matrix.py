@@ -28,6 +28,7 @@ from nsrl.errors import NsrlError
 from nsrl.projection import jacobian
 from nsrl.rl import agents
 from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.evaluation import evaluate
 from nsrl.rl.policies import policy_outputs
 
 FLAT = spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -346,6 +347,26 @@ def test_the_value_loss_moves_shared_features_in_the_null_space_only(name: str, 
     share = float((rows @ moved).norm() / (torch.linalg.matrix_norm(rows, 2) * moved.norm()))
     assert moved.norm() > 1e-3 and model.retention.rollbacks == 0
     assert share < 1e-4 if budget == 0.0 else share > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("masked", "A2C"))])
+def test_an_agent_s_zip_is_collected_from_protected_played_and_exported_under_its_own_algorithm(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    trained = case.build()
+    trained.save(tmp_path / "agent.zip")
+    agent = agents.load(tmp_path / "agent.zip", case.env())
+    assert type(agent.model) is case.algorithm
+    buffer = collected(case, tmp_path / "agent.zip")
+    assert buffer.digest() == collected(case, trained).digest()
+    model = agents.attach_env(agent, DummyVecEnv([case.env] * 3), seed=1)
+    protect(model, retain=buffer, kl_budget=BUDGET, preserve=case.preserve)
+    model.learn(2 * 3 * 16)
+    assert model.retention.updates == 2 and 0.0 < own_kl(model) <= BUDGET * (1 + 1e-4)
+    check_export(case, model, buffer, tmp_path)
+    played = [evaluate(source, DummyVecEnv([case.env] * 2), episodes=4) for source in (model, tmp_path / "agent.zip")]
+    assert all(set(found.lengths) <= set(range(1, 8)) for found in played)
 
 
 @pytest.mark.parametrize("name", ["image box, separate", "dict with image, shared", "flat box, mode"])

@@ -10,8 +10,10 @@ matrix is wanted, not here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,10 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 from nsrl.rl.policies import Observation
+from nsrl.rl.preconditioner import LayerFactors
+
+#: States that Kronecker factors are made of, at least, where there are as many: they only have to be roughly right.
+FACTOR_STATES = 512
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class Passes(Protocol):
 
     def pieces(self, cotangents: Tensor) -> list[Tensor]:
         """J^T u as one tensor a parameter."""
+        ...
+
+    def factors(self, seeds: Tensor) -> list[LayerFactors]:
+        """Kronecker factors of (S J)^T S J for seeds S (N, R, O), of the linear layers that are known to be ones."""
         ...
 
 
@@ -147,6 +157,28 @@ class LayerPasses:
                 cotangents = cotangents @ stage.layer.weight
         return pieces
 
+    @torch.no_grad()
+    def factors(self, seeds: Tensor) -> list[LayerFactors]:
+        """See `Passes`."""
+        starts = [0, *accumulate(parameter.numel() for parameter in self._parameters)]
+        every = max(1, len(seeds) // FACTOR_STATES)
+        cotangents = math.sqrt(every) * seeds[::every].transpose(0, 1)
+        found = []
+        for number in reversed(range(len(self._stages))):
+            stage = self._stages[number]
+            if stage.activation is not None:
+                out = self._values[number + 1][::every]
+                cotangents = stage.activation.slope(cotangents, out.expand_as(cotangents))
+            if stage.weight is not None:
+                inputs, rows = self._values[number][::every], cotangents.flatten(0, 1)
+                if stage.bias is not None:
+                    inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+                bias = None if stage.bias is None else starts[stage.bias]
+                found.append(LayerFactors(inputs.T @ inputs / len(inputs), rows.T @ rows, starts[stage.weight], bias))
+            if number > 0:
+                cotangents = cotangents @ stage.layer.weight
+        return found
+
 
 class GraphPasses:
     """Passes through any network, by autograd.
@@ -179,6 +211,10 @@ class GraphPasses:
     def pieces(self, cotangents: Tensor) -> list[Tensor]:
         """See `Passes`."""
         return list(torch.autograd.grad(self._graph, self._parameters, cotangents, retain_graph=True))
+
+    def factors(self, seeds: Tensor) -> list[LayerFactors]:
+        """None: what is inside is not known."""
+        return []
 
 
 def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> tuple[Stage, ...] | None:

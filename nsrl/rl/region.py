@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -16,8 +17,9 @@ from nsrl.rl.baselines import Monitor, build_engine
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.natural import LocalModel, Product, Products, Step
+from nsrl.rl.preconditioner import LayerFactors
 from nsrl.rl.retention import Retention
-from nsrl.rl.trust import retained_step
+from nsrl.rl.trust import Multipliers, retained_step
 
 #: Settings that shape the many small steps of a first-order optimizer.
 FIRST_ORDER = ("gradient", "projection", "project_every", "batch_states", "rate", "damping")
@@ -68,6 +70,10 @@ class _Embedded:
         out[self.columns] = pulled
         return out
 
+    def factors(self) -> list[LayerFactors]:
+        places = self.columns.nonzero().flatten().tolist()
+        return [factors.shifted(places.__getitem__) for factors in self.inner.factors()]
+
 
 class RetentionRegion(Retention):
     """Keeps a natural-gradient algorithm's policy inside the budget.
@@ -94,6 +100,17 @@ class RetentionRegion(Retention):
         super().__init__(model, constraint, config)
         self._step: Step | None = None
         self._restorations = 0
+        self._guess: Multipliers | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the base class's, and the multipliers of the last step."""
+        return {**super().state_dict(), "guess": None if self._guess is None else asdict(self._guess)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the base class's."""
+        super().load_state_dict(state)
+        guess = state.get("guess")  # checkpoints of older versions have none
+        self._guess = None if guess is None else Multipliers(**guess)
 
     def begin(self) -> None:
         """Prepare one policy update."""
@@ -114,7 +131,8 @@ class RetentionRegion(Retention):
         else:
             model = self.constraint.quadratic(self.constraint.train)
             quadratic = replace(model, jacobian=embedding.jacobian(model.jacobian))
-            self._step = retained_step(local, quadratic, self.multiplier.target)
+            self._step = retained_step(local, quadratic, self.multiplier.target, guess=self._guess)
+            self._guess = Multipliers(self._step.scale, self._step.multiplier)
             self._coefficients.append(self._step.multiplier)
         self.seconds["project"] += perf_counter() - start
         return self._step

@@ -7,8 +7,9 @@ buffer (see `nsrl.projection.budget`), K = J_ret^T J_ret, it solves
 
 Stationarity leaves two numbers, mu and s, in (F + mu K) d = -(s g + mu J_ret^T rho). In a subspace of some tens of
 directions F and K become diagonal together, so that every (mu, s) costs nothing there and the root in mu, at which both
-constraints bind, is found by bisection. The subspace starts as the Krylov space of the plain natural gradient and grows
-by conjugate gradients on what is left of the stationarity condition, until that is small.
+constraints bind, is found by bisection. The subspace starts as the (preconditioned) Krylov space of the gradient, at
+the mu of the step before, and grows by conjugate gradients on what is left of the stationarity condition, until that is
+small.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor
 
 from nsrl.rl.natural import LocalModel, Products, Step, conjugate_gradients
+from nsrl.rl.preconditioner import KroneckerPreconditioner
 
 #: Range in which the ratio of the multipliers, retention over rollout, is looked for.
 MULTIPLIERS = (1e-6, 1e6)
 #: Largest multiplier that conjugate gradients are run with: beyond it they only see the buffer.
 STIFF = 1e3
+#: Residual of stationarity that is let be, in units of the precision of conjugate gradients: 0.3 costs 1 % of the gain.
+STATIONARITY = 3.0
 #: Share of the largest eigenvalue below which a combination of float32 directions is round-off.
 ROUND_OFF = 1e-6
 
@@ -53,6 +57,19 @@ class Quadratic:
 
 
 @dataclass(frozen=True)
+class Multipliers:
+    """The two numbers of the stationarity condition.
+
+    Attributes:
+        scale: s.
+        multiplier: mu.
+    """
+
+    scale: float
+    multiplier: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """The solution within a subspace.
 
@@ -62,6 +79,7 @@ class Candidate:
         multiplier: mu.
         kl: 1/2 d^T F d.
         retained: modelled KL on the buffer.
+        free: what the linearised surrogate gains by the best step without the buffer in the same subspace.
     """
 
     displacement: Tensor
@@ -69,37 +87,47 @@ class Candidate:
     multiplier: float
     kl: float
     retained: float
+    free: float
 
 
-def retained_step(local: LocalModel, retention: Quadratic, budget: float, rounds: int = 2) -> Step:
+def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, guess: Multipliers | None = None,
+                  rounds: int = 2) -> Step:  # fmt: skip
     """The step inside both trust regions; where the buffer's is out of reach, no modelled KL above today's is allowed.
 
     Args:
         local: the rollout.
         retention: the buffer, over the same parameters.
         budget: largest modelled KL on the buffer.
+        guess: those of the step before, which change slowly: they say what the subspace is to begin with.
         rounds: growths of the subspace at most, each by one run of conjugate gradients.
     """
-    free, directions = local.explore()
-    predicted = retention.predict(free.displacement)
-    if predicted <= budget or not free.gain > 0.0:  # NaN too: no step
-        return replace(free, retained=predicted)
     subspace = Subspace(local, retention)
-    for direction in [*directions, subspace.slope]:
-        subspace.add(direction)
-    products = len(directions)
+    scale, multiplier = (0.0, 0.0) if guess is None else (guess.scale, min(guess.multiplier, STIFF))
+    if multiplier > 0.0:
+        products = subspace.grow(-(scale * local.gradient + multiplier * subspace.slope), multiplier)
+        subspace.add(subspace.divide(local.gradient, multiplier))
+    else:
+        free, directions = local.explore()
+        predicted = retention.predict(free.displacement)
+        if predicted <= budget or not free.gain > 0.0:  # NaN too: no step
+            return replace(free, retained=predicted)
+        for direction in directions:
+            subspace.add(direction)
+        products = len(directions)
+    subspace.add(subspace.divide(subspace.slope, multiplier))
     found = subspace.solve(budget)
+    if multiplier > 0.0 and not found.multiplier > 2.0 * MULTIPLIERS[0]:
+        return retained_step(local, retention, budget, rounds=rounds)
     missing, residual = subspace.missing(found)
-    while residual > local.precision and rounds > 0:
-        grow = partial(subspace.add, multiplier=min(found.multiplier, STIFF))
-        solution = conjugate_gradients(grow, missing, local.iterations, local.precision)
-        products += len(solution.directions)
+    while residual > STATIONARITY * local.precision and rounds > 0:
+        products += subspace.grow(missing, min(found.multiplier, STIFF))
         found = subspace.solve(budget)
         missing, residual = subspace.missing(found)
         rounds -= 1
     gain = -float(local.gradient @ found.displacement)
-    kept = gain / free.gain
-    return Step(found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products)
+    kept = gain / found.free if found.free > 0.0 else 0.0
+    return Step(found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products,
+                found.scale)  # fmt: skip
 
 
 class Subspace:
@@ -107,15 +135,23 @@ class Subspace:
 
     Attributes:
         slope: gradient of the buffer's KL, J_ret^T rho, shape (P,).
+        divide: an approximate inverse of F + damping + multiplier K.
     """
 
     def __init__(self, local: LocalModel, retention: Quadratic):
         self.local = local
         self.retention = retention
         self.slope = retention.jacobian.rmatvec(retention.residual)
+        self.divide = KroneckerPreconditioner(local.fisher.factors(), local.damping, retention.jacobian.factors())
         self._directions: list[Tensor] = []
         self._rollout: list[Tensor] = []
         self._buffer: list[Tensor] = []
+
+    def grow(self, rhs: Tensor, multiplier: float) -> int:
+        """Add the directions of conjugate gradients on F + damping + multiplier K; returns their number."""
+        add, divide = (partial(method, multiplier=multiplier) for method in (self.add, self.divide))
+        found = conjugate_gradients(add, rhs, self.local.iterations, self.local.precision, divide)
+        return len(found.directions)
 
     def add(self, direction: Tensor, multiplier: float = 0.0) -> Tensor:
         """Add a direction (P,); returns its product with F + damping + multiplier K."""
@@ -129,13 +165,17 @@ class Subspace:
         return self._product(direction, rollout, buffer, multiplier)
 
     def missing(self, found: Candidate) -> tuple[Tensor, float]:
-        """What stationarity lacks at a candidate, b - (F + damping + mu K) d, and its size relative to b."""
+        """What stationarity lacks at a candidate, b - (F + damping + mu K) d, and its size relative to b.
+
+        Sizes are those of the preconditioner, as in conjugate gradients.
+        """
         wanted = -(found.scale * self.local.gradient + found.multiplier * self.slope)
         rollout = self.local.fisher.matvec(found.displacement)
         buffer = self.retention.jacobian.matvec(found.displacement)
         missing = wanted - self._product(found.displacement, rollout, buffer, found.multiplier)
-        size = float(wanted.norm())
-        return missing, float(missing.norm()) / size if size > 0.0 else 0.0
+        multiplier = min(found.multiplier, STIFF)
+        size, left = (float(vector @ self.divide(vector, multiplier)) for vector in (wanted, missing))
+        return missing, math.sqrt(max(left, 0.0) / size) if size > 0.0 else 0.0
 
     def solve(self, budget: float) -> Candidate:
         """The best displacement in the span that both models allow."""
@@ -153,7 +193,8 @@ class Subspace:
         coordinates, scale, multiplier = diagonal.bisect(room) or diagonal.bisect(max(room, 0.0)) or diagonal.rest()
         displacement = directions.T @ (basis @ coordinates)
         retained = self.retention.divergence + diagonal.change(coordinates)
-        return Candidate(displacement.to(self.local.gradient), scale, multiplier, diagonal.kl(coordinates), retained)
+        return Candidate(displacement.to(self.local.gradient), scale, multiplier, diagonal.kl(coordinates), retained,
+                         diagonal.free_gain())  # fmt: skip
 
     def _product(self, direction: Tensor, rollout: Tensor, buffer: Tensor, multiplier: float) -> Tensor:
         product = self.local.fisher.rmatvec(rollout) + self.local.damping * direction
@@ -225,6 +266,12 @@ class _Diagonal:
     def change(self, coordinates: Tensor) -> float:
         """Of the buffer's modelled KL."""
         return float(self.slope @ coordinates) + 0.5 * float(coordinates @ (self.shares * coordinates))
+
+    def free_gain(self) -> float:
+        """Gain of the natural-gradient step at the edge of the rollout's region."""
+        towards, _ = self._stationary(0.0)
+        length = self.kl(towards)
+        return -float(self.gradient @ towards) * math.sqrt(self.radius / length) if length > 0.0 else math.inf
 
     def _stationary(self, multiplier: float) -> tuple[Tensor, Tensor]:
         """X and y of d = s x + y."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from nsrl.rl.natural import LocalModel
-from nsrl.rl.trust import Quadratic, retained_step
+from nsrl.rl.trust import Multipliers, Quadratic, retained_step
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Dense:
 
     def rmatvec(self, rows: Tensor) -> Tensor:
         return self.rows.T @ rows
+
+    def factors(self) -> list[object]:
+        return []
 
 
 def problem(size: int, seed: int, *, offset: float = 0.0, damping: float = 0.0, radius: float = 0.01,
@@ -83,7 +87,7 @@ def test_an_inactive_budget_leaves_the_natural_gradient_alone() -> None:
 def test_the_stationarity_condition_holds_to_the_reported_residual(iterations: int, rounds: int, expected: float):
     local, retention = problem(30, 1, offset=0.05, damping=0.1, ranks=(20, 15))
     local = replace(local, iterations=iterations)
-    step = retained_step(local, retention, 0.002, rounds)
+    step = retained_step(local, retention, 0.002, rounds=rounds)
     fisher, buffer = local.fisher.rows, retention.jacobian.rows
     form = fisher.T @ fisher + 0.1 * torch.eye(30, dtype=torch.float64) + step.multiplier * buffer.T @ buffer
     slope = buffer.T @ retention.residual
@@ -101,10 +105,34 @@ def test_few_iterations_keep_to_both_regions_and_more_gain_more() -> None:
     for iterations, rounds in ((2, 0), (2, 1), (4, 2), (60, 4)):
         local, retention = problem(60, 2, offset=0.06, damping=0.05, ranks=(50, 40))
         local = replace(local, iterations=iterations)
-        step = retained_step(local, retention, 0.002, rounds)
+        step = retained_step(local, retention, 0.002, rounds=rounds)
         assert step.kl <= local.radius * (1 + 1e-6) and step.retained <= 0.002 * (1 + 1e-6)
         gains.append(step.gain)
     assert gains == sorted(gains) and gains[-1] > 1.2 * gains[0] > 0.0
+
+
+@pytest.mark.parametrize("guess", [Multipliers(0.05, 0.5), Multipliers(1e-4, 50.0), Multipliers(10.0, math.inf)])
+def test_a_guess_changes_the_way_and_not_the_end(guess: Multipliers) -> None:
+    local, retention = problem(30, 5, offset=0.05, damping=0.1, ranks=(40, 20))
+    plain, guessed = (retained_step(local, retention, 0.002, guess=start, rounds=6) for start in (None, guess))
+    assert guessed.gain == pytest.approx(plain.gain, rel=1e-4)
+    assert guessed.multiplier == pytest.approx(plain.multiplier, rel=1e-2)
+    assert guessed.kl <= local.radius * (1 + 1e-6) and guessed.retained <= 0.002 * (1 + 1e-6)
+
+
+def test_a_good_guess_saves_iterations() -> None:
+    local, retention = problem(200, 6, offset=0.05, damping=0.1, ranks=(150, 100))
+    exact = retained_step(local, retention, 0.002, rounds=6)
+    few = replace(local, iterations=10)
+    good = Multipliers(exact.scale, exact.multiplier)
+    gains = [retained_step(few, retention, 0.002, guess=guess, rounds=0).gain for guess in (None, good)]
+    assert gains[0] < gains[1] <= exact.gain * (1 + 1e-6)
+
+
+def test_a_guess_does_not_hide_that_the_budget_is_inactive() -> None:
+    local, retention = problem(6, 0)
+    step, free = retained_step(local, retention, 1e3, guess=Multipliers(1.0, 3.0)), local.step()
+    assert torch.equal(step.displacement, free.displacement) and step.multiplier == 0.0
 
 
 def test_a_tighter_budget_gains_less_and_has_a_larger_multiplier() -> None:

@@ -42,7 +42,8 @@ class RetentionConfig:
         project_every: project after every so many minibatches.
         subset_states: states linearised, re-drawn for every rollout, when something is projected inside the update.
         selection: which states are linearised: "random" ones, or "active", half of them those of largest current KL and
-            half random, each weighted by how many states it stands for.
+            half random, each weighted by how many states it stands for. On CartPole no fewer states suffice then than
+            at random (`nsrl bench cartpole_selection`).
         batch_states: buffer states in each Lagrangian minibatch.
         target: share of the budget that the multiplier and the restoration aim at; the rest is slack.
         rate: integral gain of the multiplier, per minibatch, on the relative excess of KL.

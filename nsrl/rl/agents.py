@@ -200,21 +200,27 @@ def training_env(
 
 
 def attach_env(
-    agent: Agent, env: str | gym.Env | VecEnv, *, seed: int | None = None, n_envs: int = 1
+    source: str | os.PathLike[str] | BaseAlgorithm | Agent,
+    env: str | gym.Env | VecEnv,
+    *,
+    seed: int | None = None,
+    n_envs: int = 1,
+    trust: bool = False,
 ) -> OnPolicyAlgorithm:
-    """The agent's model with a task to learn, ready for `protect` and `learn`; for algorithms that stay what they are.
+    """An agent's model with a task to learn, ready for `protect` and `learn`; for algorithms that stay what they are.
 
-        model = agents.attach_env(agents.load("maskable.zip"), new_env, n_envs=8)
+        model = agents.attach_env("maskable.zip", new_env, n_envs=8)
         protect(model, retain=buffer, kl_budget=0.01).learn(600_000)
 
     Args:
-        agent: its model is changed in place; weights, optimizer and hyper-parameters are kept.
+        source, trust: as in `load`; a model in memory is changed in place, and keeps its optimizer.
         env, n_envs: as in `training_env`.
         seed: of the run.
 
     Raises:
-        NsrlError: as `training_env`.
+        NsrlError: as `load` and `training_env`.
     """
+    agent = load(source, trust=trust)
     model = agent.model
     wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
     check_spaces(model, wrapped)

@@ -145,7 +145,8 @@ def _number(entry: str, kind: str) -> float | int | bool:
 
 
 def _shows(values: np.ndarray, text: str) -> bool:
-    if len(_entries(text)) == 1:
-        return bool(np.all(values == float(text)))
+    entries = _entries(text)
+    if len(entries) == 1:
+        return bool(np.all(values == float(entries[0])))
     with np.printoptions(threshold=1000, edgeitems=3, precision=8, suppress=False):
-        return _entries(str(values)) == _entries(text)
+        return _entries(str(values)) == entries

@@ -174,6 +174,13 @@ class FrozenMeanStd(RunningMeanStd):
         """Do nothing."""
 
 
+def freeze_observations(vec_normalize: VecNormalize) -> None:
+    """Stop the observation statistics of a VecNormalize where they are, in place; those of rewards go on."""
+    normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize)
+    if normalizer is not None:
+        vec_normalize.obs_rms = running_statistics(normalizer, FrozenMeanStd)
+
+
 class RetainingVecNormalize(VecNormalize):
     """VecNormalize for fine-tuning: the agent's observation statistics frozen, reward statistics fresh.
 

@@ -16,10 +16,12 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 
+#: Where modules are that only the critic has.
+CRITIC = ("mlp_extractor.value_net", "value_net", "vf_features_extractor")
 Observation = Tensor | dict[str, Tensor]
 
 FAMILIES: dict[type, str] = {
@@ -66,6 +68,22 @@ def action_family(policy: BasePolicy) -> str:
         why = REFUSED.get(kind, "it is none of the distributions that SB3's on-policy algorithms make")
         raise NsrlError(f"policies with {kind.__name__} cannot be protected: {why}")
     return family
+
+
+def check_steady(policy: BasePolicy, algorithm: str) -> None:
+    """Raise NsrlError where the actor computes something else in train mode than when it acts.
+
+    SB3's PPO and A2C update in train mode; no KL of a policy holds that is random or depends on the batch there, and
+    the running statistics of batch normalisation move the policy where no constraint on its parameters can see it.
+    """
+    for name, module in policy.named_modules():
+        noisy = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0
+        if name.startswith(CRITIC) or not (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            continue
+        raise NsrlError(
+            f"{name} is {type(module).__name__}, with which {algorithm} updates another policy than the one that acts; "
+            "replace it (LayerNorm will do), or fine-tune with NullSpaceTRPO, which updates in eval mode"
+        )
 
 
 def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tensor:

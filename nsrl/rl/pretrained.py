@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.masking import is_maskable
 from nsrl.rl.protected import ProtectedMixin, build_config
+from nsrl.rl.stock import stock_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,13 +76,14 @@ class PretrainedMixin(ProtectedMixin):
         from nsrl.rl import agents
 
         retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
+        _check_options(cls, options)
         config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
         source = agents.load(agent, trust=trust, device=device)
         if is_maskable(source.model.policy):
             raise NsrlError(
                 f"{source.path or 'the agent'} is a {type(source.model).__name__}, whose action masks {cls.__name__} "
-                "would not apply; keep its algorithm: model = agents.attach_env(agents.load(agent), env), then "
-                "protect(model, retain=buffer) and model.learn(...) (agents is nsrl.rl.agents)"
+                "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
+                "protect(model, retain=buffer) and model.learn(...)"
             )
         settings = cls._inherited(source, options)
         policy_kwargs = dict(settings.pop("policy_kwargs"))
@@ -87,7 +93,12 @@ class PretrainedMixin(ProtectedMixin):
         policy: Any = source.model.policy_class
         model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
                          seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
-        model.policy.load_state_dict(source.model.policy.state_dict())
+        try:
+            model.policy.load_state_dict(source.model.policy.state_dict())
+        except RuntimeError as error:
+            raise NsrlError(
+                f"policy_kwargs {policy_kwargs} makes another network than the agent's; leave net_arch and the like out"
+            ) from error
         if retain is not None:
             model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
         return model
@@ -105,6 +116,16 @@ class PretrainedMixin(ProtectedMixin):
         from nsrl.rl import agents
 
         return agents.export(self, path)
+
+
+def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) -> None:
+    stock = stock_class(algorithm)
+    known = [*inspect.signature(stock.__init__).parameters, *RETENTION_FIELDS]
+    for key in options:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see RetentionConfig and the arguments of the algorithm"
+            raise NsrlError(f"{key!r} is no setting of {stock.__name__} or of retention; {hint}")
 
 
 def without_optimizer(policy_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from nsrl.errors import NsrlError
 from nsrl.rl.baselines import build_engine
+from nsrl.rl.collection import same_statistics
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
-from nsrl.rl.policies import action_family
+from nsrl.rl.normalization import ObservationNormalizer, freeze_observations
+from nsrl.rl.policies import action_family, check_steady
 from nsrl.rl.retention import Retention
 
 if TYPE_CHECKING:
@@ -70,8 +73,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
 
     Attributes:
         retention: the engine, or None while nothing is protected.
+        updates_in_eval_mode: whether batch normalisation and dropout are off in updates.
     """
 
+    updates_in_eval_mode = False
     retention: Retention | None = None
     _learning_seconds: float = 0.0
 
@@ -79,28 +84,37 @@ class ProtectedMixin(OnPolicyAlgorithm):
                   method: str = "null_space", penalty: float = 1.0) -> None:  # fmt: skip
         """Put the budget in force from the next update on.
 
+        The observation statistics of a VecNormalize around the model's environment are frozen: while they move, the
+        policy's map from raw observations to actions does too.
+
         Args:
             retain: the buffer; must have been made with this very policy unless `trust_buffer`.
             config: how the budget is kept.
-            trust_buffer: skip the check that the buffer's reference outputs are this policy's (see
-                `RetentionBuffer.check`).
+            trust_buffer: skip the checks that the buffer's reference outputs are this policy's (see
+                `RetentionBuffer.check`) and its observation statistics those of the environment.
             method: "null_space", or a baseline through the same loop: "kl_penalty" or "finetune".
             penalty: coefficient of the KL penalty.
 
         Raises:
-            NsrlError: spaces differ, another agent's buffer, or the policy is over the budget already.
+            NsrlError: spaces or observation statistics differ, another agent's buffer, a network that acts otherwise
+                in train mode, or the policy is over the budget already.
         """
         model: Any = self
-        if isinstance(retain, str):
+        from nsrl.rl.buffer import RetentionBuffer
+
+        if not isinstance(retain, RetentionBuffer):
             raise NsrlError(
-                f"retain takes the buffer, not {retain!r}; what of the policy is retained, its mode or its whole "
-                'distribution, is preserve="mode" or preserve="distribution"'
+                f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
+                'retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
             )
+        if self.updates_in_eval_mode:
+            model.policy.set_training_mode(False)
+        else:
+            check_steady(model.policy, type(self).__name__)
+        around = model.get_vec_normalize_env()
+        if around is not None and around.norm_obs and not trust_buffer:
+            _check_statistics(around, retain)
         retain.check(model, trust_agent=trust_buffer)
-        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
-            model.policy.log_std.data.fill_(config.log_std_init)
-        if config.critic == "reset":
-            reset_critic(model.policy)
         config = config.with_overall_budget()
         constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
         retention = self._build_engine(constraint, config, method, penalty)
@@ -111,6 +125,12 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
                 f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
             )
+        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
+            model.policy.log_std.data.fill_(config.log_std_init)
+        if config.critic == "reset":
+            reset_critic(model.policy)
+        if around is not None:
+            freeze_observations(around)
         self.retention = retention
 
     def train(self) -> None:
@@ -178,7 +198,7 @@ def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, 
     """Put a KL budget around an existing SB3 PPO, A2C, TRPO or MaskablePPO, in place.
 
     The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself
-    (`NullSpaceTRPO` for TRPO).
+    (`NullSpaceTRPO` for TRPO); the observation statistics of a VecNormalize around its environment are frozen.
 
     Args:
         model: any SB3 on-policy algorithm whose `train()` steps one optimizer.
@@ -203,10 +223,25 @@ def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, 
         config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
     elif options:
         config = replace(config, **options)
+    cls = type(model)
     if not isinstance(model, ProtectedMixin):
-        model.__class__ = _protected_class(type(model))  # type: ignore[assignment]
-    model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
+        model.__class__ = _protected_class(cls)  # type: ignore[assignment]
+    try:
+        model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
+    except NsrlError:
+        model.__class__ = cls
+        raise
     return model
+
+
+def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
+    """Raise NsrlError unless the policy sees the buffer's states as it sees those of its environment."""
+    seen = ObservationNormalizer.from_vec_normalize(around)
+    if seen is None or buffer.normalizer is None or not same_statistics(seen, buffer.normalizer):
+        raise NsrlError(
+            "the VecNormalize around the model's environment has other observation statistics than the buffer, whose "
+            "states the policy would see otherwise than it does in training; collect the buffer with these statistics"
+        )
 
 
 def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:

@@ -162,6 +162,8 @@ class NullSpaceTRPO(PretrainedMixin, NaturalTRPO):
     Saved zips are stock TRPO zips too, and `NullSpaceTRPO.load` reads stock ones.
     """
 
+    updates_in_eval_mode = True
+
     @classmethod
     def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
         model = source.model

@@ -240,6 +240,15 @@ def test_spaces_are_read_back_from_their_text(space, printed_before):
     assert read == space and read.dtype == space.dtype and read.shape == space.shape
 
 
+@pytest.mark.parametrize("printed_before", [False, True])
+def test_a_box_of_one_entry_is_read_back_beside_its_env(printed_before):
+    space = spaces.Box(-2.0, 2.0, (1,), np.float32)  # Pendulum's torque; "[-2.]" unless printed before
+    if printed_before:
+        str(space)
+    item = json.loads(save_util.data_to_json({"space": space}))["space"]
+    assert described_space(item, space) == described_space(item, spaces.Box(-1.0, 2.0, (1,), np.float32)) == space
+
+
 @given(st.lists(st.tuples(names(), st.one_of(boxes(), counts())), min_size=1, max_size=4, unique_by=lambda p: p[0]))
 @settings(max_examples=100, deadline=None)
 def test_dict_spaces_are_read_back_in_order(entries):

@@ -201,7 +201,7 @@ def test_a_zip_is_loaded_without_unpickling_and_protected(kind: str, tmp_path: P
     assert agent.model.n_steps == 32 and agent.hyperparameters["n_epochs"] == 3
     buffer = RetentionBuffer.collect(tmp_path / "agent.zip", envs(kind), n_states=60)
     assert buffer.digest() == RetentionBuffer.collect(model, envs(kind), n_states=60).digest()
-    fine = protect(agents.attach_env(agent, envs(kind), seed=3), retain=buffer, kl_budget=1e-3)
+    fine = protect(agents.attach_env(tmp_path / "agent.zip", envs(kind), seed=3), retain=buffer, kl_budget=1e-3)
     fine.learn(3 * 32 * 4)
     report = fine.retention_report()
     assert report.updates == 4 and 0.0 < report.kl_mean <= 1e-3

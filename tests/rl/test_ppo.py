@@ -182,3 +182,15 @@ def test_report_and_errors() -> None:
 
 def build_other() -> PPO:
     return PPO("MlpPolicy", make_vec_env(OLD["discrete"], 1), seed=9, device="cpu", **SMALL)
+
+
+def test_settings_that_do_not_exist_or_do_not_fit_are_refused() -> None:
+    agent, _ = cached_buffer()
+    for options, message in (
+        ({"n_stps": 8}, "'n_stps' is no setting of PPO.*did you mean n_steps"),
+        ({"project_evry": 2}, "did you mean project_every"),
+        ({"cg_max_steps": 8}, "'cg_max_steps' is no setting of PPO"),
+        ({"policy_kwargs": {"net_arch": [5]}}, "another network than the agent's"),
+    ):
+        with pytest.raises(NsrlError, match=message):
+            NullSpacePPO.from_pretrained(agent, NEW["discrete"], **options)

@@ -6,21 +6,25 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from nsrl.errors import NsrlError
 
 GALLERY = Path("runs/reference/ntk")
+QUICK = Path("runs/gallery-quick")
+N = TypeVar("N", int, float)
 ABOUT = """\
 See how an agent learns and forgets through tangent kernels.
 
   nsrl ntk spectrum --agent agent.zip --buffer retention.npz
   nsrl ntk gallery
   nsrl ntk gallery --only certificate,drift --again --out runs/gallery
-  nsrl ntk forecast --agent agent.zip --buffer retention.npz
+  nsrl ntk forecast
+  nsrl ntk forecast --agent agent.zip --buffer retention.npz --tasks swapped,long_pole --seeds 0,1,2
 
 spectrum   what a buffer retains of an agent's behaviour: rank, effective dimension, eigenvalues
 gallery    draw every figure anew, with its numbers and a page that shows them all; goes on where it stopped
-forecast   fine-tune a CartPole agent many times, and compare the forgetting that was forecast with what happened
+forecast   fine-tune a CartPole agent 48 times, and compare the forgetting that was forecast with what happened
 """
 
 
@@ -54,19 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--trust_buffer", action="store_true", help="accept another agent's buffer")
     spectrum.add_argument("--out", type=Path, help="folder for spectrum.json and spectrum.png (default: none)")
     gallery = commands.add_parser("gallery", prog="nsrl ntk gallery", help="draw the figures")
-    gallery.add_argument("--out", type=Path, default=GALLERY, help=f"folder (default {GALLERY})")
-    gallery.add_argument("--only", default="", help="names of figures, separated by commas")
+    gallery.add_argument("--out", type=Path, help=f"folder (default {GALLERY}, with --quick {QUICK})")
+    gallery.add_argument("--only", type=_words, help="names of figures, separated by commas")
     gallery.add_argument("--workers", type=_positive, default=2, help="processes at a time (default 2)")
     gallery.add_argument("--again", action="store_true", help="draw also what is there")
     gallery.add_argument("--quick", action="store_true", help="small sizes, to try it out; the numbers mean nothing")
     study = commands.add_parser("forecast", prog="nsrl ntk forecast", help="forecast and outcome over many runs")
-    study.add_argument("--agent", required=True, help="a CartPole agent: an SB3 zip or a run folder")
+    study.add_argument("--agent", help="a CartPole agent: an SB3 zip or a run folder (default: train one, 15 s)")
     study.add_argument("--buffer", type=Path, help="its retention buffer (default: collect one of 512 states)")
     study.add_argument("--out", type=Path, default=GALLERY / "forecast.json", help=f"default {GALLERY}/forecast.json")
     study.add_argument("--tasks", type=_words, default=None, help="CartPole variants, separated by commas")
-    study.add_argument("--learning_rates", type=_floats, default=(1e-4, 3e-4, 1e-3))
-    study.add_argument("--timesteps", type=_integers, default=(2048, 6144))
-    study.add_argument("--seeds", type=_integers, default=(0,))
+    study.add_argument("--learning_rates", type=_floats, default=(1e-4, 3e-4, 1e-3), help="default 1e-4,3e-4,1e-3")
+    study.add_argument("--timesteps", type=_integers, default=(4096,), help="lengths of the runs (default 4096)")
+    study.add_argument("--again", action="store_true", help="begin anew, whatever the file holds")
+    study.add_argument("--seeds", type=_integers, default=(2, 3), help="default 2,3")
     return parser
 
 
@@ -108,11 +113,13 @@ def _spectrum(options: argparse.Namespace) -> int:
 def _gallery(options: argparse.Namespace) -> int:
     from nsrl.ntk.gallery import make_gallery
 
-    only = tuple(_words(options.only)) if options.only else ()
+    if options.only is not None and not options.only:
+        raise NsrlError("nsrl ntk gallery: --only names no figure; leave it out to draw all")
+    out = options.out or (QUICK if options.quick else GALLERY)
     with _progress("gallery") as show:
-        figures = make_gallery(options.out, only=only, workers=options.workers, again=options.again,
+        figures = make_gallery(out, only=options.only or (), workers=options.workers, again=options.again,
                                quick=options.quick, on_progress=show)  # fmt: skip
-    print(f"figures  {len(figures)}\npage     {options.out / 'README.md'}")
+    print(f"figures  {len(figures)}\npage     {out / 'README.md'}")
     return 0
 
 
@@ -122,35 +129,47 @@ def _forecast(options: argparse.Namespace) -> int:
     from nsrl.cli.command import print_table
     from nsrl.ntk.gallery.page import write_page
     from nsrl.ntk.gallery.policies import study_plate
-    from nsrl.ntk.rl.study import CARTPOLES, OLD_TASK, forecast_study
+    from nsrl.ntk.rl.study import CARTPOLES, OLD_TASK, forecast_study, planned_runs, pretrained_cartpole
     from nsrl.rl.buffer import RetentionBuffer
 
     use_one_thread()
-    if options.buffer is not None:
-        buffer = RetentionBuffer.load(options.buffer)
-    else:
-        buffer = RetentionBuffer.collect(options.agent, OLD_TASK, n_states=512)
+    tasks = tuple(CARTPOLES) if options.tasks is None else options.tasks
+    planned_runs(tasks, options.learning_rates, options.timesteps, options.seeds)  # bad input before the training
+    if options.buffer is not None and options.agent is None:
+        raise NsrlError("nsrl ntk forecast: --buffer needs --agent, the agent that it was collected with")
+    buffer = None if options.buffer is None else RetentionBuffer.load(options.buffer)
+    agent = options.agent or pretrained_cartpole()
     with _progress("fine-tuning runs") as show:
         study = forecast_study(
-            options.agent, buffer, options.out, tasks=options.tasks or tuple(CARTPOLES),
-            learning_rates=options.learning_rates, timesteps=options.timesteps, seeds=options.seeds,
-            on_run=lambda done, total: show("run", done, total),
+            agent, buffer or RetentionBuffer.collect(agent, OLD_TASK, n_states=512), options.out,
+            tasks=tasks, learning_rates=options.learning_rates, timesteps=options.timesteps, seeds=options.seeds,
+            again=options.again, on_run=lambda done, total: show("run", done, total),
         )  # fmt: skip
-    head = ("task", "learning rate", "steps", "seed", "forecast KL", "measured KL")
+    head = ("task", "learning rate", "seed", "first update: forecast", "measured", "whole run: forecast", "measured")
+    kinds = [(horizon, key) for horizon in ("first_update", "whole_run") for key in ("forecast_kl", "measured_kl")]
     rows = tuple(
-        (row["task"], f"{row['learning_rate']:g}", str(row["timesteps"]), str(row["seed"]),
-         scientific(row["forecast_kl"]), scientific(row["measured_kl"]))
+        (row["task"], f"{row['learning_rate']:g}", str(row["seed"]),
+         *(scientific(row[horizon][key]) for horizon, key in kinds))
         for row in study.rows
     )  # fmt: skip
     print_table(Table(head, rows))
-    print(f"rank correlation            {study.spearman:.3f} (p = {study.p_value:.2g}, {len(study.rows)} runs)")
-    for name, value in study.within.items():
-        print(f"  at {name:<24} {value:.3f}")
-    print(f"learning rate x steps alone {study.learning_rate_only:.3f}")
+    for name, found in (("first update", study.first_update), ("whole run", study.whole_run)):
+        ranks = tuple(
+            (by, _with_interval(rank.spearman, rank.spearman_interval),
+             _with_interval(rank.partial, rank.partial_interval))
+            for by, rank in {"cross-kernel": found.forecast, **found.rivals}.items()
+        )  # fmt: skip
+        within = tuple((f"cross-kernel, {group}", _with_interval(value, None), "") for group, value in
+                       found.within.items())  # fmt: skip
+        print_table(Table((f"rank correlation, {name}", "all runs", "at equal settings"), ranks + within))
     print(f"results  {options.out}\nfigure   {study_plate(study).save(options.out.with_suffix('.png'))}")
     if (options.out.parent / "README.md").is_file():
         write_page(options.out.parent)
     return 0
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 @contextmanager
@@ -171,10 +190,9 @@ def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -182,8 +200,16 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in _words(text))
+    return _numbers(text, float)
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+    return _numbers(text, int)
+
+
+def _numbers(text: str, kind: type[N]) -> tuple[N, ...]:
+    try:
+        return tuple(kind(word) for word in _words(text))
+    except ValueError as error:
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"must be {whole}numbers separated by commas, not {text!r}") from error

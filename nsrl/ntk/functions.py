@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +10,7 @@ from torch.func import functional_call, jvp
 
 from nsrl.errors import NsrlError
 from nsrl.projection.capture import refuse_sample_mixing
-from nsrl.projection.fallback import Forward
-
-
-class _Bound(nn.Module):
-    def __init__(self, module: nn.Module, forward: Forward | None):
-        super().__init__()
-        self.module = module
-        self.function = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        return self.module(inputs) if self.function is None else self.function(self.module, inputs)
+from nsrl.projection.fallback import BoundForward, Forward, own_parameters
 
 
 class ParameterFunction:
@@ -45,7 +33,7 @@ class ParameterFunction:
 
     def __init__(self, module: nn.Module, forward: Forward | None = None, names: tuple[str, ...] | None = None):
         refuse_sample_mixing(module)
-        self._bound = _Bound(module, forward)
+        self._bound = BoundForward(module, forward or (lambda module, inputs: module(inputs)))
         parameters = dict(module.named_parameters())
         self.names = tuple(n for n, p in parameters.items() if p.requires_grad) if names is None else names
         if not self.names:
@@ -60,7 +48,7 @@ class ParameterFunction:
             f"module.{name}": piece.view(shape)
             for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)
         }
-        with _own_parameters(self._bound):
+        with own_parameters(self._bound):
             return functional_call(self._bound, values, (inputs,))
 
     def first_order(self, inputs: Any, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,16 +83,3 @@ class ParameterFunction:
         if not gradient.requires_grad:
             return None
         return torch.autograd.grad(gradient @ v, point, allow_unused=True, create_graph=rows.requires_grad)[0]
-
-
-@contextmanager
-def _own_parameters(module: nn.Module) -> Iterator[None]:
-    # functional_call leaves its substitutes behind in submodules that have two names (torch 2.13), as every SB3
-    # policy's features extractor has.
-    held = [(owner, dict(owner._parameters)) for owner in module.modules()]
-    try:
-        yield
-    finally:
-        for owner, own in held:
-            owner._parameters.clear()
-            owner._parameters.update(own)

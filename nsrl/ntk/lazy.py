@@ -60,6 +60,7 @@ def kappa(
     targets: Tensor,
     *,
     forward: Forward | None = None,
+    parameters: tuple[str, ...] | None = None,
     tolerance: float = 1e-4,
     iterations: int = 200,
     starts: int = 2,
@@ -74,6 +75,7 @@ def kappa(
         model: in eval mode.
         targets: y, (N, O), like the outputs.
         forward: function (model, inputs) -> outputs (N, O); default `model(inputs)`.
+        parameters: names of those that are differentiated in; default all trainable ones.
         tolerance: relative change of a norm in one step at which its iteration ends.
         iterations: most steps.
         starts: random starts of the Hessian's iteration, which can end in a local maximum; the largest result counts.
@@ -83,10 +85,10 @@ def kappa(
         NsrlError: targets of another shape than the outputs, or a zero Jacobian.
         JacobianError: as `nsrl.projection.jacobian`.
     """
-    J = jacobian(model, inputs, forward=forward)
+    J = jacobian(model, inputs, forward=forward, parameters=parameters)
     if targets.shape != J.outputs.shape:
         raise NsrlError(f"the targets have shape {tuple(targets.shape)}, the outputs {tuple(J.outputs.shape)}")
-    function = ParameterFunction(model, forward)
+    function = ParameterFunction(model, forward, parameters)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(like: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from nsrl.projection.blocks import Block, DenseBlock, Range
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
-class _Bound(nn.Module):
-    """A module whose forward is a given function of another module: lets `functional_call` swap the parameters."""
+class BoundForward(nn.Module):
+    """A module whose forward is a given function of another module: lets `functional_call` swap the parameters.
+
+    The other module's parameters are called `module.NAME` here.
+    """
 
     def __init__(self, module: nn.Module, forward: Forward):
         super().__init__()
@@ -23,7 +27,24 @@ class _Bound(nn.Module):
         self.function = forward
 
     def forward(self, inputs: Any) -> Tensor:
+        """Outputs of the function, (N, O)."""
         return self.function(self.module, inputs)
+
+
+@contextmanager
+def own_parameters(module: nn.Module) -> Iterator[None]:
+    """After the block every submodule has the parameters that it had before, whatever `functional_call` did.
+
+    It leaves its substitutes behind in submodules that have two names (torch 2.13), as every SB3 policy's features
+    extractor has.
+    """
+    held = [(owner, dict(owner._parameters)) for owner in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, own in held:
+            owner._parameters.clear()
+            owner._parameters.update(own)
 
 
 def free_blocks(
@@ -35,7 +56,7 @@ def free_blocks(
     seeds: Tensor,
 ) -> list[Block]:
     """Dense columns for parameters that no hook covers, by `vmap(vjp)` of the whole model."""
-    bound = _Bound(module, forward)
+    bound = BoundForward(module, forward)
     parameters = dict(module.named_parameters())
     wanted = {f"module.{name}": parameters[name].detach() for name in names}
 
@@ -48,14 +69,8 @@ def free_blocks(
         back = vjp(call, wanted)[1]
         return vmap(lambda cotangent: back(cotangent)[0])(cotangents)
 
-    held = [(owner, dict(owner._parameters)) for owner in bound.modules()]
-    try:
+    with own_parameters(bound):
         rows = vmap(pull)(inputs, seeds)
-    finally:
-        # functional_call leaves its substitutes behind in submodules that have two names (torch 2.13).
-        for owner, own in held:
-            owner._parameters.clear()
-            owner._parameters.update(own)
     return [
         DenseBlock(rows[f"module.{name}"].detach().flatten(2), columns[name])
         for name in names

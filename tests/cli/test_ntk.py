@@ -44,7 +44,7 @@ def test_gallery_draws_what_is_asked_for(tmp_path, capsys):
 def test_forecast_writes_a_study(pretrained, buffer, tmp_path, capsys):
     out = tmp_path / "forecast.json"
     words = ["ntk", "forecast", "--agent", str(pretrained), "--buffer", str(buffer), "--out", str(out)]
-    words += ["--tasks", "swapped", "--learning_rates", "1e-4,1e-3,3e-3", "--timesteps", "512"]
+    words += ["--tasks", "swapped", "--learning_rates", "1e-4,1e-3,3e-3", "--timesteps", "512", "--seeds", "0"]
     assert main(words) == 0
     assert len(json.loads(out.read_text())["rows"]) == 3
     assert "rank correlation" in capsys.readouterr().out
@@ -57,9 +57,19 @@ def test_forecast_writes_a_study(pretrained, buffer, tmp_path, capsys):
         ([], "required"),
         (["spectrum"], "--agent"),
         (["spectrum", "--agent", "nothing.zip", "--buffer", "nothing.npz"], "nothing"),
-        (["spectrum", "--agent", "a", "--buffer", "b", "--states", "0"], "at least 1"),
+        (["spectrum", "--agent", "a", "--buffer", "b", "--states", "0"], "from 1 on, not '0'"),
         (["gallery", "--only", "sunflowers"], "sunflowers"),
         (["kernel"], "invalid choice"),
+        (["spectrum", "--agent", "a", "--buffer", "b", "--states", "many"], "whole number from 1 on, not 'many'"),
+        (["spectrum", "--agent", "a", "--buffer", "b", "--kl_budget", "low"], "--kl_budget"),
+        (["gallery", "--only", ","], "names no figure"),
+        (["gallery", "--workers", "0"], "whole number from 1 on"),
+        (["forecast", "--buffer", "retention.npz"], "--buffer needs --agent"),
+        (["forecast", "--agent", "nothing.zip"], "nothing.zip"),
+        (["forecast", "--learning_rates", "fast"], "numbers separated by commas, not 'fast'"),
+        (["forecast", "--seeds", "0.5"], "whole numbers separated by commas"),
+        (["forecast", "--tasks", "sideways"], "sideways"),
+        (["forecast", "--tasks", "same", "--learning_rates", "1e-3"], "three or more runs"),
     ],
 )
 def test_bad_input_is_a_sentence(words, told, elsewhere, capsys):

@@ -72,11 +72,34 @@ def test_all_figures_can_be_drawn(tmp_path):
     assert len(make_gallery(tmp_path, workers=2, quick=True)) == len(FIGURES)
 
 
-def test_the_study_of_the_forecast_is_shown_as_a_guest(gallery):
-    (gallery / "forecast.json").write_text(json.dumps({"spearman": 0.9, "rows": [], "within": {"a": 0.5}}))
-    (gallery / "forecast.png").write_bytes(b"\x89PNG")
-    page = write_page(gallery).read_text()
-    assert "| spearman | 0.9 |" in page and "| within, a | 0.5 |" in page
+def test_the_study_of_the_forecast_is_shown_as_a_guest(tmp_path):
+    ranks = {"forecast": {"spearman": 0.9, "partial": None}, "rivals": {"rate": {"spearman": 0.5, "partial": None}}}
+    content = {"settings": {"n_envs": 4}, "rows": [], "whole_run": ranks}
+    (tmp_path / "forecast.json").write_text(json.dumps(content))
+    (tmp_path / "forecast.png").write_bytes(b"\x89PNG")
+    page = write_page(tmp_path).read_text()
+    assert "| whole_run, forecast, spearman | 0.9 |" in page and "| whole_run, forecast, partial | - |" in page
+    assert "n_envs" not in page
+
+
+def test_groups_of_numbers_are_tables_and_nothing_is_cut_off(gallery):
+    page = (gallery / "README.md").read_text()
+    wells = numbers(gallery, "two_minima")
+    assert "|  | crossed | first_order | two_nodes |" in page
+    assert sum(f"| {rate} | yes |" in page or f"| {rate} | no |" in page for rate in wells) == len(wells)
+
+
+def test_the_time_of_the_whole_is_on_the_page(tmp_path, monkeypatch):
+    few = {name: FIGURES[name] for name in ("one_parameter", "nadaraya_watson")}
+    for module in ("curation", "page"):
+        monkeypatch.setattr(f"nsrl.ntk.gallery.{module}.FIGURES", few)
+    make_gallery(tmp_path, only=["one_parameter"], workers=0, quick=True)
+    assert not (tmp_path / "gallery.json").exists()
+    make_gallery(tmp_path, workers=0, quick=True, again=True)
+    whole = json.loads((tmp_path / "gallery.json").read_text())
+    drawn = sum(json.loads((tmp_path / f"{name}.json").read_text())["seconds"] for name in few)
+    assert whole["figures"] == 2 and whole["seconds"] > 0.9 * drawn - 0.2
+    assert "All 2 figures took" in (tmp_path / "README.md").read_text()
 
 
 def test_an_unknown_figure_is_told():

@@ -29,10 +29,10 @@ def random_nets(quick: bool) -> Plate:
     left.plot(x, torch.stack([2 * spread, -2 * spread], 1), color=COLOURS[1], label="_")
     left.plot([], [], color=COLOURS[1], label="two standard deviations, infinite width")
     label(left, "x", "f(x)", legend=True)
-    points, widths = line(5), [8, 16, 32] if quick else [8, 16, 32, 64, 128, 256]
+    points, widths = line(5), [16, 32, 64] if quick else [16, 32, 64, 128, 256, 512]
     exact, errors = net.ntk(points), []
     for width in widths:
-        kernels = [empirical_ntk(net.finite(1, width, seed=s), points) for s in range(4 if quick else 20)]
+        kernels = [empirical_ntk(net.finite(1, width, seed=s), points) for s in range(4 if quick else 100)]
         errors.append(float(torch.stack([(k - exact).norm() / exact.norm() for k in kernels]).square().mean().sqrt()))
     fit = law(right, widths, errors, "|K - K_inf| / |K_inf|", COLOURS[2])
     label(right, "width", "relative error of the tangent kernel", legend=True)
@@ -101,7 +101,8 @@ def kernel_matrix(quick: bool) -> Plate:
     counts, errors = [16, 64, 256] if quick else [16, 64, 256, 1024, 4096], []
     exact = torch.exp(-torch.cdist(x, x).square() / 2)
     for count in counts:
-        found = [random_function_kernel(fourier_functions(1, count, seed=s), x) - exact for s in range(10)]
+        seeds = range(10 if quick else 100)
+        found = [random_function_kernel(fourier_functions(1, count, seed=s), x) - exact for s in seeds]
         errors.append(float(torch.stack([f.norm() / exact.norm() for f in found]).square().mean().sqrt()))
     fit = law(right, counts, errors, "relative error", COLOURS[2])
     label(right, "random functions P", "error of (1/P) sum f f'", "law of large numbers", legend=True)

@@ -7,13 +7,14 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.ntk.gallery.page import write_page
+from nsrl.ntk.gallery.page import WHOLE, write_page
 from nsrl.ntk.gallery.registry import FIGURES
 from nsrl.rl.archive import written_atomically
 
@@ -29,7 +30,8 @@ def make_gallery(
 ) -> list[Path]:
     """Draw the figures as PNG, with a JSON of numbers beside each and a page (README.md) that shows them all.
 
-    What is there already is left alone, so an interrupted gallery goes on where it stopped.
+    What is there already is left alone, so an interrupted gallery goes on where it stopped. Drawing all at once also
+    writes the time that it took, gallery.json.
 
     Args:
         out: the folder.
@@ -53,7 +55,7 @@ def make_gallery(
     out = Path(out)
     names = [name for name in FIGURES if not only or name in only]
     waiting = [name for name in names if again or not _finished(out, name, quick)]
-    done = len(names) - len(waiting)
+    done, start = len(names) - len(waiting), perf_counter()
     failed: dict[str, str] = {}
 
     def finish(name: str, error: BaseException | None) -> None:
@@ -74,6 +76,10 @@ def make_gallery(
                 finish(name, None)
     elif waiting:
         _draw_in_processes(waiting, out, quick, workers, finish)
+    if len(waiting) == len(FIGURES) and not failed:
+        _write(out / WHOLE, {"figures": len(FIGURES), "seconds": round(perf_counter() - start, 1), "quick": quick,
+                             "workers": max(workers, 1), "cores": os.cpu_count(), "command": "nsrl ntk gallery --again",
+                             "torch": version("torch"), "python": platform.python_version()})  # fmt: skip
     write_page(out)
     if failed:
         raise NsrlError("; ".join(f"the figure {name} failed ({reason})" for name, reason in failed.items()))
@@ -91,7 +97,11 @@ def draw(name: str, out: Path, quick: bool) -> None:
     content = {"figure": name, "quick": quick, "numbers": plate.numbers, "seconds": round(perf_counter() - start, 1),
                "command": f"nsrl ntk gallery --only {name}", "torch": torch.__version__,
                "python": platform.python_version()}  # fmt: skip
-    with written_atomically(out / f"{name}.json") as temporary:
+    _write(out / f"{name}.json", content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

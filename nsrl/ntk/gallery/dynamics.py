@@ -100,10 +100,7 @@ def fourier(quick: bool) -> Plate:
     figure, (left, right) = panels(2, 5.0)
     numbers = {}
     for (name, features), colour in zip(maps, COLOURS, strict=False):
-        inputs = (
-            features(grid) if not isinstance(features, nn.Identity) else torch.cat([grid, torch.ones_like(grid)], 1)
-        )
-        kernel = net.ntk(inputs)
+        kernel = net.ntk(features(grid))
         kernel = kernel / kernel.diagonal().mean()
         spectrum = frequency_spectrum(kernel)
         left.semilogy(spectrum.clamp_min(1e-6), color=colour, label=name)

@@ -68,7 +68,7 @@ def neurons(quick: bool) -> Plate:
         ends = [_pulls(student) for student in (Student(2, 50, 0), model.model)]
         for start, end in zip(*ends, strict=True):
             axis.plot([start[0], end[0]], [start[1], end[1]], color="0.75", linewidth=0.7)
-        axis.plot(*ends[0].T, "o", color=COLOURS[0], markersize=3, label="before")
+        axis.plot(*ends[0].T, "o", color=COLOURS[0], markersize=6, fillstyle="none", label="before")
         axis.plot(*ends[1].T, "o", color=COLOURS[1], markersize=3, label="after")
         for name, direction in (("teacher's neurons", (1.0, 0.0)), ("_", (-0.6, 0.8))):
             size = float(torch.stack([e.abs().max() for e in ends]).max())
@@ -89,7 +89,8 @@ def lazy_is_not_better(quick: bool) -> Plate:
     figure, (left, right) = panels(2)
     errors = torch.tensor([[_train(a, inputs, pairs, 200, steps, s)[1] for a in alphas] for s in seeds])
     left.loglog(alphas, errors.mean(0), "o-", color=COLOURS[0], label="mean")
-    left.loglog(alphas, errors.T, ".", color=COLOURS[0], alpha=0.4, label="_")
+    for seed, row in zip(seeds, errors, strict=True):
+        left.loglog(alphas, row, "x", color=COLOURS[1], markersize=4, label="single networks" if seed == 0 else "_")
     label(left, "output scale alpha", "relative test error", "200 samples in 10 dimensions", legend=True)
     sizes = [50, 100] if quick else [50, 100, 200, 400, 800]
     trained, kernel_machine = [], []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from nsrl.ntk.gallery.plate import COLOURS, Plate, label, panels
@@ -83,9 +85,9 @@ def kernel_pca(quick: bool) -> Plate:
             "tangent kernel": NTKPrincipalComponents(8, width=128).fit(points).transform(points),
         }
         for axis, (view, values) in zip(axes[3 * row :], views.items(), strict=False):
-            # of the leading components those two that tell the classes apart best, one at a time
-            ranked = sorted(range(values.shape[1]), key=lambda c: -score(values[:, [c]], classes))
-            pair = sorted(ranked[:2])
+            # of the leading components those two that tell the classes apart best
+            pair = list(max(itertools.combinations(range(values.shape[1]), 2),
+                            key=lambda chosen: score(values[:, chosen], classes)))  # fmt: skip
             for kind in (0, 1):
                 axis.plot(*values[classes == kind][:, pair].T, ".", color=COLOURS[kind], markersize=3,
                           label=f"class {kind}")  # fmt: skip

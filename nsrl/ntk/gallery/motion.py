@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,9 +14,13 @@ from nsrl.ntk.dynamics import OutputDynamics
 from nsrl.ntk.gallery.beginnings import line, tanh_net
 from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, panels, told
 from nsrl.ntk.kernels import empirical_ntk
-from nsrl.ntk.lazy import ScaledModel, relative_weight_change
+from nsrl.ntk.lazy import ScaledModel, kernel_drift, relative_weight_change
 from nsrl.ntk.sweeps import scale_sweep
 from nsrl.ntk.training import descend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 X = torch.tensor([[-2.0], [0.5]]).double()
 Y = torch.tensor([[3.0], [-1.0]]).double()
@@ -56,33 +61,51 @@ def training(quick: bool) -> Plate:
 def weights(quick: bool) -> Plate:
     """F3."""
     widths = [10, 100] if quick else [10, 30, 100, 300, 1000]
-    figure, axes = panels(6, 3.6, 3.2, rows=2)
+    figure, axes = panels(6, 4.0, 3.2, rows=2)
     shown = iter(axes[:3])
-    changes, numbers = [], {}
+    moved: dict[str, list[tuple[int, float]]] = {"weight change": [], "kernel drift": []}
     for width, colour in zip(widths, COLOURS, strict=False):
-        model = deep_net(width, seed=1)
-        start = copy.deepcopy(model)
-        run = descend(model, X, Y, learning_rate=_rate(model), steps=150 if quick else 300)
-        axes[3].semilogy(run.losses.clamp_min(1e-16), color=colour, label=f"width {width}")
-        axes[4].plot(run.weight_changes, color=colour, label=f"width {width}")
-        changes.append(relative_weight_change(model, start))
-        if width in (10, 100, 1000):
-            change = (model[2].weight - start[2].weight).detach()[:40, :40]  # type: ignore[operator, union-attr, index]
-            scale = float(start[2].weight.std())  # type: ignore[operator, union-attr, arg-type]
-            axis = next(shown)
-            picture = axis.imshow(change / scale, cmap="RdBu", vmin=-1, vmax=1)
-            label(axis, "column", "row", f"width {width}")
-            axis.grid(visible=False)
-            figure.colorbar(picture, ax=axis, label="change / std of the weights")
+        for seed in range(1 if quick or width == 1000 else 5):
+            model = deep_net(width, seed=1 + seed)
+            start, before = copy.deepcopy(model), empirical_ntk(model, X)
+            run = descend(model, X, Y, learning_rate=_rate(model, 0.1), steps=150 if quick else 400)
+            moved["weight change"].append((width, relative_weight_change(model, start)))
+            moved["kernel drift"].append((width, kernel_drift(empirical_ntk(model, X), before)))
+            if seed > 0:
+                continue
+            axes[3].semilogy(run.losses.clamp_min(1e-16), color=colour, label=f"width {width}")
+            axes[4].plot(run.weight_changes, color=colour)
+            if width in (10, 100, 1000):
+                _change(figure, next(shown), width, start[2], model[2])
     for axis in shown:
         axis.set_axis_off()
-    label(axes[3], "step", "loss", "colours as in the next panel")
-    axes[3].set_ylim(1e-13, None)
-    label(axes[4], "step", "|w - w0| / |w0|", legend=True)
-    if len(widths) > 2:
-        numbers["weight_change"] = told(law(axes[5], widths, changes, "|w - w0| / |w0|", COLOURS[0]), -1.0)
-    label(axes[5], "width", "relative weight change", legend=len(widths) > 2)
-    return Plate(figure, {**numbers, "changes": dict(zip(map(str, widths), changes, strict=True))})
+    label(axes[3], "step", "loss", legend=True)
+    axes[3].set_ylim(1e-9, None)
+    label(axes[4], "step", "|w - w0| / |w0|", "colours as on the left")
+    numbers: dict[str, Any] = {}
+    for (name, points), colour in zip(moved.items(), COLOURS, strict=False):
+        if not quick:
+            narrow, wide = ([p for p in points if (p[0] >= 100) == is_wide] for is_wide in (False, True))
+            axes[5].loglog(*zip(*narrow, strict=True), "o", color=colour, markersize=4, fillstyle="none")
+            fit = law(axes[5], [width for width, _ in wide], [change for _, change in wide], name, colour)
+            numbers[name] = told(fit, -1.0)
+        numbers[f"{name} at width"] = {str(w): float(np.median([c for v, c in points if v == w])) for w in widths}
+    if not quick:
+        axes[5].plot([], [], "o", color="0.4", fillstyle="none", label="narrow, not fitted")
+        axes[5].set_ylim(None, 300)  # room for the legend
+        axes[5].legend(fontsize=8, frameon=False, loc="upper right")
+    label(axes[5], "width", "relative change")
+    return Plate(figure, numbers)
+
+
+def _change(figure: Figure, axis: Axes, width: int, before: nn.Module, after: nn.Module) -> None:
+    """The change of a layer's weights, in units of their spread."""
+    assert isinstance(before, nn.Linear) and isinstance(after, nn.Linear)
+    change = (after.weight - before.weight).detach()[:40, :40] / float(before.weight.detach().std())
+    picture = axis.imshow(change, cmap="RdBu", vmin=-1, vmax=1)
+    label(axis, "column", "row", f"width {width}")
+    axis.grid(visible=False)
+    figure.colorbar(picture, ax=axis, label="change / std of the weights", shrink=0.8)
 
 
 def drift(quick: bool) -> Plate:
@@ -105,7 +128,7 @@ def drift(quick: bool) -> Plate:
 
 def ellipses(quick: bool) -> Plate:
     """F6."""
-    alphas = (0.1, 1.0, 30.0)
+    alphas = (0.3, 1.0, 30.0)
     figure, axes = panels(3)
     numbers = {}
     for axis, alpha in zip(axes, alphas, strict=True):
@@ -125,7 +148,7 @@ def ellipses(quick: bool) -> Plate:
         for kernel, style, name in ((before, "--", "kernel, before"), (after, "-", "kernel, after")):
             axis.plot(*_ellipse(kernel / unit, Y[:, 0]), style, color=COLOURS[2], linewidth=1, label=name)
         label(axis, "f(-2)", "f(0.5)", f"alpha = {alpha:g}")
-        axis.set_xlim(-1.0, 5.5)
+        axis.set_xlim(-0.4, 6.2)
         axis.set_ylim(-3.6, 2.2)
         numbers[f"drift_alpha_{alpha:g}"] = float((after - before).norm() / before.norm())
     axes[-1].legend(fontsize=8, frameon=False, loc="upper right")
@@ -161,5 +184,6 @@ def one_parameter(_: bool) -> Plate:
             axis.plot(w, curve, color=COLOURS[0], label="model")
             axis.plot(w, tangent, "--", color=COLOURS[1], label="linearised at 0.4")
             label(axis, "w", name, f"alpha = {alpha:g}" if row == 0 else "", legend=row == 0)
+            axis.set_ylim((-12, 14) if row == 0 else (-2, 45))
         numbers[f"gap_alpha_{alpha:g}"] = float((model - linear).abs().max() / model.abs().max())
     return Plate(figure, numbers)

@@ -18,8 +18,8 @@ ROOMS = {
     "paths": "Path kernels",
     "policies": "Policies",
 }
-#: Entries of a section's table; the JSON has all.
-ROWS = 12
+#: Made by drawing all figures at once.
+WHOLE = "gallery.json"
 
 
 def write_page(out: Path) -> Path:
@@ -27,6 +27,10 @@ def write_page(out: Path) -> Path:
     parts = ["# Gallery of tangent kernels",
              "Made by `nsrl ntk gallery`; the numbers beside each figure are in its JSON. A slope is given with its "
              "95 % interval and the value that theory expects."]  # fmt: skip
+    if (out / WHOLE).is_file():
+        whole = json.loads((out / WHOLE).read_text(encoding="utf-8"))
+        parts.append(f"All {whole['figures']} figures took {whole['seconds']:.0f} s with {whole['workers']} processes "
+                     f"of one thread on {whole['cores']} cores.")  # fmt: skip
     room = ""
     for name, entry in {**FIGURES, **GUESTS}.items():
         source = out / f"{name}.json"
@@ -40,7 +44,7 @@ def write_page(out: Path) -> Path:
             f"### {entry.title}",
             entry.caption,
             f"![{entry.title}]({name}.png)",
-            _table(content.get("numbers", content)),
+            *_tables(content["numbers"] if name in FIGURES else _summary(content)),
         ]
         made = f"`{content['command']}`, {content['seconds']:g} s" if name in FIGURES else f"`nsrl ntk {name}`"
         parts.append(f"{made}; [numbers]({name}.json)")
@@ -50,9 +54,32 @@ def write_page(out: Path) -> Path:
     return path
 
 
-def _table(numbers: dict[str, Any]) -> str:
-    rows = _rows(numbers, "")[:ROWS]
-    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]) if rows else ""
+def _summary(content: dict[str, Any]) -> dict[str, Any]:
+    """What a guest found, without what it was made of."""
+    return {key: value for key, value in content.items() if key not in ("settings", "rows")}
+
+
+def _tables(numbers: dict[str, Any]) -> list[str]:
+    """A table of single numbers, and one more for every group of entries that have the same columns."""
+    if _is_grid(numbers):
+        return [_grid("", numbers)]
+    grids = {key: value for key, value in numbers.items() if isinstance(value, dict) and _is_grid(value)}
+    rows = _rows({key: value for key, value in numbers.items() if key not in grids}, "")
+    singles = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    return ["\n".join(singles)] * bool(rows) + [_grid(key, value) for key, value in grids.items()]
+
+
+def _is_grid(value: dict[str, Any]) -> bool:
+    entries = list(value.values())
+    if len(entries) < 2 or any(not isinstance(entry, dict) or "expected" in entry for entry in entries):
+        return False
+    return all(list(entry) == list(entries[0]) for entry in entries)
+
+
+def _grid(name: str, value: dict[str, dict[str, Any]]) -> str:
+    columns = list(next(iter(value.values())))
+    head = [f"| {' | '.join([name, *columns])} |", f"|---|{'---:|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join([key, *map(_text, row.values())])} |" for key, row in value.items())])
 
 
 def _rows(value: Any, name: str) -> list[tuple[str, str]]:
@@ -60,11 +87,16 @@ def _rows(value: Any, name: str) -> list[tuple[str, str]]:
         text = f"{value['slope']:.3f} [{value['low']:.3f}, {value['high']:.3f}], expected {value['expected']:g}"
         return [(f"slope of {name}", text)]
     if isinstance(value, dict):
-        value = {key: entry for key, entry in value.items() if key not in ("settings", "rows")}
         rows = [_rows(entry, f"{name}, {key}" if name else str(key)) for key, entry in value.items()]
         return [row for group in rows for row in group]
+    return [(name, _text(value))]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
-        return [(name, "yes" if value else "no")]
-    if isinstance(value, int | float):
-        return [(name, f"{value:.3g}" if isinstance(value, float) else str(value))]
-    return []
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

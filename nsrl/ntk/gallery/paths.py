@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.ntk.gallery.beginnings import line
-from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, panels, told
+from nsrl.ntk.gallery.plate import COLOURS, Plate, label, law, mark, panels, told
 from nsrl.ntk.kernels import empirical_ntk
 from nsrl.ntk.path import PathRecorder, loss_path_kernel
 from nsrl.ntk.path import two_minima as descend_double_well
@@ -37,7 +37,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> N
 
 def certificate(quick: bool) -> Plate:
     """Error against learning rate, smooth and kinked."""
-    rates = [0.01, 0.005, 0.0025] if quick else [0.01, 0.005, 0.0025, 0.00125, 0.000625]
+    rates = [0.01, 0.005, 0.0025] if quick else [0.004, 0.002, 0.001, 0.0005, 0.00025]
     time = 0.05 if quick else 0.2
     numbers: dict[str, Any] = {}
     figure, axes = panels(2, 5.0, 4.2)
@@ -58,6 +58,7 @@ def certificate(quick: bool) -> Plate:
                 axis.loglog(rates, errors, "s--", color=colour, markersize=4, linewidth=0.8, label=rule)
             numbers[f"{activation.__name__}, {rule}"] = errors
         label(axis, "learning rate", "largest relative error of a query", activation.__name__, legend=True)
+        mark(axis, rates)
     return Plate(figure, numbers)
 
 
@@ -85,10 +86,11 @@ def contributions(quick: bool) -> Plate:
         names = [f"{float(x):.2g}" for x in X] + ["rest"]
         axis.bar(names, final, color=[COLOURS[0]] * len(X) + [COLOURS[1]])
         axis.axhline(0, color="black", linewidth=0.6)
-        label(axis, "training point x", f"share of f({float(query):.1f})", f"{name}: sum {sum(final):.3f}, "
-              f"f moved {float(found.final - found.initial):.3f}")  # fmt: skip
+        moved = float(found.final - found.initial)
+        label(axis, "training point x", f"share of f({float(query):.1f})",
+              f"{name}\nsum {sum(final):.3f}, f moved {moved:.3f}")  # fmt: skip
         axis.tick_params(axis="x", rotation=60, labelsize=8)
-        numbers[name] = {"rest": final[-1], "sum": sum(final), "moved": float(found.final - found.initial),
+        numbers[name] = {"rest": final[-1], "sum": sum(final), "moved": moved,
                          "certificate": float(found.certificate.max())}  # fmt: skip
         table = running.diff(dim=0, prepend=torch.zeros(1, len(X), dtype=torch.float64)) if table is None else table
     assert table is not None

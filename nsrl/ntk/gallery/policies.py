@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 from typing import Any
 
@@ -20,27 +19,25 @@ from nsrl.ntk.rl import (
     forecast,
     retained_behaviour,
 )
+from nsrl.ntk.rl.study import OLD_TASK, SWAPPED, pretrained_cartpole
 from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.ppo import NullSpacePPO
 
-OLD, NEW = "nsrl_envs:nsrl/CartPole-v0", "nsrl_envs:nsrl/CartPoleSwapped-v0"
+MARKERS = "os^vDPX*"
 #: The new task's settings.
 SETTINGS = {"n_steps": 256, "batch_size": 64, "n_epochs": 5, "learning_rate": 1e-3}
 
 
 @lru_cache(maxsize=1)
 def pretrained(steps: int) -> tuple[PPO, RetentionBuffer]:
-    """An agent of a minute's training and its buffer."""
-    envs = make_vec_env(OLD, 8, seed=0)
-    agent = PPO("MlpPolicy", envs, n_steps=64, batch_size=256, n_epochs=10, learning_rate=1e-3, gamma=0.98,
-                gae_lambda=0.95, seed=0, device="cpu")  # fmt: skip
-    agent.learn(steps)
-    return agent, RetentionBuffer.collect(agent, OLD, n_states=512 if steps > 5000 else 64, seed=0)
+    """An agent and its buffer."""
+    agent = pretrained_cartpole(steps)
+    return agent, RetentionBuffer.collect(agent, OLD_TASK, n_states=512 if steps > 5000 else 64, seed=0)
 
 
 def _finetuner(quick: bool, method: str = "finetune") -> NullSpacePPO:
     agent, buffer = pretrained(2000 if quick else 40_000)
-    return NullSpacePPO.from_pretrained(agent, make_vec_env(NEW, 4, seed=1), retain=buffer, method=method,
+    return NullSpacePPO.from_pretrained(agent, make_vec_env(SWAPPED, 4, seed=1), retain=buffer, method=method,
                                         kl_budget=1e-3, seed=1, **SETTINGS)  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -73,16 +70,26 @@ def spectrum_plate(found: RetainedBehaviour) -> Plate:
 
 
 def study_plate(study: ForecastStudy) -> Plate:
-    """Forecast against outcome, by task."""
-    figure, (axis,) = panels(1, 5.5, 4.4)
-    for task, colour in zip(dict.fromkeys(row["task"] for row in study.rows), COLOURS, strict=False):
-        rows = [row for row in study.rows if row["task"] == task]
-        said, measured = ([row[key] for row in rows] for key in ("forecast_kl", "measured_kl"))
-        axis.loglog(said, measured, "o", color=colour, markersize=5, label=task)
-    ends = [min(*axis.get_xlim(), *axis.get_ylim()), max(*axis.get_xlim(), *axis.get_ylim())]
-    axis.loglog(ends, ends, ":", color="0.5", label="equal")
-    label(axis, "forecast KL on the buffer, nats a state", "measured KL after fine-tuning",
-          f"{len(study.rows)} runs, rank correlation {study.spearman:.2f}", legend=True)  # fmt: skip
+    """Forecast against outcome after one update and after all; colours are learning rates, markers tasks."""
+    figure, axes = panels(2, 5.4, 4.6)
+    horizons = {"first_update": study.first_update, "whole_run": study.whole_run}
+    rates, tasks = (list(dict.fromkeys(row[key] for row in study.rows)) for key in ("learning_rate", "task"))
+    for axis, (name, found) in zip(axes, horizons.items(), strict=True):
+        for row in study.rows:
+            axis.loglog(row[name]["forecast_kl"], row[name]["measured_kl"], MARKERS[tasks.index(row["task"])],
+                        color=COLOURS[rates.index(row["learning_rate"]) % len(COLOURS)], markersize=5)  # fmt: skip
+        ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
+        axis.loglog(ends, ends, ":", color="0.5", label="equal")
+        ranks = [f"{name} {value:.2f}" for name, value in (("rank correlation", found.forecast.spearman),
+                 ("at equal settings", found.forecast.partial)) if value is not None]  # fmt: skip
+        title = f"{name.replace('_', ' ')}, {len(study.rows)} runs" + ("\n" + ", ".join(ranks) if ranks else "")
+        label(axis, "forecast KL on the buffer, nats a state", "measured KL, nats a state", title)
+    for rate, colour in zip(rates, COLOURS, strict=False):
+        axes[0].plot([], [], "o", color=colour, label=f"learning rate {rate:g}")
+    for task, marker in zip(tasks, MARKERS, strict=False):
+        axes[1].plot([], [], marker, color="0.4", label=task)
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[1].legend(fontsize=7, frameon=False, loc="upper left")
     return Plate(figure)
 
 
@@ -113,7 +120,7 @@ def forgetting(quick: bool) -> Plate:
     _, buffer = pretrained(2000 if quick else 40_000)
     for axis, (method, name) in zip(axes, (("finetune", "plain PPO"), ("null_space", "NullSpacePPO")), strict=False):
         model = _finetuner(quick, method)
-        watch = ForgettingAttribution(buffer, states=8 if quick else 24, memory=1 if quick else 8)
+        watch = ForgettingAttribution(buffer, states=8 if quick else 16, memory=1 if quick else 32)
         model.learn(256 * 4, callback=watch)
         (update,) = watch.updates
         order = update.kl.argsort(descending=True)
@@ -121,7 +128,7 @@ def forgetting(quick: bool) -> Plate:
         axis.bar(range(len(order)), given, color=COLOURS[0], label="transitions")
         axis.bar(range(len(order)), update.rest[order], color=COLOURS[1], alpha=0.7, width=0.5, label="rest")
         axis.plot(update.kl[order], "k.", label="measured change")
-        label(axis, "retained state, by change", "change of KL, nats", name, legend=True)
+        label(axis, "retained state, by change", "change of KL, nats", name)
         numbers[name] = {"kl": float(update.kl.mean()), "by_transitions": float(given.mean()),
                          "rest": float(update.rest.mean()),
                          "certificate": float(update.path.certificate.max())}  # fmt: skip
@@ -134,6 +141,8 @@ def forgetting(quick: bool) -> Plate:
             half = int(torch.searchsorted(ranked.cumsum(0), ranked.sum() / 2)) + 1
             numbers["share_of_transitions_behind_half"] = half / len(ranked)
     label(axes[2], "share of the new task's transitions", "share of the effect", "plain PPO", legend=True)
-    low = min(axis.get_ylim()[0] for axis in itertools.islice(axes, 2))
-    axes[0].set_ylim(bottom=low)
+    low, high = (pick(axis.get_ylim()[end] for axis in axes[:2]) for end, pick in ((0, min), (1, max)))
+    for axis in axes[:2]:
+        axis.set_ylim(low, high + 0.35 * (high - low))  # room for the legend above the bars
+    axes[0].legend(fontsize=8, frameon=False, loc="upper right")
     return Plate(figure, numbers)

@@ -12,7 +12,8 @@ is not symmetric in its arguments.
 """
 
 from nsrl.ntk.path.monitor import KernelMonitor, KernelState
-from nsrl.ntk.path.recorder import PathRecorder, PathResult, StepRecord, unrecorded
+from nsrl.ntk.path.recorder import PathRecorder, unrecorded
+from nsrl.ntk.path.result import PathResult, StepRecord
 from nsrl.ntk.path.rules import RULES, Rule
 from nsrl.ntk.path.two_minima import Crossing, two_minima
 from nsrl.ntk.path.weightings import contribution, loss_path_kernel, path_kernel, tracin

@@ -1,4 +1,4 @@
-"""A tangent kernel watched while a model trains: rank, effective dimension, drift and kappa, on TensorBoard too."""
+"""A tangent kernel watched while a model trains: its spectrum, drift and kappa, on TensorBoard too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class KernelState:
 
     def scalars(self) -> dict[str, float]:
         """Tags and values."""
-        values = {"ntk/rank": float(self.rank), "ntk/effective_dim": self.effective_dimension, "ntk/drift": self.drift}
+        values = {"ntk/rank": float(self.rank), "ntk/effective_dim": self.effective_dimension,
+                  "ntk/lambda_max": float(self.spectrum[0]), "ntk/drift": self.drift}  # fmt: skip
         return values if self.kappa is None else {**values, "ntk/kappa": self.kappa}
 
 
@@ -90,7 +91,8 @@ class KernelMonitor:
             from nsrl.ntk.lazy import kappa as measure_kappa
 
             with unrecorded():
-                kappa = measure_kappa(self.module, self.inputs, self.targets, forward=self._forward, starts=1).kappa
+                kappa = measure_kappa(self.module, self.inputs, self.targets, forward=self._forward,
+                                      parameters=self._parameters, starts=1).kappa  # fmt: skip
         dimension = parts.effective_dimension(self.damping * self._scale)
         return KernelState(parts.values, parts.rank, dimension, drift, kappa)
 

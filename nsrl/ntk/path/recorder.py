@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nsrl.errors import NsrlError
+from nsrl.ntk.path.result import PathResult, StepRecord
 from nsrl.ntk.path.rules import Rule, find_rule
 from nsrl.ntk.path.steps import gradient_scale
 from nsrl.ntk.path.weightings import KernelNode, Weighting, contribution
@@ -35,66 +37,13 @@ def unrecorded() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """One step of the optimizer.
-
-    Attributes:
-        displacement: |D_k|, the norm of the realised displacement.
-        change: |f(w_{k+1}) - f(w_k)| on the queries.
-        residual: |f(w_{k+1}) - f(w_k) - J(w_k) D_k|, what the first-order term leaves out: O(|D_k|^2).
-    """
-
-    displacement: float
-    change: float
-    residual: float
-
-
-@dataclass(frozen=True)
-class PathResult:
-    """What a path did to the queries; predicted = initial + steps + outside, and steps = contributions + rest.
-
-    Attributes:
-        initial: f(x; w_0), shape (N, O).
-        final: f(x; w_N), evaluated, (N, O).
-        predicted: f(x; w_N), rebuilt from the path, (N, O).
-        steps: change by the optimizer's own steps, (N, O).
-        outside: change by whatever moved the parameters between steps (a projection, a restoration), (N, O).
-        totals: for each weighting its sum over the path, (N, ..., M).
-        rest: the part of `steps` that belongs to no recorded sample: Adam's and momentum's memory of earlier batches,
-            weight decay, other losses, an unknown optimizer; (N, O). All of `steps` where no samples were recorded.
-        certificate: |final - predicted| / |final - initial| of every query, (N,); 0 where nothing moved.
-        history: one record a step, when asked for.
-    """
-
-    initial: Tensor
-    final: Tensor
-    predicted: Tensor
-    steps: Tensor
-    outside: Tensor
-    totals: dict[str, Tensor]
-    rest: Tensor
-    certificate: Tensor
-    history: tuple[StepRecord, ...]
-
-    @property
-    def contributions(self) -> Tensor:
-        """How much each sample moved each output of each query, (N, O, M).
-
-        Raises:
-            NsrlError: no samples were recorded.
-        """
-        if "contribution" not in self.totals:
-            raise NsrlError("no contributions were recorded: give the recorder the number of samples")
-        return self.totals["contribution"]
-
-
-@dataclass(frozen=True)
 class _Batch:
-    """Samples of one optimizer step: their Jacobian at its start, dL/df, and who they are."""
+    """Samples of one optimizer step: their Jacobian at its start, dL/df, who they are, and whether it is the first."""
 
     jacobian: FactoredJacobian
     cotangents: Tensor
     indices: Tensor
+    first: bool
 
 
 class PathRecorder:
@@ -156,6 +105,9 @@ class PathRecorder:
         self.residuals = residuals
         self._forward: Forward = forward or (lambda module, inputs: module(inputs))
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        unknown = [name for name in parameters or () if name not in named]
+        if unknown:
+            raise NsrlError(f"the module has no trainable parameter {', '.join(unknown)}; it has {', '.join(named)}")
         self.names = tuple(name for name in named if parameters is None or name in parameters)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         strange = [name for name in self.names if id(named[name]) not in owned]
@@ -167,9 +119,13 @@ class PathRecorder:
         self._given: list[tuple[Any, Tensor, Tensor]] = []
         self._expected: Tensor | None = None
         self._batches: deque[_Batch | None] = deque(maxlen=memory)
+        self._raw: dict[nn.Parameter, Tensor] = {}
         self.restart()
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
-        self._watch = module.register_forward_hook(self._on_forward) if samples else None
+        self._watches: list[RemovableHandle] = []
+        if samples:
+            self._watches.append(module.register_forward_hook(self._on_forward))
+            self._watches += [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self.flat.parameters]
 
     def restart(self, samples: int | None = None) -> None:
         """Begin a new path here, of `samples` training samples (default: as many as before)."""
@@ -178,8 +134,11 @@ class PathRecorder:
         self._calls.clear()
         self._given.clear()
         self._batches.clear()
+        self._raw.clear()
         self._here = self.flat.read()
         self._initial = self._evaluate()
+        if not self._initial.numel():
+            raise NsrlError(f"there are no queries to follow: the outputs have shape {tuple(self._initial.shape)}")
         self._steps = torch.zeros_like(self._initial)
         self._outside = torch.zeros_like(self._initial)
         self._totals: dict[str, Tensor] = {}
@@ -219,8 +178,8 @@ class PathRecorder:
         """Stop recording; results stay."""
         self.flush()
         self._hooks.detach()
-        if self._watch is not None:
-            self._watch.remove()
+        for watch in self._watches:
+            watch.remove()
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -232,8 +191,14 @@ class PathRecorder:
             or not torch.is_grad_enabled()
         ):
             return
+        if not args:
+            raise NsrlError("the module was called with keywords alone; give its samples to add_batch, or no `samples`")
         inputs = args[0].detach() if isinstance(args[0], Tensor) else args[0]
         output.register_hook(lambda gradient: self._calls.append((inputs, gradient.detach().clone())))
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if not _UNRECORDED.get() and parameter.grad is not None:
+            self._raw[parameter] = parameter.grad.detach().clone()
 
     def _before_step(self) -> None:
         self.flush()
@@ -252,7 +217,7 @@ class PathRecorder:
 
     def _take_batch(self) -> _Batch | None:
         pieces = self._given + [(x, c, self._indices(len(c))) for x, c in self._calls]
-        self._calls, self._given, self._expected = [], [], None
+        raw, self._calls, self._given, self._expected, self._raw = self._raw, [], [], None, {}
         if not pieces:
             return None
         if len(pieces) > 1:
@@ -261,16 +226,26 @@ class PathRecorder:
                 "nsrl.ntk.path.unrecorded(), or give the samples in one piece with add_batch"
             )
         inputs, cotangents, indices = pieces[0]
-        if len(indices) != len(cotangents) or int(indices.max()) >= (self.samples or 0):
-            raise NsrlError(f"a batch of {len(cotangents)} samples got {len(indices)} indices below {self.samples}")
+        strange = [index for index in indices.tolist() if not 0 <= index < (self.samples or 0)]
+        if len(indices) != len(cotangents) or strange:
+            raise NsrlError(
+                f"a batch of {len(cotangents)} samples needs as many indices from 0 to {(self.samples or 0) - 1}, "
+                f"not {len(indices)}{f' with {strange[0]} among them' if strange else ''}; see PathRecorder.expect"
+            )
         with unrecorded():
             factors = self._linearise("batch", inputs)
         cotangents = cotangents.to(factors.outputs)
-        given = self.flat.gradient().to(factors.outputs)
-        own = factors.rmatvec(cotangents.flatten())
-        # Clipping scales the whole gradient: the optimizer was given this multiple of what the samples asked for.
-        share = float(own @ given) / max(float(own @ own), 1e-300)
-        return _Batch(factors, share * cotangents, indices)
+        first = not any(self.optimizer.state.get(p) for p in self.flat.parameters)
+        return _Batch(factors, self._clipping(raw, factors, cotangents) * cotangents, indices, first)
+
+    def _clipping(self, raw: dict[nn.Parameter, Tensor], factors: FactoredJacobian, cotangents: Tensor) -> float:
+        """What the optimizer is given, as a multiple of what the backward pass left: clipping scales all of it."""
+        if raw:
+            asked = torch.cat([raw.get(p, torch.zeros_like(p)).flatten() for p in self.flat.parameters])
+        else:  # the gradients were written by hand
+            asked = factors.rmatvec(cotangents.flatten())
+        asked = asked.to(factors.outputs)
+        return float(asked @ self.flat.gradient().to(asked)) / max(float(asked @ asked), 1e-300)
 
     def _indices(self, count: int) -> Tensor:
         return torch.arange(count) if self._expected is None else self._expected
@@ -289,8 +264,10 @@ class PathRecorder:
         slopes = None if self.query_slope is None else self.query_slope(factors.outputs)
         rows: Tensor | None = None
         for lag, batch in enumerate(self._batches):
-            scale = gradient_scale(self.optimizer, self.flat.parameters, lag)
-            if batch is None or scale is None:
+            if batch is None:
+                continue
+            scale = gradient_scale(self.optimizer, self.flat.parameters, lag, batch.first)
+            if scale is None:
                 continue
             if isinstance(scale, float):
                 kernel = scale * factors.cross_gram(batch.jacobian)

@@ -7,12 +7,18 @@ from torch import Tensor, nn
 
 
 def gradient_scale(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lag: int = 0
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lag: int = 0, first: bool = False
 ) -> Tensor | float | None:
     """S such that the step just made holds -S * (the gradient of `lag` steps ago), (P,) or one number for all.
 
     SGD with momentum, Nesterov and dampening; Adam, AdamW, AMSGrad and RMSprop by their realised denominators. Weight
     decay is no sample's doing and stays out.
+
+    Args:
+        optimizer: after its step.
+        parameters: the P entries, in order.
+        lag: steps between the gradient and this one.
+        first: the gradient was the first that the optimizer saw, which SGD does not dampen.
 
     Returns:
         None for an optimizer that is not one of these: nothing of its steps is then attributed.
@@ -20,7 +26,7 @@ def gradient_scale(
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     kind = type(optimizer)
     if kind is torch.optim.SGD:
-        scales = [_sgd(groups[p], lag) for p in parameters]
+        scales = [_sgd(groups[p], lag, first) for p in parameters]
         if len(set(scales)) == 1:
             return scales[0]
         return torch.cat([torch.full_like(p, s).flatten() for p, s in zip(parameters, scales, strict=True)])
@@ -38,8 +44,8 @@ def _sign(group: dict) -> float:
     return -1.0 if group.get("maximize") else 1.0
 
 
-def _sgd(group: dict, lag: int) -> float:
-    rate, momentum, kept = float(group["lr"]) * _sign(group), group["momentum"], 1.0 - group["dampening"]
+def _sgd(group: dict, lag: int, first: bool) -> float:
+    rate, momentum, kept = float(group["lr"]) * _sign(group), group["momentum"], 1.0 - group["dampening"] * (not first)
     if momentum == 0.0:
         return rate if lag == 0 else 0.0
     if group["nesterov"]:

@@ -11,7 +11,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from nsrl.errors import NsrlError
-from nsrl.ntk.path.recorder import PathRecorder, PathResult
+from nsrl.ntk.path.recorder import PathRecorder
+from nsrl.ntk.path.result import PathResult
 from nsrl.ntk.path.weightings import tracin
 from nsrl.ntk.rl.transitions import BatchWatch, forward
 from nsrl.rl.buffer import RetentionBuffer
@@ -26,10 +27,12 @@ class Forgetting:
     Attributes:
         timesteps: of the model at the update.
         kl: change of KL(pi_ref || pi) at each retained state, measured, (N,), nats.
-        contributions: how much of it each transition of the rollout brought about, (N, T); index step * n_envs + env
-            in the order of SB3's flattened buffer.
-        rest: kl - contributions.sum(1): momentum's memory, the optimizer's other losses, and what the retention
-            constraint did (Lagrangian, projection, restoration), (N,).
+        contributions: how much of it each transition of the rollout brought about, (N, T). Transition number
+            env * n_steps + step, the order of SB3's flattened buffer: `env, step = divmod(number, n_steps)`. They share
+            the KL out, which grows with the square of the movement: one transition less lowers it by about twice its
+            share. The outputs move by the whole share, `path.contributions`.
+        rest: kl - contributions.sum(1): momentum's memory, the optimizer's other losses, log_std's own movement, and
+            what the retention constraint did (Lagrangian, projection, restoration), (N,).
         path: the outputs' own path over the update.
     """
 

@@ -13,15 +13,18 @@ from nsrl.ntk.rl.attribution import select_states, spaced
 from nsrl.ntk.rl.transitions import forward
 from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.tensorboard import write_points
 
 TEXT = ("stdout", "log", "json", "csv")
 
 
 class KernelCallback(BaseCallback):
-    """Logs `ntk/rank`, `ntk/effective_dim`, `ntk/drift`, `ntk/kappa` and the picture `ntk/spectrum`.
+    """Logs `ntk/rank`, `ntk/effective_dim`, `ntk/lambda_max`, `ntk/drift`, `ntk/kappa` and the picture `ntk/spectrum`.
 
-    The kernel is that of the policy's outputs on some retained states. kappa is against the reference outputs: far
-    below 1, the policy is within reach of its linearisation from where it has moved to; it is 0 at first.
+    Each stands at the timesteps of its measurement: before every rollout, which is where the constraint is linearised
+    anew, and after the last update. The kernel is that of the policy's outputs on some retained states. kappa is
+    against the reference outputs: far below 1, the policy is within reach of its linearisation from where it has moved
+    to; it is 0 at first.
 
     Args:
         buffer: the retention buffer.
@@ -71,3 +74,4 @@ class KernelCallback(BaseCallback):
         for tag, value in state.scalars().items():
             self.logger.record(tag, value)
         self.logger.record("ntk/spectrum", Image(spectrum_image(state.spectrum), "HWC"), exclude=TEXT)
+        write_points(self.logger, self.num_timesteps)

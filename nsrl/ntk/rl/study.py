@@ -4,30 +4,61 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import gymnasium as gym
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.ntk.rl.forecast import forecast
-from nsrl.ntk.rl.transitions import collect_transitions
+from nsrl.ntk.rl.forecast import Forecast, forecast
+from nsrl.ntk.rl.ranking import RankAgreement, rank_agreement
+from nsrl.ntk.rl.transitions import collect_transitions, transitions_of
 from nsrl.rl.archive import written_atomically
 from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.ppo import NullSpacePPO
 
 OLD_TASK = "nsrl_envs:nsrl/CartPole-v0"
-#: New tasks: an environment id, and physical constants of the cart and pole that are changed in it.
+SWAPPED = "nsrl_envs:nsrl/CartPoleSwapped-v0"
+#: New tasks: an environment id, and physical constants of the cart and pole that are changed in it. "same" is the old
+#: task itself: there is nothing new to learn, and whatever moves is noise.
 CARTPOLES: dict[str, tuple[str, dict[str, float]]] = {
-    "swapped": ("nsrl_envs:nsrl/CartPoleSwapped-v0", {}),
+    "same": (OLD_TASK, {}),
     "long_pole": (OLD_TASK, {"length": 2.0}),
+    "heavy_pole": (OLD_TASK, {"masspole": 1.0}),
     "weak_motor": (OLD_TASK, {"force_mag": 3.0}),
-    "heavy_swapped": ("nsrl_envs:nsrl/CartPoleSwapped-v0", {"masspole": 1.0, "force_mag": 20.0}),
+    "strong_motor": (OLD_TASK, {"force_mag": 30.0}),
+    "swapped": (SWAPPED, {}),
+    "short_swapped": (SWAPPED, {"length": 0.25}),
+    "heavy_swapped": (SWAPPED, {"masspole": 1.0, "force_mag": 20.0}),
 }
+#: Rollouts that the scout plays before a run.
+SCOUTED = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A forecast and its rivals against the measured KL, at one horizon.
+
+    Attributes:
+        forecast: how well the cross-kernel ranks it.
+        rivals: how well forecasts without a kernel do: the learning rate times the number of steps, and the length of
+            the way in parameter space.
+        within: rank correlations of the cross-kernel among the runs of equal learning rate and length, where task and
+            seed alone differ.
+    """
+
+    forecast: RankAgreement
+    rivals: dict[str, RankAgreement]
+    within: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -35,19 +66,21 @@ class ForecastStudy:
     """Forecast against outcome.
 
     Attributes:
-        rows: one a run: task, learning_rate, timesteps, seed, forecast_kl (and its parts), measured_kl, surviving.
-        spearman: rank correlation over all runs.
-        p_value: of no correlation.
-        within: rank correlations among the runs of equal learning rate and length, where task and seed alone differ.
-        learning_rate_only: rank correlation of the learning rate times the length with the measured KL, the rival
-            forecast that needs no kernel.
+        first_update: KL after the first policy update, forecast from the rollout that it learns from.
+        whole_run: KL after the last, forecast from rollouts that another seed played before the run.
+        rows: one a run: its settings, what was forecast and what was measured at both horizons.
     """
 
+    first_update: Comparison
+    whole_run: Comparison
     rows: tuple[dict[str, Any], ...]
-    spearman: float
-    p_value: float
-    within: dict[str, float]
-    learning_rate_only: float
+
+
+def pretrained_cartpole(steps: int = 40_000, seed: int = 0) -> PPO:
+    """An agent that knows `OLD_TASK`: a quarter of a minute's training at 40,000 steps."""
+    envs = make_vec_env(OLD_TASK, 8, seed=seed)
+    return PPO("MlpPolicy", envs, n_steps=64, batch_size=256, n_epochs=10, learning_rate=1e-3, gamma=0.98,
+               gae_lambda=0.95, seed=seed, device="cpu").learn(steps)  # fmt: skip
 
 
 def cartpole_variant(name: str, n_envs: int, seed: int) -> VecEnv:
@@ -72,16 +105,39 @@ def cartpole_variant(name: str, n_envs: int, seed: int) -> VecEnv:
     return make_vec_env(make, n_envs, seed=seed)
 
 
+Run = tuple[str, float, int, int]
+
+
+def planned_runs(
+    tasks: Sequence[str], learning_rates: Sequence[float], timesteps: Sequence[int], seeds: Sequence[int]
+) -> list[Run]:
+    """Every combination, once.
+
+    Raises:
+        NsrlError: fewer than three runs, unknown tasks, bad numbers.
+    """
+    unknown = [task for task in tasks if task not in CARTPOLES]
+    if unknown:
+        raise NsrlError(f"there is no CartPole variant {', '.join(unknown)}; known: {', '.join(CARTPOLES)}")
+    if min((*learning_rates, *timesteps), default=1) <= 0 or min(seeds, default=0) < 0:
+        raise NsrlError("learning rates and timesteps must be positive, and seeds 0 or more")
+    plan = list(dict.fromkeys(itertools.product(tasks, learning_rates, timesteps, seeds)))
+    if len(plan) < 3:
+        raise NsrlError(f"a rank correlation needs three or more runs, not {len(plan)}")
+    return plan
+
+
 def forecast_study(
     agent: Any, buffer: RetentionBuffer, out: str | Path, *, tasks: Sequence[str] = tuple(CARTPOLES),
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3), timesteps: Sequence[int] = (2048, 6144),
-    seeds: Sequence[int] = (0,), n_envs: int = 4, n_steps: int = 128, batch_size: int = 64, n_epochs: int = 5,
-    on_run: Callable[[int, int], Any] | None = None,
+    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3), timesteps: Sequence[int] = (4096,),
+    seeds: Sequence[int] = (2, 3), n_envs: int = 4, n_steps: int = 128, batch_size: int = 64, n_epochs: int = 5,
+    again: bool = False, on_run: Callable[[int, int], Any] | None = None,
 ) -> ForecastStudy:  # fmt: skip
     """Forecast, then fine-tune plainly (no constraint), for every combination; writes `out` as JSON after every run.
 
-    The forecast sees one rollout of another seed than the run's. A file of the same settings is taken up where it
-    ends.
+    Both forecasts are made before what they are of: that of the first update behind its rollout, that of the run before
+    its first step. A file of the same settings is taken up where it ends; rows that this call did not ask for stay in
+    it, outside the correlations.
 
     Args:
         agent: the pretrained CartPole agent, as `NullSpacePPO.from_pretrained` takes it.
@@ -90,29 +146,59 @@ def forecast_study(
         tasks: names of `CARTPOLES`.
         learning_rates, timesteps, seeds: of the runs.
         n_envs, n_steps, batch_size, n_epochs: PPO's.
+        again: begin anew, whatever `out` holds.
         on_run: called with (runs done, runs altogether).
 
     Raises:
-        NsrlError: fewer than three runs, unknown tasks, an unreadable agent.
+        NsrlError: fewer than three runs, unknown tasks, bad numbers, an unreadable agent or one of other spaces, or a
+            file of other settings.
     """
     out = Path(out)
-    plan = list(itertools.product(tasks, learning_rates, timesteps, seeds))
-    if len(plan) < 3:
-        raise NsrlError(f"a rank correlation needs three or more runs, not {len(plan)}")
+    plan = planned_runs(tasks, learning_rates, timesteps, seeds)
     ppo: dict[str, Any] = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
     settings = {**ppo, "n_envs": n_envs, "buffer": buffer.digest()}
-    rows = _finished(out, settings)
+    rows = [] if again else _finished(out, settings)
     known = {_key(row) for row in rows}
-    for task, rate, steps, seed in plan:
+    for done, (task, rate, steps, seed) in enumerate(plan, 1):
         if (task, rate, steps, seed) not in known:
             rows.append(_run(agent, buffer, task, rate, steps, seed, n_envs, ppo))
             _write(out, {"settings": settings, "rows": rows})
         if on_run is not None:
-            on_run(len(rows), len(plan))
+            on_run(done, len(plan))
     wanted = set(plan)
     study = _summarise([row for row in rows if _key(row) in wanted])
-    _write(out, {"settings": settings, **asdict(study)})
+    others = [row for row in rows if _key(row) not in wanted]
+    _write(out, {"settings": settings, **asdict(study), "rows": [*study.rows, *others],
+                 "seconds": round(sum(row["seconds"] for row in study.rows), 1)})  # fmt: skip
     return study
+
+
+class _FirstUpdate(BaseCallback):
+    """Forecasts the first policy update behind its rollout, and measures the KL after it."""
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        self._settings = settings
+        self.said: Forecast | None = None
+        self.measured = math.nan
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.said is None:
+            self.said = forecast(self._constraint, transitions_of(self.model), **self._settings)  # type: ignore[arg-type]
+
+    def _on_rollout_start(self) -> None:
+        if self.said is not None and math.isnan(self.measured):
+            self.measured = self._constraint.measure().kl_mean
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()  # a run of one rollout
+
+    @property
+    def _constraint(self) -> RetentionConstraint:
+        return self.model.retention.constraint  # type: ignore[attr-defined]
 
 
 def _run(agent: Any, buffer: RetentionBuffer, task: str, rate: float, steps: int, seed: int, n_envs: int,
@@ -122,52 +208,69 @@ def _run(agent: Any, buffer: RetentionBuffer, task: str, rate: float, steps: int
         return NullSpacePPO.from_pretrained(agent, env, retain=buffer, method="finetune", learning_rate=rate,
                                             seed=run_seed, clip_range=0.2, **ppo)  # fmt: skip
 
-    scout = build(1000 + seed)
-    assert scout.retention is not None
+    start = perf_counter()
     rollouts = -(-steps // (ppo["n_steps"] * n_envs))
-    updates = rollouts * ppo["n_epochs"] * (ppo["n_steps"] * n_envs // ppo["batch_size"])
-    said = forecast(scout.retention.constraint, collect_transitions(scout), learning_rate=rate, updates=updates,
-                    batch_size=ppo["batch_size"])  # fmt: skip
-    model = build(seed)
-    model.learn(steps)
-    assert model.retention is not None
+    updates = ppo["n_epochs"] * (ppo["n_steps"] * n_envs // ppo["batch_size"])
+    settings: dict[str, Any] = {"learning_rate": rate, "updates": updates, "batch_size": ppo["batch_size"]}
+    scout, first = build(1000 + seed), _FirstUpdate(**settings)
+    assert scout.retention is not None
+    played = [collect_transitions(scout) for _ in range(SCOUTED)]
+    said = forecast(scout.retention.constraint, played, rollouts=rollouts, **settings)
+    model = build(seed)  # seeds what is drawn from now on: the run is what it would be without the forecasts
+    model.learn(steps, callback=first)
+    assert model.retention is not None and first.said is not None
     measured = model.retention.constraint.measure()
-    return {"task": task, "learning_rate": rate, "timesteps": steps, "seed": seed, "updates": updates,
-            "forecast_kl": said.kl, "forecast_drift": said.kl_drift, "forecast_noise": said.kl_noise,
-            "alignment": said.alignment, "surviving": said.surviving, "measured_kl": measured.kl_mean,
-            "agreement": measured.agreement}  # fmt: skip
+    return {
+        "task": task, "learning_rate": rate, "timesteps": steps, "seed": seed, "updates": updates, "rollouts": rollouts,
+        "first_update": {"forecast_kl": first.said.kl, "displacement": first.said.displacement,
+                         "alignment": first.said.alignment, "measured_kl": first.measured},
+        "whole_run": {"forecast_kl": said.kl, "forecast_drift": said.kl_drift, "displacement": said.displacement,
+                      "alignment": said.alignment, "surviving": said.surviving, "measured_kl": measured.kl_mean,
+                      "agreement": measured.agreement},
+        "seconds": round(perf_counter() - start, 2),
+    }  # fmt: skip
 
 
 def _summarise(rows: list[dict[str, Any]]) -> ForecastStudy:
-    from scipy.stats import spearmanr
-
-    measured = [row["measured_kl"] for row in rows]
-    overall = spearmanr([row["forecast_kl"] for row in rows], measured)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(f"{row['learning_rate']:g}, {row['timesteps']} steps", []).append(row)
-    within = {
-        name: float(spearmanr([row["forecast_kl"] for row in group], [row["measured_kl"] for row in group]).statistic)
-        for name, group in groups.items()
-        if len(group) > 2
-    }
-    rival = spearmanr([row["learning_rate"] * row["updates"] for row in rows], measured)
-    return ForecastStudy(tuple(rows), float(overall.statistic), float(overall.pvalue), within, float(rival.statistic))
+    return ForecastStudy(_compare(rows, "first_update"), _compare(rows, "whole_run"), tuple(rows))
 
 
-def _key(row: dict[str, Any]) -> tuple[str, float, int, int]:
+def _compare(rows: list[dict[str, Any]], horizon: str) -> Comparison:
+    said, ways, measured = (
+        [row[horizon][key] for row in rows] for key in ("forecast_kl", "displacement", "measured_kl")
+    )
+    groups = [f"learning rate {row['learning_rate']:g}, {row['timesteps']} steps" for row in rows]
+    tasks = [row["task"] for row in rows]
+    steps = [row["updates"] * (row["rollouts"] if horizon == "whole_run" else 1) for row in rows]
+    rivals = {"learning rate x steps": [row["learning_rate"] * count for row, count in zip(rows, steps, strict=True)],
+              "way in parameter space": ways}  # fmt: skip
+    within: dict[str, float | None] = {}
+    for name in dict.fromkeys(groups):
+        members = [index for index, group in enumerate(groups) if group == name]
+        if len(members) > 2:
+            pair = [said[i] for i in members], [measured[i] for i in members]
+            within[name] = rank_agreement(*pair, groups=[name] * len(members), clusters=[name] * len(members)).spearman
+    return Comparison(
+        rank_agreement(said, measured, groups, tasks),
+        {name: rank_agreement(rival, measured, groups, tasks) for name, rival in rivals.items()}, within,
+    )  # fmt: skip
+
+
+def _key(row: dict[str, Any]) -> Run:
     return row["task"], row["learning_rate"], row["timesteps"], row["seed"]
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an interrupted study of the same settings."""
-    if not out.is_file():
+    if not out.exists():
         return []
     try:
         content = json.loads(out.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NsrlError(f"{out} is not JSON ({error}); remove it or choose another file") from error
-    return list(content["rows"]) if content.get("settings") == settings else []
+    except (OSError, ValueError) as error:
+        raise NsrlError(f"{out} is not a study ({error}); remove it or choose another file") from error
+    if content.get("settings") != settings:
+        raise NsrlError(f"{out} holds a study of other settings or another agent; begin anew, or choose another file")
+    return list(content["rows"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -53,14 +53,16 @@ def collect_transitions(model: OnPolicyAlgorithm) -> Transitions:
 
 
 def transitions_of(model: OnPolicyAlgorithm) -> Transitions:
-    """The transitions in a model's rollout buffer, made by its present policy.
+    """The transitions in a model's rollout buffer, made by its present policy; training goes on as if none had looked.
 
     Raises:
         NsrlError: the buffer is not full.
     """
     if not model.rollout_buffer.full:
         raise NsrlError("the model's rollout buffer is not full; collect a rollout first")
+    state = np.random.get_state()  # which the buffer shuffles by
     samples: Any = next(iter(model.rollout_buffer.get()))
+    np.random.set_state(state)
     policy = model.policy
     actions = samples.actions
     if isinstance(model.action_space, spaces.Discrete):

@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Linearisation(Quadratic):
-    """The second-order model with a factored Jacobian, whose Gram matrix can be formed."""
+class Linearisation:
+    """The model of `nsrl.rl.trust.Quadratic` with a factored Jacobian, whose Gram matrix can be formed."""
 
     jacobian: Jacobian
+    residual: Tensor
+    divergence: float
 
 
 class RetentionConstraint:

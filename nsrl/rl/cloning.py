@@ -25,8 +25,8 @@ from torch import Tensor
 from nsrl.errors import NsrlError
 from nsrl.rl import minari
 from nsrl.rl.agents import Agent
+from nsrl.rl.heads import select
 from nsrl.rl.normalization import ObservationNormalizer
-from nsrl.rl.passes import select
 from nsrl.rl.rollout import Observations, evaluation_mode, map_arrays, own_randomness, policy_inputs
 from nsrl.rl.stock import bare, hyperparameters
 

@@ -20,10 +20,11 @@ from nsrl.projection.blocks import DenseBlock
 from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian, jacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.rl.heads import Head, actor_head, select
 from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
 from nsrl.rl.measurement import Measurement
 from nsrl.rl.natural import PolicyJacobian
-from nsrl.rl.passes import Head, Passes, actor_head, select
+from nsrl.rl.passes import Passes
 from nsrl.rl.policies import Observation, action_family, policy_outputs
 from nsrl.rl.spreads import StatewiseGaussian
 from nsrl.rl.state_weights import StateWeights, rows_times, weighted_mean

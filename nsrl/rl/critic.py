@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from nsrl.rl.passes import critic_head
+from nsrl.rl.heads import critic_head
 from nsrl.rl.policies import Observation
 
 Stepper = Callable[[list[Tensor]], Any]

@@ -11,19 +11,16 @@ matrix is wanted, not here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
-from nsrl.rl.policies import Observation
 from nsrl.rl.preconditioner import LayerFactors
 
 #: States that Kronecker factors are made of, at least, where there are as many: they only have to be roughly right.
@@ -231,98 +228,3 @@ def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter
         else:
             return None
     return tuple(stages) if stages and not position else None
-
-
-@dataclass(frozen=True)
-class Head:
-    """Actor or critic of a policy on a fixed batch, at whatever its parameters are now.
-
-    Attributes:
-        forward: from `inputs` to outputs (N, O).
-        inputs: the observations; or their features, extracted once, where the extractor stands still.
-        parameters: those that are moved.
-        stages: the chain of linear layers that `forward` is, if it is one.
-    """
-
-    forward: Callable[[Any], Tensor]
-    inputs: Observation
-    parameters: tuple[nn.Parameter, ...]
-    stages: tuple[Stage, ...] | None
-
-    @torch.no_grad()
-    def outputs(self) -> Tensor:
-        """Outputs now, shape (N, O)."""
-        return self.forward(self.inputs) if self.stages is None else self.passes().outputs
-
-    def passes(self) -> Passes:
-        """Both products with the Jacobian at the present parameters."""
-        if self.stages is not None:
-            assert isinstance(self.inputs, Tensor)
-            return LayerPasses(self.stages, self.inputs, self.parameters)
-        with torch.enable_grad():
-            return GraphPasses(self.forward(self.inputs), self.parameters)
-
-    def select(self, indices: Tensor | slice) -> Head:
-        """The same on some of the batch."""
-        return Head(self.forward, select(self.inputs, indices), self.parameters, self.stages)
-
-    def minibatches(self, order: Tensor, size: int) -> Iterator[Passes]:
-        """Passes on `size` rows after the other in some order, each at the parameters of its time."""
-        if self.stages is None:
-            for rows in order.split(size):
-                yield self.select(rows).passes()
-        else:
-            assert isinstance(self.inputs, Tensor)
-            for inputs in self.inputs[order].split(size):
-                yield LayerPasses(self.stages, inputs, self.parameters)
-
-
-def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
-    """Logits or means as a function of some of the policy's parameters."""
-    mlp = policy.mlp_extractor
-    layers = [*mlp.policy_net, policy.action_net] if type(mlp) is MlpExtractor else None
-    extractor = policy.pi_features_extractor
-    return _head(policy, observations, extractor, mlp.forward_actor, policy.action_net, layers, parameters)
-
-
-def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
-    """Values, shape (N, 1), as a function of some of the policy's parameters."""
-    if type(policy).predict_values is not ActorCriticPolicy.predict_values:
-        return Head(policy.predict_values, observations, tuple(parameters), None)
-    mlp = policy.mlp_extractor
-    layers = [*mlp.value_net, policy.value_net] if type(mlp) is MlpExtractor else None
-    extractor = policy.vf_features_extractor
-    return _head(policy, observations, extractor, mlp.forward_critic, policy.value_net, layers, parameters)
-
-
-def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, body: Callable[[Any], Tensor],
-          top: nn.Module, layers: list[nn.Module] | None, parameters: Sequence[nn.Parameter]) -> Head:  # fmt: skip
-    def extract(observations: Observation) -> Tensor:
-        # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
-        return BasePolicy.extract_features(policy, observations, extractor)
-
-    if not set(parameters).isdisjoint(extractor.parameters()):
-        return Head(lambda inputs: top(body(extract(inputs))), observations, tuple(parameters), None)
-    with torch.no_grad():
-        features = extract(observations)
-    stages = None if layers is None else linear_chain(layers, parameters)
-    return Head(lambda inputs: top(body(inputs)), features, tuple(parameters), stages)
-
-
-def reached_parameters(policy: ActorCriticPolicy, outputs: Tensor) -> list[nn.Parameter]:
-    """Trainable parameters that a policy's outputs depend on, in `named_parameters()` order: by autograd, not by name.
-
-    Args:
-        policy: the policy.
-        outputs: anything that it computed, with its graph.
-    """
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    grads = torch.autograd.grad(outputs.sum(), trainable, allow_unused=True)
-    return [parameter for parameter, grad in zip(trainable, grads, strict=True) if grad is not None]
-
-
-def select(inputs: Observation, indices: Tensor | slice) -> Observation:
-    """Some rows of a batch of observations."""
-    if isinstance(inputs, Mapping):
-        return {key: value[indices] for key, value in inputs.items()}
-    return inputs[indices]

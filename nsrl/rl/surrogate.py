@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.rl.heads import actor_head, reached_parameters, select
 from nsrl.rl.natural import PolicyJacobian
-from nsrl.rl.passes import actor_head, reached_parameters, select
 from nsrl.rl.policies import action_family, policy_outputs
 
 

@@ -13,8 +13,8 @@ from stable_baselines3.common.utils import explained_variance
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.critic import fit_values
+from nsrl.rl.heads import reached_parameters, select
 from nsrl.rl.natural import LocalModel, Step
-from nsrl.rl.passes import reached_parameters, select
 from nsrl.rl.policies import action_family
 from nsrl.rl.pretrained import PretrainedMixin, without_optimizer
 from nsrl.rl.region import PenalisedRegion, RetentionRegion, build_region

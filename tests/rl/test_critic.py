@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from nsrl.rl.critic import fit_values
-from nsrl.rl.passes import reached_parameters, select
+from nsrl.rl.heads import reached_parameters, select
 from nsrl.rl.policies import policy_outputs
 from tests.rl.policy_builders import build_policy, draw_rollout
 

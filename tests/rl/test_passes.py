@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from nsrl.rl.passes import GraphPasses, LayerPasses, actor_head, critic_head, linear_chain, reached_parameters, select
+from nsrl.rl.heads import actor_head, critic_head, reached_parameters, select
+from nsrl.rl.passes import GraphPasses, LayerPasses, linear_chain
 from nsrl.rl.policies import policy_outputs
 from tests.rl.policy_builders import NETWORKS, build_policy, dense_jacobian, draw_observations
 

@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2, 3, 4)
 ORDERS = (0, 1)
 #: What of a run's metrics is averaged.
 MEASURED = ("acc", "bwt", "fwt", "forgetting", "learning", "preserved_kl", "kept_share", "leakage", "train_seconds",
-            "memory_bytes")  # fmt: skip
+            "train_cpu_seconds", "memory_bytes")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) 
     """All runs; seeds and orders outermost, so that a benchmark that is stopped early is balanced.
 
     Args:
-        configs: folder whose `continual` holds the configurations. Every strategy runs with its own defaults; the
-            options that a configuration gives its strategy are for that strategy.
+        configs: folder whose `continual` holds the configurations. Every strategy runs with its own defaults and,
+            over them, the configuration's preset for it.
         only: names of benchmarks and of strategies; none of a kind means all of it.
         quick: one seed, one order, one epoch.
 
@@ -89,8 +89,9 @@ def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) 
         for order in ORDERS[:1] if quick else ORDERS:
             for benchmark, base in bases.items():
                 for strategy in strategies:
-                    own = base.strategy if base.strategy.name == strategy else StrategySettings(strategy)
-                    config = replace(base, seed=seed, out=None, strategy=own,
+                    chosen = base.strategy if base.strategy.name == strategy else StrategySettings(strategy)
+                    own = StrategySettings(strategy, replace(base, strategy=chosen).options)
+                    config = replace(base, seed=seed, out=None, strategy=own, presets={},
                                      benchmark=replace(base.benchmark, order=order))  # fmt: skip
                     if quick:
                         config = replace(config, training=replace(config.training, epochs=1))
@@ -166,9 +167,11 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
                         "seed": cell.config.seed, "order": cell.config.benchmark.order}  # fmt: skip
             rows.append(identity | {key: metrics.get(key) for key in (*MEASURED, "rank", "matrix")})
     configs = {cell.benchmark: plain(replace(cell.config, strategy=StrategySettings())) for cell in reversed(cells)}
-    for config in configs.values():
+    for name, config in configs.items():
         for key in ("seed", "out", "strategy"):
             config.pop(key)
+        config["presets"] = {cell.config.strategy.name: cell.config.strategy.options for cell in cells
+                             if cell.benchmark == name and cell.config.strategy.options}  # fmt: skip
     return {
         "environment": describe_environment(),
         "configs": configs,
@@ -185,7 +188,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
 def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and 95 % bootstrap interval over seeds and orders of all that is measured.
 
-    Besides, `slowdown`: median over the runs of training time over naive's of the same seed and order; and
+    Besides, `slowdown`: median over the runs of processor time in training over naive's of the same seed and order; and
     `acc_below_joint`: mean and interval of joint's ACC minus this one's, paired.
     """
     mine = {(row["seed"], row["order"]): row for row in rows
@@ -200,7 +203,7 @@ def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> 
                   if (row["benchmark"], row["strategy"]) == (benchmark, other)}  # fmt: skip
         pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
         if pairs and other == "naive":
-            ratios = sorted(own["train_seconds"] / naive["train_seconds"] for own, naive in pairs)
+            ratios = sorted(own["train_cpu_seconds"] / naive["train_cpu_seconds"] for own, naive in pairs)
             summary["slowdown"] = ratios[len(ratios) // 2]
         elif pairs:
             below = paired_difference([joint["acc"] for _, joint in pairs], [own["acc"] for own, _ in pairs])

@@ -67,7 +67,7 @@ def write_markdown(content: dict[str, Any], path: Path) -> Path:
         "`nsrl bench continual` makes this page, `continual.json` and `continual.png`. Mean over seeds and task orders"
         " on test data; ACC with its 95 % bootstrap interval; BWT and the others in points of 100."
         " `KL` is the divergence on inputs of learnt tasks, `kept` the least share of a step over the layers,"
-        " `time` the median ratio of training time to naive's, `memory` what is kept of earlier tasks."
+        " `time` the median ratio of processor time in training to naive's, `memory` what is kept of earlier tasks."
         " nsrl's own strategies are in bold.",
         "![ACC of all strategies](continual.png)",
     ]

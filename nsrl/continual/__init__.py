@@ -1,26 +1,41 @@
-"""Supervised continual learning on the projection core: strategies, what they mean, and how they are measured."""
+"""Supervised continual learning on the projection core: strategies, what they mean, and how they are measured.
 
-from nsrl.continual.heads import MultiHead, freeze_statistics, model_outputs, predictions
-from nsrl.continual.metrics import SequenceMetrics, sequence_metrics
-from nsrl.continual.optimizers import OptimizerConfig
-from nsrl.continual.protect import Guard, protect
-from nsrl.continual.strategies import STRATEGIES, Strategy, build_strategy
-from nsrl.continual.tasks import Batch, Scenario, Task
+The names below load on first use: `nsrl continual --help` and a mistyped key are answered without torch.
+"""
 
-__all__ = [
-    "STRATEGIES",
-    "Batch",
-    "Guard",
-    "MultiHead",
-    "OptimizerConfig",
-    "Scenario",
-    "SequenceMetrics",
-    "Strategy",
-    "Task",
-    "build_strategy",
-    "freeze_statistics",
-    "model_outputs",
-    "predictions",
-    "protect",
-    "sequence_metrics",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsrl.continual.guard import Guard as Guard
+    from nsrl.continual.guard import protect as protect
+    from nsrl.continual.heads import MultiHead as MultiHead
+    from nsrl.continual.heads import freeze_statistics as freeze_statistics
+    from nsrl.continual.heads import model_outputs as model_outputs
+    from nsrl.continual.heads import predictions as predictions
+    from nsrl.continual.metrics import SequenceMetrics as SequenceMetrics
+    from nsrl.continual.metrics import sequence_metrics as sequence_metrics
+    from nsrl.continual.optimizers import OptimizerConfig as OptimizerConfig
+    from nsrl.continual.strategies import STRATEGIES as STRATEGIES
+    from nsrl.continual.strategies import Strategy as Strategy
+    from nsrl.continual.strategies import build_strategy as build_strategy
+    from nsrl.continual.tasks import Batch as Batch
+    from nsrl.continual.tasks import Scenario as Scenario
+    from nsrl.continual.tasks import Task as Task
+
+_NAMES = {
+    "guard": ("Guard", "protect"),
+    "heads": ("MultiHead", "freeze_statistics", "model_outputs", "predictions"),
+    "metrics": ("SequenceMetrics", "sequence_metrics"),
+    "optimizers": ("OptimizerConfig",),
+    "strategies": ("STRATEGIES", "Strategy", "build_strategy"),
+    "tasks": ("Batch", "Scenario", "Task"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"nsrl.continual.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

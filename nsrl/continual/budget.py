@@ -1,7 +1,7 @@
 """The KL budget of a sequence of tasks: how far behaviour on retained inputs may move, enforced by measurement.
 
     every step      the gradient gets multiplier * grad KL of a few retained inputs (a Lagrangian gradient: at the
-                    constrained optimum the optimizer's moments see zero)
+                    constrained optimum the optimizer's moments see zero); with `replay` also that of their labels
     now and then    the KL of every task is measured on all of its retained inputs; if one is over the budget, restore
                     (a Gauss-Newton step by Krylov products with the full Jacobian, backtracking on the measured KL),
                     and if that does not help go back along the segment to the last feasible weights
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsrl.continual.heads import model_outputs
+from nsrl.continual.multiplier import Multiplier
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
@@ -33,25 +35,32 @@ class KLBudgetOptions:
         kl_budget: largest mean KL(then || now) of a task on its retained inputs, nats a sample (regression: half the
             squared change of the outputs).
         states_per_task: inputs retained of every task, with the outputs of then.
+        replay: weight of the labels of retained inputs, for every earlier task, next to the loss of the task at hand:
+            0 uses no old labels, 1 weighs all tasks alike, as joint training does.
         batch_states: of them, in every step's Lagrangian gradient.
         enforce_every: steps from one measurement (and restoration, if needed) to the next; also at the task's end.
-        target: share of the budget that the multiplier and the restoration aim at.
+        target: share of the budget that the multiplier and the restoration aim at. The multiplier sees the mean over
+            the tasks, the budget holds for the worst.
         multiplier: the Lagrange multiplier to start with.
         rate: integral gain of its logarithm, a step, on the relative excess of the KL.
         damping: proportional gain.
         restore_steps: Gauss-Newton steps tried before going back along the segment.
+        restore_states: retained inputs, of all tasks mixed, that such a step is solved on; how far it is made is
+            measured on all.
         seed: of the choice of states and of the draws.
     """
 
     kl_budget: float = 0.02
     states_per_task: int = 200
-    batch_states: int = 96
+    replay: float = 0.0
+    batch_states: int = 80
     enforce_every: int = 500
-    target: float = 0.9
+    target: float = 0.75
     multiplier: float = 1.0
     rate: float = 0.03
     damping: float = 0.3
     restore_steps: int = 4
+    restore_states: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,34 +69,15 @@ class KLBudgetOptions:
                 f"kl_budget must be a positive number of nats, not {self.kl_budget}; where nothing at all may move, "
                 "use the method 'features'"
             )
-        if min(self.states_per_task, self.batch_states, self.enforce_every, self.restore_steps) < 1:
-            raise NsrlError("states_per_task, batch_states, enforce_every and restore_steps must be at least 1")
+        counts = ("states_per_task", "batch_states", "enforce_every", "restore_steps", "restore_states")
+        if min(getattr(self, name) for name in counts) < 1:
+            raise NsrlError(f"{', '.join(counts)} must be at least 1")
+        if not 0.0 <= self.replay < math.inf:
+            raise NsrlError(f"replay is a weight of at least 0, not {self.replay}")
         if not 0.0 < self.target <= 1.0 or not self.multiplier > 0.0:
             raise NsrlError(
                 f"target must lie in (0, 1] and the multiplier be positive, not {self.target} and {self.multiplier}"
             )
-
-
-class Multiplier:
-    """A Lagrange multiplier driven by measured KL: proportional-integral control of its logarithm.
-
-    Follows Stooke et al. 2020 (PID Lagrangian methods), in log space: its natural size spans orders of magnitude.
-    """
-
-    # a larger one would only make noise: the restoration keeps the budget
-    LOWEST, HIGHEST = 1e-3, 30.0
-
-    def __init__(self, start: float, target: float, rate: float, damping: float):
-        self.value = start
-        self.target = target
-        self.rate = rate
-        self.damping = damping
-
-    def update(self, kl: float) -> float:
-        """The multiplier to use after a measured KL."""
-        excess = min(max(kl / self.target - 1.0, -1.0), 2.0)
-        self.value = min(max(self.value * math.exp(self.rate * excess), self.LOWEST), self.HIGHEST)
-        return self.value * math.exp(self.damping * excess)
 
 
 class KLBudget:
@@ -114,6 +104,7 @@ class KLBudget:
         self.fallbacks = 0
         self._steps = 0
         self._feasible: Tensor | None = None
+        self._learnt: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.retained)
@@ -128,16 +119,27 @@ class KLBudget:
         return self.retained.memory.draw(self.options.batch_states)
 
     def pull(self, outputs: Tensor, indices: Tensor) -> Tensor:
-        """Gradient of multiplier * mean KL in the outputs (n, O) of some retained inputs; moves the multiplier."""
-        kl, slope = self.retained.gap(outputs.detach(), indices)
-        return slope * (self.multiplier.update(kl) / len(indices))
+        """Gradient of multiplier * mean KL + replay * tasks * labels' loss in the outputs of some retained inputs.
+
+        Moves the multiplier.
+
+        Args:
+            outputs: detached, shape (n, O).
+            indices: which inputs.
+        """
+        kl, slope = self.retained.gap(outputs, indices)
+        replay = self.options.replay * len(self.retained.memory.tasks)
+        slope = slope.mul_((self.multiplier.update(kl) + replay) / len(indices))
+        if replay:
+            slope.add_(self.retained.errors.index_select(0, indices), alpha=replay / len(indices))
+        return slope
 
     def add_gradient(self) -> None:
         """Add the Lagrangian gradient of some retained inputs to the parameters' gradients."""
         if len(self):
             indices = self.draw()
             outputs = self.retained.outputs(self.model, indices)
-            outputs.backward(self.pull(outputs, indices))
+            outputs.backward(self.pull(outputs.detach(), indices))
 
     def due(self) -> bool:
         """Count a step; whether it is time to measure and enforce."""
@@ -158,7 +160,7 @@ class KLBudget:
         """Enforce, then keep inputs of a task that was learnt, with the present outputs on them."""
         self.enforce()
         self.retained.add(self.model, task, loader)
-        self._feasible = self.flat.read()
+        self._feasible = self._learnt = self.flat.read()
 
     def largest(self) -> float:
         """KL of the task that has moved most; infinity where the model has diverged, 0 with nothing retained."""
@@ -179,11 +181,53 @@ class KLBudget:
         self._feasible = self.flat.read()
         return kl
 
-    def rank(self, states: int = 32) -> int:
-        """Rank of the whitened Jacobian on a few of the retained inputs, all tasks mixed."""
-        count = min(states, len(self))
-        J, residual = self._linearise(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count])
-        return SpectralProjection(J, residual, 0.0).spectrum.rank
+    def certificate(self, states: int = 32) -> dict[str, float]:
+        """What the way since the last task's end has to do with the protected outputs, on a few retained inputs.
+
+        Returns:
+            "rank" of the whitened Jacobian J on inputs of all tasks mixed. "kept_share": what a projection onto its
+            null space would keep of the way's norm, the least over the layers that moved. "leakage": how far the way d
+            moves those outputs, next to an equally long way in a random direction: |J d| / |d| over |J|_F / sqrt(P).
+            The budget is kept by what the gradient contains, not by a projection of steps, so unlike that of the
+            strategies that project, this leakage is not a share of what was proposed.
+        """
+        assert self._learnt is not None
+        J, residual = self._linearise(self._mixed(states))
+        projection = SpectralProjection(J, residual, 0.0)
+        found = {"rank": float(projection.spectrum.rank)}
+        way = self.flat.read() - self._learnt
+        if way.any():
+            typical = math.sqrt(float(projection.spectrum.values.sum()) / len(way))
+            found["leakage"] = float(J.matvec(way).norm() / way.norm()) / typical
+            found["kept_share"] = self._least_share(projection.null(way), way)
+        return found
+
+    def _least_share(self, kept: Tensor, way: Tensor) -> float:
+        named = [(name.rpartition(".")[0], p.numel()) for name, p in self.model.named_parameters() if p.requires_grad]
+        squares: dict[str, list[float]] = {}
+        pieces = [vector.double().split([size for _, size in named]) for vector in (kept, way)]
+        for (layer, _), mine, whole in zip(named, *pieces, strict=True):
+            sums = squares.setdefault(layer, [0.0, 0.0])
+            sums[0] += float(mine.square().sum())
+            sums[1] += float(whole.square().sum())
+        return min(math.sqrt(mine / whole) for mine, whole in squares.values() if whole > 0.0)
+
+    def progress(self) -> dict[str, Any]:
+        """Draws, multiplier and counters."""
+        return {
+            **self.retained.memory.progress(),
+            "multiplier": self.multiplier.value,
+            "counts": [self._steps, self.restorations, self.fallbacks],
+            "feasible": self._feasible,
+        }
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.retained.memory.resume(progress)
+        self.multiplier.value = progress["multiplier"]
+        self._steps, self.restorations, self.fallbacks = progress["counts"]
+        feasible = progress["feasible"]
+        self._feasible = None if feasible is None else feasible.to(self.flat.read())
 
     def nbytes(self) -> int:
         """Retained inputs and outputs."""
@@ -201,9 +245,9 @@ class KLBudget:
         return kl
 
     def _restore(self, kl: float) -> float:
-        """One Gauss-Newton step on all retained inputs, backtracking on the measured KL of the worst task."""
+        """One Gauss-Newton step, backtracking on the measured KL of the worst task."""
         mean = float(self.retained.divergences(self.model).mean())
-        J, residual = self._linearise(torch.arange(len(self)))
+        J, residual = self._linearise(self._mixed(self.options.restore_states))
         # the model sees the mean over the tasks, the budget holds for the worst
         aim = self.options.target * self.options.kl_budget * min(1.0, mean / kl)
         flat = self.flat
@@ -230,6 +274,11 @@ class KLBudget:
             low, high = (middle, high) if self.largest() <= self.options.kl_budget else (low, middle)
         flat.write(self._feasible + low * way)
         return self.largest()
+
+    def _mixed(self, count: int) -> Tensor:
+        """Indices of some retained inputs, always the same ones of all tasks."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]
+        return chosen.to(self.retained.memory.inputs.device)
 
     def _linearise(self, indices: Tensor) -> tuple[FactoredJacobian, Tensor]:
         memory = self.retained.memory

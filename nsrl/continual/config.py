@@ -134,6 +134,8 @@ class ContinualConfig:
         model: the network.
         training: how each task is trained.
         strategy: what keeps earlier tasks.
+        presets: options by strategy that suit this benchmark; they are beneath those of `strategy`, whichever is
+            chosen.
         seed: of the split of the data, the generated tasks, the initial weights and the minibatches.
         out: folder of the run; null makes one under runs/.
     """
@@ -142,9 +144,18 @@ class ContinualConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)
+    presets: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     out: str | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise NsrlError(f"seed must not be negative, not {self.seed}")
+        for name, options in self.presets.items():
+            if not isinstance(options, dict):
+                raise NsrlError(f"presets.{name} must hold options by name (as in `{{seed: 0}}`), not {options!r}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The strategy's options: its preset, and over it what `strategy` says."""
+        return {**self.presets.get(self.strategy.name, {}), **self.strategy.options}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -112,6 +113,15 @@ class ProtectedFeatures:
         if self.last is None:
             return {}
         return {"kept_share": self.last.kept_share, "leakage": self.last.leakage, "rank": float(self.last.rank)}
+
+    def progress(self) -> dict[str, Any]:
+        """Where the way began, and the steps since."""
+        return {"steps": self._steps, "start": self._reference}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps, start = progress["steps"], progress["start"]
+        self._reference = None if start is None else start.to(self.flat.read())
 
     def nbytes(self) -> int:
         """Protected spans."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,15 @@ class Memory:
             self._queue = torch.randperm(len(self), generator=self._generator)
         batch, self._queue = self._queue[:count], self._queue[count:]
         return batch.to(self.inputs.device)
+
+    def progress(self) -> dict[str, Any]:
+        """Where the draws are."""
+        return {"generator": self._generator.get_state(), "queue": self._queue}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on with the draws from there."""
+        self._generator.set_state(progress["generator"])
+        self._queue = progress["queue"]
 
     def heads_of(self, indices: Tensor) -> Tensor | None:
         """Heads of some samples."""

@@ -24,6 +24,14 @@ class Objective(Protocol):
         """Mean loss over the samples, a scalar."""
         ...
 
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of every sample's negative log-likelihood in its outputs, shape (N, O)."""
+        ...
+
+    def loss_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`loss` of detached outputs and its gradient in them, shape (N, O)."""
+        ...
+
     def metric(self, outputs: Tensor) -> OutputMetric:
         """KL divergence between two such outputs, in nats a sample."""
         ...
@@ -54,6 +62,16 @@ class Classification:
         """Cross-entropy."""
         return F.cross_entropy(outputs, targets)
 
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Probabilities minus one at the label."""
+        return outputs.softmax(-1) - F.one_hot(targets, outputs.shape[1])
+
+    def loss_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and (probabilities minus one at the label) / N."""
+        log_probabilities = F.log_softmax(outputs, -1)
+        loss = F.nll_loss(log_probabilities, targets)
+        return loss, log_probabilities.exp_().sub_(F.one_hot(targets, outputs.shape[1])).div_(len(targets))
+
     def metric(self, outputs: Tensor) -> OutputMetric:
         """One softmax over all outputs."""
         return Categorical((outputs.shape[1],), self.tempering)
@@ -71,6 +89,15 @@ class Regression:
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error."""
         return F.mse_loss(outputs, targets)
+
+    def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Error, that of Gaussians of unit variance."""
+        return outputs - targets
+
+    def loss_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error and 2 / (N O) times the error."""
+        error = outputs - targets
+        return error.square().mean(), error.mul(2.0 / error.numel())
 
     def metric(self, outputs: Tensor) -> OutputMetric:
         """Unit variance."""

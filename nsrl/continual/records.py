@@ -54,9 +54,9 @@ class Records:
             entries.append(self._load(len(entries))["entry"])
         return entries
 
-    def weights(self, index: int) -> dict[str, Any]:
-        """The model's weights after a finished task."""
-        return self._load(index)["weights"]
+    def state(self, index: int) -> dict[str, Any]:
+        """The end of a finished task's training: "weights" of the model, "progress" of the strategy."""
+        return self._load(index)["state"]
 
     def begin(self, names: Sequence[str], done: int) -> None:
         """Write config.yaml, open TensorBoard.
@@ -78,8 +78,8 @@ class Records:
         if self._writer is not None:
             self._writer.add_scalar("train/loss", loss, epoch)
 
-    def write_task(self, index: int, history: Sequence[dict[str, Any]], model: nn.Module) -> None:
-        """A finished task: its scalars and figure, and what a resumed run goes on from."""
+    def write_task(self, index: int, history: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
+        """A finished task: its scalars and figure, and the state that a resumed run goes on from."""
         if self.folder is None:
             return
         entry, step = history[index], (index + 1) * self.epochs
@@ -99,7 +99,7 @@ class Records:
         figure = draw_matrix([past["scores"] for past in history], self._names)
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
-        content = {"entry": entry, "weights": model.state_dict()}
+        content = {"entry": entry, "state": state}
         _replace(self._task_file(index), lambda path: torch.save(content, path))
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:

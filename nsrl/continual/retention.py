@@ -23,12 +23,15 @@ class RetainedBehaviour:
     Attributes:
         memory: the inputs.
         reference: outputs of the model when their task was learnt, shape (N, O).
+        errors: gradient of the labels' negative log-likelihood in them, shape (N, O). For softmax and Gaussian alike
+            the one at any other outputs is this plus that of the KL divergence.
     """
 
     def __init__(self, states: int, seed: int = 0):
         self.memory = Memory(states, seed)
         self.reference = torch.zeros(0)
-        self._log_probabilities = torch.zeros(0)
+        self.errors = torch.zeros(0)
+        self._probabilities = self._negentropies = torch.zeros(0)
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -41,7 +44,11 @@ class RetainedBehaviour:
         new = torch.arange(before, len(self.memory), device=self.memory.inputs.device)
         outputs = self.outputs(model, new)
         self.reference = torch.cat([self.reference, outputs]) if before else outputs
-        self._log_probabilities = F.log_softmax(self.reference, -1)
+        self.errors = self.objective.slope(self.reference, self.memory.targets)
+        if isinstance(self.objective, Classification):
+            log_probabilities = F.log_softmax(self.reference, -1)
+            self._probabilities = log_probabilities.exp()
+            self._negentropies = (self._probabilities * log_probabilities).sum(-1)
 
     @property
     def objective(self) -> Objective:
@@ -52,7 +59,7 @@ class RetainedBehaviour:
         """The model's outputs on some of the inputs (None: all)."""
         if indices is None:
             return model_outputs(model, self.memory.inputs, self.memory.heads)
-        return model_outputs(model, self.memory.inputs[indices], self.memory.heads_of(indices))
+        return model_outputs(model, self.memory.inputs.index_select(0, indices), self.memory.heads_of(indices))
 
     @property
     def metric(self) -> OutputMetric:
@@ -67,20 +74,18 @@ class RetainedBehaviour:
         total = torch.zeros(len(self.memory.tasks), dtype=kl.dtype, device=kl.device).index_add_(0, owner, kl)
         return total / torch.bincount(owner, minlength=len(total))
 
-    @torch.no_grad()
     def gap(self, outputs: Tensor, indices: Tensor) -> tuple[float, Tensor]:
-        """Mean KL(then || now) of some inputs, and its gradient in each one's outputs (n, O), times n."""
-        reference = self.reference[indices]
+        """Mean KL of some inputs with these detached outputs (n, O), and n times its gradient in them."""
         if isinstance(self.objective, Classification):
-            # every step comes by here: the log-probabilities of then are not computed anew, and float32 is enough
-            then, now = self._log_probabilities[indices], F.log_softmax(outputs, -1)
-            probabilities = then.exp()
-            kl = float((probabilities * (then - now)).sum()) / len(indices)
-            return kl, now.exp() - probabilities
-        metric = self.metric
+            # every step comes by here: nothing of then is computed anew, and float32 is enough
+            then, now = self._probabilities.index_select(0, indices), F.log_softmax(outputs, -1)
+            negentropy = self._negentropies.index_select(0, indices).sum()
+            kl = float(negentropy - torch.vdot(then.view(-1), now.view(-1))) / len(indices)
+            return kl, now.exp_().sub_(then)
+        metric, reference = self.metric, self.reference[indices]
         return float(metric.divergence(reference, outputs).mean()), metric.slope(reference, outputs)
 
     def nbytes(self) -> int:
-        """All that is held, in bytes: inputs, targets (not used), outputs of then and their log-probabilities."""
-        tensors = (self.reference, self._log_probabilities)
+        """All that is held, in bytes: inputs, targets, outputs of then and what is derived from them."""
+        tensors = (self.reference, self.errors, self._probabilities, self._negentropies)
         return self.memory.nbytes() + sum(t.numel() * t.element_size() for t in tensors) if len(self) else 0

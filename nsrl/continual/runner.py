@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ from nsrl.errors import NsrlError
 def run_continual(config: ContinualConfig, folder: Path | None = None, *, progress: bool = False) -> dict[str, Any]:
     """Learn the tasks of a benchmark with one strategy.
 
-    After every task its results and the weights go to the folder. A run that finds such there, goes on behind them:
-    it gives the strategy the weights that each finished task ended with, and lets it take in again what it keeps of
-    the task. Strategies that replay samples may then draw others than without the interruption.
+    After every task its results go to the folder, with the weights and the strategy's progress at the end of its
+    training. A run that finds such there goes on behind them: for each finished task the strategy gets both back and
+    takes in again what it keeps of the task. It comes to the same end, to the last bit, as without the interruption.
 
     Args:
         config: what to run.
@@ -43,7 +44,8 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         The content of metrics.json. `matrix` is R[trained, evaluated] on the test parts: accuracy, or for regression
         the share of the variance explained (0 where worse than the mean); `acc`, `bwt`, `fwt`, `forgetting`,
         `learning` as in `nsrl.continual.metrics`; `preserved_kl`, `kept_share`, `leakage` and `rank` as the strategy
-        measured them at the end of the last task (None where it has none); `train_seconds` without evaluation;
+        measured them at the end of the last task (None where it has none); `train_seconds` without evaluation and, of
+        all threads of this process, `train_cpu_seconds`, which a busy machine stretches less;
         `memory_bytes` kept of earlier tasks at the end; `history`, an entry a task.
 
     Raises:
@@ -53,17 +55,18 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
     benchmark = build_benchmark(config.benchmark, config.seed)
     model = build_model(config.model, benchmark, config.seed).to(config.training.device)
     measure_statistics(model, (batch[0] for batch in benchmark.loader(0, device=config.training.device)))
-    strategy = build_strategy(config.strategy.name, model, optimizer_config(config.training), **config.strategy.options)
+    strategy = build_strategy(config.strategy.name, model, optimizer_config(config.training), **config.options)
     with Records(folder, config) as records:
         untrained = evaluate(model, benchmark, "test", (), config.training.device)
         history: list[dict[str, Any]] = records.read()
         for index in range(len(history)):
-            _recall_task(strategy, benchmark, index, records.weights(index), config)
+            _recall_task(strategy, benchmark, index, records.state(index), config)
         records.begin([data.task.name for data in benchmark.tasks], len(history))
         with _bar(config, benchmark, len(history), progress) as bar:
             for index in range(len(history), len(benchmark.tasks)):
-                history.append(_learn_task(strategy, benchmark, index, config, records, bar))
-                records.write_task(index, history, model)
+                entry, state = _learn_task(strategy, benchmark, index, config, records, bar)
+                history.append(entry)
+                records.write_task(index, history, state)
         metrics = summary(config, benchmark, history, untrained) | {"wall_seconds": perf_counter() - start}
         held = [data.task for data in benchmark.tasks]
         if all(len(data.splits.validation) for data in benchmark.tasks):
@@ -95,7 +98,7 @@ def summary(
         "score": "variance explained" if benchmark.regression else "accuracy",
         **asdict(sequence_metrics(matrix, untrained)),
         **{key: last["diagnostics"].get(key) for key in ("preserved_kl", "kept_share", "leakage", "rank")},
-        "train_seconds": sum(entry["train_seconds"] for entry in history),
+        **{key: sum(entry[key] for entry in history) for key in ("train_seconds", "train_cpu_seconds")},
         "memory_bytes": last["memory_bytes"],
         "tasks": [data.task.name for data in benchmark.tasks],
         "matrix": matrix,
@@ -138,14 +141,31 @@ def _explained(model: nn.Module, benchmark: Benchmark, index: int, part: str, de
     return max(0.0, 1.0 - float(torch.cat(errors).mean() / variance))
 
 
+class Stopwatch:
+    """Time of the clock and of the processor, without the pauses; it runs from the beginning."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Go on."""
+        self._since = perf_counter(), process_time()
+
+    def stop(self) -> None:
+        """Pause."""
+        self.seconds += perf_counter() - self._since[0]
+        self.cpu_seconds += process_time() - self._since[1]
+
+
 def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: ContinualConfig, records: Records,
-                bar: tqdm) -> dict[str, Any]:  # fmt: skip
+                bar: tqdm) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Results of a task, and the state at the end of its training that a resumed run goes on from."""
     training, task = config.training, benchmark.tasks[index].task
     loader = benchmark.loader(index, batch_size=training.batch_size, seed=_task_seed(config, index),
                               augment=training.augment, device=training.device)  # fmt: skip
     torch.manual_seed(_task_seed(config, index))
-    start = perf_counter()
-    paused = 0.0
+    watch = Stopwatch()
     strategy.before_task(task, _whole(benchmark, index, config))
     losses = []
     for epoch in range(training.epochs):
@@ -157,38 +177,42 @@ def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: Co
             for group in strategy.optimizer.param_groups:
                 group["lr"] *= training.decay
         losses.append(total / len(loader.examples))
-        pause = perf_counter()
+        watch.stop()
         records.write_loss(index * training.epochs + epoch + 1, losses[-1])
         bar.set_postfix_str(f"{task.name}, loss {losses[-1]:.3g}", refresh=False)
-        paused += perf_counter() - pause
-    seconds = perf_counter() - start - paused
+        watch.start()
+    watch.stop()
     # before the task at hand joins those that are kept: it has not been forgotten yet
     diagnostics = strategy.diagnostics()
-    start = perf_counter()
+    state = copy.deepcopy({"weights": strategy.model.state_dict(), "progress": strategy.progress()})
+    watch.start()
     strategy.after_task(task, _whole(benchmark, index, config))
-    seconds += perf_counter() - start
+    watch.stop()
     seen = [data.task for data in benchmark.tasks[: index + 1]]
-    return {
+    entry = {
         "task": task.name,
         "scores": evaluate(strategy.model, benchmark, "test", seen, training.device),
         "losses": losses,
         "diagnostics": {key: float(value) for key, value in diagnostics.items()},
-        "train_seconds": seconds,
+        "train_seconds": watch.seconds,
+        "train_cpu_seconds": watch.cpu_seconds,
         "memory_bytes": int(strategy.memory_bytes()),
     }
+    return entry, state
 
 
-def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, weights: dict[str, Any],
+def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, state: dict[str, Any],
                  config: ContinualConfig) -> None:  # fmt: skip
     """Bring a strategy to where it was after a finished task."""
     task = benchmark.tasks[index].task
     strategy.before_task(task, _whole(benchmark, index, config))
     try:
-        strategy.model.load_state_dict(weights)
+        strategy.model.load_state_dict(state["weights"])
     except RuntimeError as error:
         raise NsrlError(
             f"the weights of task {index} in the run's folder are of another network; start a new run"
         ) from error
+    strategy.resume(state["progress"])
     strategy.after_task(task, _whole(benchmark, index, config))
 
 

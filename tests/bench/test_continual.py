@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def row(strategy, seed, acc, seconds, order=0):
     return {"benchmark": "split_digits", "strategy": strategy, "seed": seed, "order": order, "acc": acc, "bwt": -0.1,
             "fwt": 0.0, "forgetting": 0.1, "learning": acc, "preserved_kl": None, "kept_share": None, "leakage": None,
-            "train_seconds": seconds, "memory_bytes": 2048}  # fmt: skip
+            "train_seconds": 9.0, "train_cpu_seconds": seconds, "memory_bytes": 2048}  # fmt: skip
 
 
 def test_the_plan_is_the_whole_product_and_fair():
@@ -34,13 +34,20 @@ def test_the_plan_is_the_whole_product_and_fair():
         assert len({str((config.model, config.training, config.benchmark.name)) for config in mine}) == 1
         assert all(config.benchmark.data is None for config in mine)
     assert len(plan_cells(CONFIGS, only=("regression", "gpm"))) == 10
+    # what replays labels or outputs keeps as many samples
+    for name in BENCHMARKS:
+        kept = {(options := cell.config.strategy.options).get("samples_per_task", options.get("states_per_task", 200))
+                for cell in plan_cells(CONFIGS, only=(name, "er", "agem", "kl_budget", "combined"))}  # fmt: skip
+        assert len(kept) == 1
     assert len(plan_cells(CONFIGS, only=("gpm",), quick=True)) == len(BENCHMARKS)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "continual").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_committed_configurations_are_readable_and_their_strategies_known(path):
     config = load(ContinualConfig, path)
-    build_strategy(config.strategy.name, torch.nn.Linear(2, 2), None, **config.strategy.options)
+    build_strategy(config.strategy.name, torch.nn.Linear(2, 2), None, **config.options)
+    for name, options in config.presets.items():
+        build_strategy(name, torch.nn.Linear(2, 2), None, **options)
     if path.stem in BENCHMARKS:
         assert len(build_benchmark(config.benchmark).tasks) >= 5
     assert f"--config configs/continual/{path.name}" in path.read_text()

@@ -106,6 +106,16 @@ class Strategy:
             return {}
         return {"preserved_kl": float(self._watched.divergences(self.model).mean())}
 
+    def progress(self) -> dict[str, Any]:
+        """What training has moved besides the weights: counters, multipliers, draws; plain numbers and tensors.
+
+        A run that goes on behind a task takes it up by `resume` before `after_task`, and is then where it was.
+        """
+        return {}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Take up what `progress` gave."""
+
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
     def _begin(self, task: Task, loader: Loader) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from nsrl.continual.features import FeatureOptions, ProtectedFeatures
@@ -33,6 +35,14 @@ class FeatureStrategy(Strategy):
     def diagnostics(self) -> dict[str, float]:
         """As `Strategy`, with the certificate of the latest projection."""
         return {**super().diagnostics(), **self.features.certificate()}
+
+    def progress(self) -> dict[str, Any]:
+        """Where the way began, and the steps since."""
+        return self.features.progress()
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.features.resume(progress)
 
     def _after_step(self) -> None:
         self.features.tick()

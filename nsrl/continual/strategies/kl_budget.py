@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class CombinedOptions(KLBudgetOptions):
 class KLBudgetStrategy(Strategy):
     """The mean KL(then || now) of every learnt task stays within `kl_budget` on its retained inputs.
 
-    Needs no labels of old tasks. It holds after `after_task` and after every `enforce_every` steps; the batch and the
-    retained inputs share one forward and one backward pass.
+    Needs labels of old tasks only for `replay`. It holds after `after_task` and after every `enforce_every` steps; the
+    batch and the retained inputs share one forward and one backward pass.
 
     Args:
         model, optimizer: as `Strategy`.
@@ -53,7 +54,7 @@ class KLBudgetStrategy(Strategy):
         return self.budget.nbytes()
 
     def diagnostics(self) -> dict[str, float]:
-        """As `Strategy`, with the largest KL of a task on its retained inputs, the multiplier and the restorations."""
+        """As `Strategy`; largest KL of a task on its retained inputs, multiplier, restorations, rank and the like."""
         if not self.tasks:
             return {}
         return {
@@ -62,21 +63,30 @@ class KLBudgetStrategy(Strategy):
             "multiplier": self.budget.multiplier.value,
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
-            "rank": float(self.budget.rank()),
+            **self.budget.certificate(),
         }
+
+    def progress(self) -> dict[str, Any]:
+        """Draws, multiplier and counters."""
+        return self.budget.progress()
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.budget.resume(progress)
 
     def _backward(self, inputs: Tensor, targets: Tensor, head: int | None) -> float:
         if not self.tasks:
             return super()._backward(inputs, targets, head)
         memory, old = self.budget.retained.memory, self.budget.draw()
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs[old]]), heads)
-        new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
+        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs.index_select(0, old)]), heads)
+        new, kept = outputs.detach().split([len(inputs), len(old)])
         objective = objective_of(targets)
-        objective.check(new_outputs, targets)
-        loss = objective.loss(new_outputs, targets)
-        torch.autograd.backward([loss, old_outputs], [None, self.budget.pull(old_outputs, old)])
-        return float(loss.detach())
+        objective.check(new, targets)
+        loss, slope = objective.loss_and_slope(new, targets)
+        # one root with a gradient in closed form: half as many nodes as two losses, and steps here are all overhead
+        outputs.backward(torch.cat([slope, self.budget.pull(kept, old)]))
+        return float(loss)
 
     def _after_step(self) -> None:
         self.budget.tick()
@@ -112,6 +122,15 @@ class CombinedStrategy(KLBudgetStrategy):
     def diagnostics(self) -> dict[str, float]:
         """As `KLBudgetStrategy`, with the certificate of the latest projection."""
         return {**super().diagnostics(), **self.features.certificate()}
+
+    def progress(self) -> dict[str, Any]:
+        """As `KLBudgetStrategy`, and where the way of the features began."""
+        return {**super().progress(), "features": self.features.progress()}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().resume(progress)
+        self.features.resume(progress["features"])
 
     def _after_step(self) -> None:
         if not self.tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,14 @@ class Joint(Strategy):
     def memory_bytes(self) -> int:
         """All data of earlier tasks."""
         return self._memory.nbytes()
+
+    def progress(self) -> dict[str, Any]:
+        """Draws from the earlier tasks."""
+        return self._memory.progress()
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on with the draws."""
+        self._memory.resume(progress)
 
     def _end(self, task: Task, loader: Loader) -> None:
         self._memory.add(task, loader)

@@ -7,6 +7,7 @@ the step in the null space at all.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,14 @@ class ProjectedStrategy(Strategy):
         if not self.tasks:
             return {}
         return {**super().diagnostics(), **self.certificate, "rank": float(self.rank())}
+
+    def progress(self) -> dict[str, Any]:
+        """Steps so far, every so many of which are certified, and the latest certificate."""
+        return {"steps": self._steps, "certificate": self.certificate}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps, self.certificate = progress["steps"], progress["certificate"]
 
     def rank(self) -> int:
         """Number of protected parameter directions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ class ReplayOptions:
     Attributes:
         samples_per_task: kept of every task, evenly over its classes.
         batch_samples: drawn from the memory at every step.
+        weight: of the memory's loss, that of the batch being 1; None is the number of earlier tasks, as in joint
+            training. Experience replay only.
         seed: of both.
     """
 
     samples_per_task: int = 200
     batch_samples: int = 64
+    weight: float | None = 1.0
     seed: int = 0
 
 
@@ -41,6 +45,14 @@ class _WithMemory(Strategy):
     def memory_bytes(self) -> int:
         """Kept inputs and labels."""
         return self._memory.nbytes()
+
+    def progress(self) -> dict[str, Any]:
+        """Draws from the memory."""
+        return self._memory.progress()
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on with the draws."""
+        self._memory.resume(progress)
 
     def _end(self, task: Task, loader: Loader) -> None:
         self._memory.add(task, loader)
@@ -67,7 +79,8 @@ class ExperienceReplay(_WithMemory):
         objective = objective_of(targets)
         objective.check(new_outputs, targets)
         loss = objective.loss(new_outputs, targets)
-        (0.5 * (loss + objective.loss(old_outputs, memory.targets[old]))).backward()
+        weight = len(self.tasks) if self.options.weight is None else self.options.weight
+        ((loss + weight * objective.loss(old_outputs, memory.targets[old])) / (1.0 + weight)).backward()
         return float(loss.detach())
 
 

@@ -1,0 +1,112 @@
+"""The gradient that the KL budget adds to every step, and its certificate, against autograd and dense algebra."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+from nsrl.continual import Task
+from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.objectives import Classification, Regression
+from nsrl.errors import NsrlError
+from tests.continual.learning import Batches, blobs, build, learn, network
+
+
+def _moved_budget(regression: bool, **options) -> KLBudget:
+    """A budget with two tasks, and its model moved since."""
+    model = network()
+    budget = KLBudget(model, KLBudgetOptions(states_per_task=20, **options))
+    for index in range(2):
+        loader = blobs(index)
+        if regression:
+            loader = Batches(loader.inputs, torch.randn(len(loader.inputs), 3))
+        budget.retain(Task(f"task {index}", index), loader)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return budget
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("replay", [0.0, 0.7])
+def test_the_pull_is_the_gradient_of_multiplier_times_kl_and_labels(regression, replay):
+    budget = _moved_budget(regression, replay=replay, rate=0.0, damping=0.0, multiplier=2.5)
+    memory, reference = budget.retained.memory, budget.retained.reference
+    indices = torch.tensor([3, 17, 21, 39, 8])
+    outputs = budget.retained.outputs(budget.model, indices).detach().requires_grad_()
+    if regression:
+        kl = 0.5 * (outputs - reference[indices]).square().sum() / 5
+        labels = 0.5 * (outputs - memory.targets[indices]).square().sum() / 5
+    else:
+        then = reference[indices].log_softmax(-1)
+        kl = F.kl_div(outputs.log_softmax(-1), then, log_target=True, reduction="batchmean")
+        labels = F.cross_entropy(outputs, memory.targets[indices])
+    (wanted,) = torch.autograd.grad(2.5 * kl + 2 * replay * labels, outputs)
+    found = budget.pull(outputs.detach(), indices)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    assert budget.retained.gap(outputs.detach(), indices)[0] == pytest.approx(float(kl.detach()), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [Classification(), Regression()])
+def test_losses_and_slopes_are_autograds(objective):
+    outputs = torch.randn(6, 3, requires_grad=True)
+    targets = torch.arange(6) % 3 if isinstance(objective, Classification) else torch.randn(6, 3)
+    loss = objective.loss(outputs, targets)
+    (wanted,) = torch.autograd.grad(loss, outputs)
+    found, slope = objective.loss_and_slope(outputs.detach(), targets)
+    torch.testing.assert_close(found, loss.detach())
+    torch.testing.assert_close(slope, wanted)
+    # the negative log-likelihood of a unit Gaussian has half of the squared error
+    likelihood = F.cross_entropy if isinstance(objective, Classification) else lambda z, y, reduction: 0.5 * F.mse_loss(
+        z, y, reduction=reduction)  # fmt: skip
+    (wanted,) = torch.autograd.grad(likelihood(outputs, targets, reduction="sum"), outputs)
+    torch.testing.assert_close(objective.slope(outputs.detach(), targets), wanted)
+
+
+def test_a_step_takes_the_gradient_of_the_whole_objective():
+    """One shared pass with slopes in closed form, against the sum of three losses by autograd."""
+    strategy = build("kl_budget", replay=0.5, states_per_task=30, batch_states=60, rate=0.0, damping=0.0)
+    learn(strategy, Task("first", 0), blobs(0), epochs=2)
+    second = blobs(1)
+    strategy.before_task(Task("second", 1), second)
+    strategy.step((second.inputs[:32], second.targets[:32], 1))
+    twin = copy.deepcopy(strategy.model)
+    # all 30 retained inputs are drawn, so that the order of the draws does not matter
+    retained = strategy.budget.retained
+    new = F.cross_entropy(twin(second.inputs[32:64]), second.targets[32:64])
+    outputs = twin(retained.memory.inputs)
+    kl = F.kl_div(outputs.log_softmax(1), retained.reference.log_softmax(1), log_target=True, reduction="batchmean")
+    total = new + kl + 0.5 * F.cross_entropy(outputs, retained.memory.targets)
+    wanted = torch.autograd.grad(total, list(twin.parameters()))
+    strategy.step((second.inputs[32:64], second.targets[32:64], 1))
+    for parameter, gradient in zip(strategy.model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_the_certificate_is_that_of_the_dense_whitened_jacobian():
+    budget = _moved_budget(regression=True)
+    model = budget.model
+    found = budget.certificate(states=1000)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    blocks = vmap(jacrev(lambda p, x: functional_call(model, p, (x[None],))[0]), (None, 0))(
+        parameters, budget.retained.memory.inputs
+    )
+    # unit variance: nothing to whiten but the mean over the samples
+    J = torch.cat([block.flatten(2) for block in blocks.values()], 2).flatten(0, 1).double() / len(budget) ** 0.5
+    way = (budget.flat.read() - budget._learnt).double()
+    _, values, right = torch.linalg.svd(J, full_matrices=False)
+    rank = int((values > 1e-6 * values[0]).sum())
+    assert found["rank"] == rank
+    free = way - right[:rank].T @ (right[:rank] @ way)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model if isinstance(layer, nn.Linear)]
+    shares = [float(a.norm() / b.norm()) for a, b in zip(free.split(sizes), way.split(sizes), strict=True)]
+    assert found["kept_share"] == pytest.approx(min(shares), rel=1e-3)
+    random = float(J.norm()) / len(way) ** 0.5
+    assert found["leakage"] == pytest.approx(float((J @ way).norm() / way.norm()) / random, rel=1e-3)
+
+
+def test_a_negative_weight_of_old_labels_is_refused():
+    with pytest.raises(NsrlError, match="replay is a weight of at least 0, not -1"):
+        KLBudgetOptions(replay=-1.0)

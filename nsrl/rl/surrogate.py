@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,10 +70,16 @@ class Surrogate:
 
     @torch.no_grad()
     def measure(self) -> tuple[float, float]:
-        """The objective, and the mean KL(pi_old || pi) in nats a state, at the present parameters."""
+        """The objective, and the mean KL(pi_old || pi) in nats a state, at the present parameters.
+
+        The objective is NaN where the policy has diverged so far that it is no distribution any more.
+        """
         outputs = self._head.outputs()
-        kl = self._metric.divergence(self._passes.outputs, outputs).mean()
-        return float(self._objective(outputs)), float(kl)
+        kl = float(self._metric.divergence(self._passes.outputs, outputs).mean())
+        try:
+            return float(self._objective(outputs)), kl
+        except ValueError:  # torch.distributions refuses NaN logits and spreads of zero
+            return math.nan, kl
 
     def _objective(self, outputs: Tensor) -> Tensor:
         ratio = torch.exp(self._log_prob(outputs, self._actions) - self._old_log_prob)

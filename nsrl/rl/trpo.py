@@ -10,6 +10,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.utils import explained_variance
 
+from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.critic import fit_values
@@ -59,6 +60,10 @@ class NaturalTRPO(TRPO):
     * Conjugate gradients start at zero, stop at a relative residual, which is logged (`train/cg_residual`), and at
       curvature that is not positive. Upstream starts at random, which leaves any subspace and draws on the global
       generator, and stops at an absolute residual that gradients of another scale never, or always, meet.
+    * They are preconditioned by Kronecker factors of the Fisher information (Martens & Grosse 2015) where the moved
+      part of the network is a chain of linear layers, and then need a fraction of the iterations; `train/cg_residual`
+      is relative in the preconditioner's norm. A direction that `cg_max_steps` cuts short is therefore another, nearer
+      to the exact one, than upstream's.
     * The step reaches the edge of the trust region as the undamped Fisher information has it, and where that measures
       too long, it is shortened to fit. Upstream has the damped one, and leaves a fifth of the region unused.
     * The actor's parameters are those that its distribution depends on, by autograd. Upstream takes all without "value"
@@ -73,6 +78,16 @@ class NaturalTRPO(TRPO):
     def _setup_model(self) -> None:
         super()._setup_model()
         action_family(self.policy)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name in ("cg_max_steps", "n_critic_updates", "sub_sampling_factor"):
+            if not getattr(self, name) >= 1:
+                raise NsrlError(f"{name} must be a number >= 1, not {getattr(self, name)}")
+        if not 0.0 < self.target_kl < math.inf:
+            raise NsrlError(f"target_kl must be a finite number of nats > 0, not {self.target_kl}")
+        if not 0.0 <= self.cg_damping < math.inf:
+            raise NsrlError(f"cg_damping must be a finite number >= 0, not {self.cg_damping}")
 
     def train(self) -> None:
         """Update the policy by one natural-gradient step, then fit the value function."""
@@ -167,12 +182,11 @@ class NullSpaceTRPO(PretrainedMixin, NaturalTRPO):
     @classmethod
     def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
         model = source.model
-        settings = {"policy_kwargs": model.policy_kwargs, **hyperparameters(model, cls), **options}
+        inherited = {"policy_kwargs": model.policy_kwargs, **hyperparameters(model, cls)}
         if isinstance(model, A2C):
-            # Its five-step rollouts are not TRPO's either.
-            settings["policy_kwargs"] = without_optimizer(settings["policy_kwargs"])
-            settings = {key: value for key, value in settings.items() if key != "n_steps" or key in options}
-        return settings
+            inherited["policy_kwargs"] = without_optimizer(model.policy_kwargs)
+            del inherited["n_steps"]  # its five-step rollouts are not TRPO's either
+        return {**inherited, **options}
 
     def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
                       penalty: float) -> Retention:  # fmt: skip

@@ -102,7 +102,8 @@ def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, gue
         rounds: growths of the subspace at most, each by one run of conjugate gradients.
     """
     subspace = Subspace(local, retention)
-    scale, multiplier = (0.0, 0.0) if guess is None else (guess.scale, min(guess.multiplier, STIFF))
+    usable = 0.0 < float(local.gradient.norm()) < math.inf  # without a gradient a guess would lead nowhere
+    scale, multiplier = (guess.scale, min(guess.multiplier, STIFF)) if guess and usable else (0.0, 0.0)
     if multiplier > 0.0:
         products = subspace.grow(-(scale * local.gradient + multiplier * subspace.slope), multiplier)
         subspace.add(subspace.divide(local.gradient, multiplier))

@@ -141,6 +141,19 @@ def test_the_surrogate_and_its_gradient_are_those_of_the_policys_own_distributio
     assert found[1] == pytest.approx(float(kl), rel=1e-8) and found[1] > 1e-4
 
 
+@pytest.mark.parametrize(("actions", "name", "value"), [
+    ("discrete", "action_net.bias", math.inf), ("multi_binary", "action_net.bias", math.nan),
+    ("box", "log_std", -1e4),
+])  # fmt: skip
+def test_a_policy_that_is_no_distribution_any_more_has_no_objective(actions: str, name: str, value: float) -> None:
+    """A line search has to be able to turn back from there."""
+    policy, _, surrogate = built(actions)
+    with torch.no_grad():
+        dict(policy.named_parameters())[name][0] = value
+    objective, kl = surrogate.measure()
+    assert math.isnan(objective) and not kl <= 1e3
+
+
 def random_form(size: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     factor = torch.randn(rank, size, generator=generator, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,9 @@ def test_a_trpo_agent_hands_on_its_hyper_parameters_and_others_what_means_the_sa
         assert (model.gamma, model.n_steps, model.learning_rate) == (0.9, n_steps, 1e-3)
         assert (model.target_kl, model.batch_size) == (0.01, 128) and same_policies(model, other)
         assert type(model.policy.optimizer) is torch.optim.Adam
+    chosen = {"optimizer_class": torch.optim.SGD}
+    model = NullSpaceTRPO.from_pretrained(a2c, NEW["discrete"], n_envs=2, policy_kwargs=chosen)
+    assert type(model.policy.optimizer) is torch.optim.SGD
     back = NullSpacePPO.from_pretrained(agent, NEW["discrete"], n_envs=2)
     assert (back.gamma, back.target_kl, back.learning_rate) == (0.9, None, 3e-4)
 
@@ -379,6 +383,29 @@ def test_the_critic_warms_up_with_the_actor_frozen() -> None:
     ours, theirs = model.policy.state_dict(), agent.policy.state_dict()
     assert torch.equal(ours["action_net.weight"], theirs["action_net.weight"])
     assert not torch.equal(ours["value_net.weight"], begun.policy.state_dict()["value_net.weight"])
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("target_kl", 0.0), ("target_kl", -1.0), ("target_kl", math.inf), ("cg_damping", -0.1), ("cg_damping", math.nan),
+    ("cg_max_steps", 0), ("n_critic_updates", 0), ("sub_sampling_factor", 0),
+])  # fmt: skip
+def test_hyper_parameters_out_of_range_are_refused_in_a_sentence(name: str, value: float) -> None:
+    with pytest.raises(NsrlError, match=f"{name} must be a .*, not {value}$"):
+        stock(cls=NullSpaceTRPO, **{name: value})
+
+
+def test_a_line_search_turns_back_from_a_step_that_is_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock(cls=NullSpaceTRPO, line_search_max_iter=60)
+    model.learn(1)
+    step = model._step
+
+    def wild(local: Any, surrogate: Surrogate) -> Any:
+        found = step(local, surrogate)
+        return dataclasses.replace(found, displacement=1e38 * found.displacement / found.displacement.abs().max())
+
+    monkeypatch.setattr(model, "_step", wild)
+    model.train()
+    assert 0.0 < model.logger.name_to_value["train/step_length"] < 1e-30
 
 
 def test_what_makes_no_sense_is_refused_in_a_sentence() -> None:

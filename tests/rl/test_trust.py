@@ -160,8 +160,12 @@ def test_single_precision_is_enough() -> None:
     assert step.gain == pytest.approx(exact.gain, rel=1e-3) and step.retained <= 0.002 * (1 + 1e-4)
 
 
-def test_without_a_gradient_there_is_no_step() -> None:
-    local, retention = problem(5, 6, offset=0.5)
-    for value in (0.0, float("nan")):
+@pytest.mark.parametrize("guess", [None, Multipliers(0.1, 1.0)])
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_without_a_gradient_there_is_no_step(offset: float, guess: Multipliers | None) -> None:
+    """At the reference, where offset is 0, the buffer has none either: a guess has no direction to begin with."""
+    local, retention = problem(5, 6, offset=offset)
+    for value in (0.0, math.nan, math.inf):
         still = LocalModel(local.fisher, torch.full_like(local.gradient, value), 0.01, 0.1, 5)
-        assert not retained_step(still, retention, 1e-3).displacement.any()
+        step = retained_step(still, retention, 1e-3, guess=guess)
+        assert not step.displacement.any() and step.multiplier == 0.0

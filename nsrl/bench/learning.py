@@ -43,15 +43,21 @@ def learning_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     """New-task return at the first evaluations and over the whole run, and the old task's lowest, of every method.
 
     Means over seeds, the one over the run with a 95 % bootstrap interval; "whole run" is the mean of a run's
-    evaluations after its start.
+    evaluations after its start. Runs are evaluated between rollouts, whose lengths can differ: the columns are the
+    evaluations of the first run, and of the others those nearest to them.
     """
     steps = rows[0]["timesteps"][1 : 1 + EARLY]
     head = ("method", *(f"{step / 1000:.0f}k" for step in steps), "whole run", "old, lowest")
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
-        early = [number(fmean(run["new"][index] for run in runs), 0) for index in range(1, 1 + len(steps))]
+        early = [number(fmean(_return_near(run, step) for run in runs), 0) for step in steps]
         whole = bootstrap([fmean(run["new"][1:]) for run in runs])
         lines.append((method, *early, f"{whole.estimate:.0f} [{whole.low:.0f}, {whole.high:.0f}]",
                       number(min(min(run["old"]) for run in runs), 0)))  # fmt: skip
     return Table(head, tuple(lines), title)
+
+
+def _return_near(run: dict[str, Any], step: int) -> float:
+    nearest = min(range(len(run["timesteps"])), key=lambda index: abs(run["timesteps"][index] - step))
+    return run["new"][nearest]

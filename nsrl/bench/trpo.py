@@ -123,7 +123,7 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[in
         (`curve`), both NaN where no episode ended, and seconds.
 
     Raises:
-        NsrlError: a run that failed, with the last line that it printed.
+        NsrlError: a run that failed, with the last line that it printed; those that wait are not begun then.
     """
     if not seeds or not cases or workers < 1:
         raise NsrlError(f"cases, seeds and workers must be at least one, not {len(cases)}, {list(seeds)} and {workers}")
@@ -146,13 +146,16 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[in
 
     tell()
     with ThreadPoolExecutor(workers) as pool:
-        pending = {pool.submit(_run_apart, order): number for number, order in enumerate(orders) if not found[number]}
-        for future in as_completed(pending):
-            number = pending[future]
-            found[number] = future.result()
-            write_json(_file(out, orders[number]), {"order": orders[number], "result": found[number]})
-            done += orders[number]["steps"]
-            tell()
+        pending = {pool.submit(_run, out, order): number for number, order in enumerate(orders) if not found[number]}
+        try:
+            for future in as_completed(pending):
+                number = pending[future]
+                found[number] = future.result()
+                done += orders[number]["steps"]
+                tell()
+        except BaseException:  # the pool waits for all that is left otherwise
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [result for result in found if result is not None]
 
 
@@ -201,6 +204,12 @@ def _read(out: Path, order: dict[str, Any]) -> dict[str, Any] | None:
     if content["order"] != order:
         raise NsrlError(f"{path} holds a run with other settings; choose another --out, or move it away")
     return content["result"]
+
+
+def _run(out: Path, order: dict[str, Any]) -> dict[str, Any]:
+    result = _run_apart(order)
+    write_json(_file(out, order), {"order": order, "result": result})
+    return result
 
 
 def _run_apart(order: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,18 @@ def test_the_runs_are_summed_up(tmp_path: Path) -> None:
     assert table.rows[1][-1] == "495"
 
 
+def test_runs_of_other_rollout_lengths_are_read_at_their_nearest_evaluations() -> None:
+    grids = {
+        "long": ([0, 11_000, 22_000, 33_000], [0.0, 1.0, 2.0, 3.0]),
+        "short": ([0, 10_000, 24_000], [5.0, 6.0, 7.0]),
+    }
+    rows = [{"method": name, "seed": seed, "timesteps": steps, "new": new, "old": new}
+            for name, (steps, new) in grids.items() for seed in (0, 1)]  # fmt: skip
+    table = learning_table(rows)
+    assert table.head[1:4] == ("11k", "22k", "33k")
+    assert [line[1:4] for line in table.rows] == [("1", "2", "3"), ("6", "7", "7")]
+
+
 def test_a_suite_that_has_not_run_is_told_how_to(tmp_path: Path) -> None:
     with pytest.raises(NsrlError, match="run its suite first"):
         learning_curves(read_suite(SUITE).finetuning_jobs(tmp_path))

@@ -70,6 +70,23 @@ def test_both_get_the_same_trust_region(env: str, expected: float) -> None:
     assert trpo._train("stock", 0, env, 64, TINY)["target_kl"] == 0.01
 
 
+def test_after_a_failure_no_other_run_is_begun_and_none_is_lost(tmp_path: Path, monkeypatch: Any) -> None:
+    made: list[int] = []
+
+    def train(order: dict[str, Any]) -> dict[str, Any]:
+        made.append(order["seed"])
+        if order["seed"] == 1:
+            raise NsrlError("no more room")
+        return {"seed": order["seed"]}
+
+    monkeypatch.setattr(trpo, "_run_apart", train)
+    cases = [trpo.Case("Pendulum-v1", 256, TINY)]
+    with pytest.raises(NsrlError, match="no more room"):
+        trpo.compare_returns(tmp_path, cases, (0, 1, *range(2, 400)))
+    assert len(made) < 400 and made[:3] == [0, 0, 1]
+    assert len(list(tmp_path.glob("*.json"))) == sum(seed != 1 for seed in made)
+
+
 def test_a_run_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(NsrlError, match="the run of stock on NoSuchTask-v0, seed 0, failed"):
         trpo._run_apart({"name": "stock", "seed": 0, "env": "NoSuchTask-v0", "steps": 64, "settings": {}})

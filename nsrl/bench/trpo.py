@@ -86,24 +86,25 @@ class Case:
         steps: environment steps of a run.
         settings: keyword arguments of both constructors, plain JSON, with `ENVS` environments side by side; those of
             rl-zoo3 where it has some.
+        seeds: one run of each algorithm a seed.
     """
 
     env: str
     steps: int
     settings: Mapping[str, Any]
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 CASES = (
     Case("CartPole-v1", 100_000, {"n_steps": 128, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
-                                  "cg_damping": 1e-3, "n_critic_updates": 20}),
+                                  "cg_damping": 1e-3, "n_critic_updates": 20}, tuple(range(8))),
     Case("Pendulum-v1", 100_000, {"n_steps": 256, "gamma": 0.9, "n_critic_updates": 15}),
     Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20}),
 )  # fmt: skip
-SEEDS = (0, 1, 2)
 ENVS = 8
 
 
-def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[int] = SEEDS, *, workers: int = 1,
+def compare_returns(out: Path, cases: Sequence[Case] = CASES, *, workers: int = 1,
                     on_status: Callable[[Status], Any] | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """Train both from scratch, each run in a process of its own; runs that are finished in `out` are not run again.
 
@@ -113,7 +114,6 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[in
     Args:
         out: folder of the runs, a JSON file each.
         cases: what is learnt.
-        seeds: one run of each algorithm a seed.
         workers: processes at a time.
         on_status: called after every run.
 
@@ -125,12 +125,12 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, seeds: Sequence[in
     Raises:
         NsrlError: a run that failed, with the last line that it printed; those that wait are not begun then.
     """
-    if not seeds or not cases or workers < 1:
-        raise NsrlError(f"cases, seeds and workers must be at least one, not {len(cases)}, {list(seeds)} and {workers}")
+    if workers < 1 or not cases or not all(case.seeds for case in cases):
+        raise NsrlError(f"cases, their seeds and workers must be at least one, not {list(cases)} and {workers}")
     orders: list[dict[str, Any]] = [
         {"name": name, "seed": seed, "env": case.env, "steps": case.steps, "settings": dict(case.settings)}
         for case in cases
-        for seed in seeds
+        for seed in case.seeds
         for name in ALGORITHMS
     ]
     start, done = perf_counter(), 0
@@ -181,14 +181,14 @@ def trpo_tables(content: dict[str, Any]) -> list[Table]:
         for row in content["updates"]
     )  # fmt: skip
     returns = tuple(
-        (f"{row['env']}, {row['steps'] // 1000}k", LABELS[row["algorithm"]], number(row["final"]),
+        (f"{row['env']}, {row['steps'] // 1000}k", f"{row['seeds']}", LABELS[row["algorithm"]], number(row["final"]),
          number(row["lowest"]), number(row["training"]), number(row["curve"]))
         for row in content["returns"]
     )  # fmt: skip
     return [
         Table(("one update", "states", "upstream, ms", "ours, ms", "ratio"), updates, "TRPO: median time"),
-        Table(("task", "algorithm", "final", "lowest seed", "training", "whole curve"), returns,
-              f"TRPO from scratch: mean return over {content['returns'][0]['seeds']} seeds"),
+        Table(("task", "seeds", "algorithm", "final", "lowest seed", "training", "whole curve"), returns,
+              "TRPO from scratch: mean return"),
     ]  # fmt: skip
 
 

@@ -34,18 +34,18 @@ def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: 
         return trpo._train(**order)
 
     monkeypatch.setattr(trpo, "_run_apart", train)
-    cases = [trpo.Case("Pendulum-v1", 256, TINY)]
+    cases = [trpo.Case("Pendulum-v1", 256, TINY, (0, 1))]
     seen: list[int] = []
-    runs = trpo.compare_returns(tmp_path, cases, (0, 1), on_status=lambda status: seen.append(len(status.done)))
+    runs = trpo.compare_returns(tmp_path, cases, on_status=lambda status: seen.append(len(status.done)))
     assert [(run["algorithm"], run["seed"]) for run in runs] == [
         ("stock", 0), ("null_space", 0), ("stock", 1), ("null_space", 1),
     ]  # fmt: skip
     assert seen == [0, 1, 2, 3, 4] and len(made) == 4
     (tmp_path / "Pendulum-v1-stock-seed1.json").unlink()
-    assert trpo.compare_returns(tmp_path, cases, (0, 1))[0]["final"] == runs[0]["final"]
+    assert trpo.compare_returns(tmp_path, cases)[0]["final"] == runs[0]["final"]
     assert len(made) == 5 and made[4]["name"] == "stock" and made[4]["seed"] == 1
     with pytest.raises(NsrlError, match="other settings"):
-        trpo.compare_returns(tmp_path, [trpo.Case("Pendulum-v1", 128, TINY)], (0, 1))
+        trpo.compare_returns(tmp_path, [trpo.Case("Pendulum-v1", 128, TINY)])
     rows = trpo.summarise_returns(runs)
     assert rows[0]["final"] == pytest.approx((runs[0]["final"] + runs[2]["final"]) / 2)
     assert rows[1]["lowest"] == min(runs[1]["final"], runs[3]["final"])
@@ -80,9 +80,9 @@ def test_after_a_failure_no_other_run_is_begun_and_none_is_lost(tmp_path: Path, 
         return {"seed": order["seed"]}
 
     monkeypatch.setattr(trpo, "_run_apart", train)
-    cases = [trpo.Case("Pendulum-v1", 256, TINY)]
+    cases = [trpo.Case("Pendulum-v1", 256, TINY, tuple(range(400)))]
     with pytest.raises(NsrlError, match="no more room"):
-        trpo.compare_returns(tmp_path, cases, (0, 1, *range(2, 400)))
+        trpo.compare_returns(tmp_path, cases)
     assert len(made) < 400 and made[:3] == [0, 0, 1]
     assert len(list(tmp_path.glob("*.json"))) == sum(seed != 1 for seed in made)
 
@@ -91,4 +91,4 @@ def test_a_run_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(NsrlError, match="the run of stock on NoSuchTask-v0, seed 0, failed"):
         trpo._run_apart({"name": "stock", "seed": 0, "env": "NoSuchTask-v0", "steps": 64, "settings": {}})
     with pytest.raises(NsrlError, match="at least one"):
-        trpo.compare_returns(tmp_path, seeds=())
+        trpo.compare_returns(tmp_path, [trpo.Case("Pendulum-v1", 128, TINY, ())])

@@ -136,12 +136,13 @@ def check_ranges(settings: object, prefix: str = "") -> None:
 
 def check_chosen(algorithm: Algorithm, ppo: PPOOverrides, trpo: TRPOOverrides) -> None:
     """Raise NsrlError for a setting of the algorithm that was not chosen, which would change nothing."""
-    for name, settings in (("ppo", ppo), ("trpo", trpo)):
-        odd = [field.name for field in fields(settings) if getattr(settings, field.name) != field.default]
-        if odd and name != algorithm:
+    name, others, own = ("trpo", trpo, ppo) if algorithm == "ppo" else ("ppo", ppo, trpo)
+    for field in fields(others):
+        if getattr(others, field.name) != field.default:
+            hint = f"set {algorithm}.{field.name}" if hasattr(own, field.name) else f"set algorithm to {name}"
             raise NsrlError(
-                f"{name}.{odd[0]} is a setting of algorithm {name}, and algorithm is {algorithm}; set "
-                f"{algorithm}.{odd[0]} if it has one, or leave it out"
+                f"{name}.{field.name} is a setting of algorithm {name}, and algorithm is {algorithm}; {hint}, or leave "
+                "it out"
             )
 
 

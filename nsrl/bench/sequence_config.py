@@ -63,8 +63,8 @@ class SequenceConfig:
     Attributes:
         agent: path of an agent that is good at the first task: an SB3 zip, or a run folder; null trains one, as
             `pretraining` says.
-        pretraining: how the first agent is trained from scratch, and how the single-task references are; env,
-            total_timesteps, evaluation and seed are the task's and the sequence's.
+        pretraining: how the first agent is trained from scratch, and how the single-task references are, these with
+            what `ppo` says otherwise; env, total_timesteps, evaluation and seed are the task's and the sequence's.
         tasks: the tasks in order, the first one included.
         states: how the states of each task are collected.
         method: "null_space" keeps every task's budget; "kl_penalty" and "finetune" (no constraint) are the baselines.
@@ -135,9 +135,13 @@ class SequenceConfig:
         return self._alone(self.tasks[0], self.pretraining.ppo)
 
     def reference(self, task: SequenceTask) -> PretrainConfig:
-        """The training of a task alone, from scratch: the same PPO for as many steps as it has in the sequence."""
-        given = {key: value for key, value in asdict(self.ppo).items() if value is not None}
-        return self._alone(task, replace(self.pretraining.ppo, **given))
+        """The training of a task alone, from scratch: by PPO, for as many steps as it has in the sequence.
+
+        With algorithm ppo it has the settings of later tasks, with algorithm trpo those of the first.
+        """
+        given = asdict(self.ppo) if self.algorithm == "ppo" else {}
+        changed = {key: value for key, value in given.items() if value is not None}
+        return self._alone(task, replace(self.pretraining.ppo, **changed))
 
     def stage(self, number: int) -> FinetuneConfig:
         """The fine-tuning on task `number` (from 1), with the budgets of the tasks before it."""

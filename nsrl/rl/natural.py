@@ -20,8 +20,8 @@ from nsrl.rl.preconditioner import KroneckerPreconditioner, LayerFactors
 
 Product = Callable[[Tensor], Tensor]
 
-#: Relative residual at which conjugate gradients stop: on HalfCheetah the step gains 3 % from here on (measured, in the
-#: preconditioner's norm, after 10 iterations; without a preconditioner it gains 45 % after 15).
+#: Relative residual, in the preconditioner's norm where there is one, at which conjugate gradients stop. On HalfCheetah
+#: that is after 10 iterations, from where on the step's gain grows by 3 %; without a preconditioner, by 45 % after 15.
 PRECISION = 0.1
 #: Curvature v.Av / v.v that counts as none.
 FLAT = 1e-12
@@ -156,7 +156,7 @@ class Step:
         kept: share of the unconstrained step's gain that is left; in the hard null space of the gradient's norm.
         kl: the model's KL on the rollout, 1/2 d^T F d.
         retained: the model's KL on the buffer; NaN without one.
-        residual: of the stationarity condition, relative.
+        residual: of the stationarity condition, relative, in the preconditioner's norm where there is one.
         iterations: products with F.
         scale: s in (F + damping + mu K) d = -(s g + mu J_ret^T rho).
     """

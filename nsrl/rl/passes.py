@@ -218,6 +218,9 @@ def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter
     """Modules as the stages of `LayerPasses`, or None where they are something else or lack some of the parameters."""
     position: dict[Tensor | None, int] = {parameter: index for index, parameter in enumerate(parameters)}
     stages: list[Stage] = []
+    owned = [parameter for module in modules for parameter in module.parameters()]
+    if len(owned) > len(set(owned)):  # tied layers: their parameters move more than one stage
+        return None
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:  # old-style weight norms, recorders, masks
             return None

@@ -86,13 +86,16 @@ class PretrainedMixin(ProtectedMixin):
                 "protect(model, retain=buffer) and model.learn(...)"
             )
         settings = cls._inherited(source, options)
-        policy_kwargs = dict(settings.pop("policy_kwargs"))
+        policy_kwargs = dict(settings.pop("policy_kwargs") or {})
         env = agents.training_env(env, source.normalizer if normalize else None, seed=seed,
                                   gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
         agents.check_spaces(source.model, env)
         policy: Any = source.model.policy_class
-        model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
-                         seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
+        try:
+            model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
+                             seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
+        except AssertionError as error:  # SB3 checks its arguments with assertions
+            raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
         try:
             model.policy.load_state_dict(source.model.policy.state_dict())
         except RuntimeError as error:

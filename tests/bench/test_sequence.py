@@ -18,7 +18,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from nsrl.bench import sequence_suite, worker
 from nsrl.bench.config import BufferSettings, EvaluationSettings, PretrainConfig
-from nsrl.bench.hyperparameters import PPOOverrides, PPOSettings
+from nsrl.bench.hyperparameters import PPOOverrides, PPOSettings, TRPOOverrides
 from nsrl.bench.jobs import Job
 from nsrl.bench.runs import RunFolder, read_lines
 from nsrl.bench.sequence import learn_sequence, resume_sequence
@@ -250,6 +250,10 @@ def test_stages_have_the_budgets_of_what_came_before() -> None:
     alone = config.reference(config.tasks[2])
     assert (alone.env, alone.total_timesteps, alone.ppo.learning_rate) == (ENVS[2], 600, 3e-3)
     assert config.first().ppo.learning_rate == PPOSettings().learning_rate and alone.ppo.n_steps == 128
+    # what is no setting of a later task by TRPO does not change the references either, n_envs included
+    other = replace(config, algorithm="trpo", ppo=PPOOverrides(), trpo=TRPOOverrides(n_envs=4))
+    assert other.reference(config.tasks[2]).ppo == config.pretraining.ppo
+    assert other.stage(1).algorithm == "trpo" and other.stage(1).trpo.n_envs == 4
 
 
 def test_a_perfect_reference_leaves_no_transfer() -> None:

@@ -142,7 +142,8 @@ class TestSettings:
 
     def test_settings_of_the_other_algorithm(self, refused, finetuning):
         assert "ppo.n_envs is a setting of algorithm ppo" in refused(*finetuning("--algorithm", "trpo"))
-        assert "set ppo.n_steps if it has one" in refused(*finetuning("--trpo.n_steps", "64"))
+        assert "set ppo.n_steps, or leave it out" in refused(*finetuning("--trpo.n_steps", "64"))
+        assert "set algorithm to trpo, or leave it out" in refused(*finetuning("--trpo.cg_damping", "1"))
         assert "trpo.target_kl must be at least 0" in refused(*finetuning("--trpo.target_kl=-1"))
         assert "algorithm must be" in refused(*finetuning("--algorithm", "sac"))
 

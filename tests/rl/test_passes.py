@@ -57,6 +57,13 @@ def test_some_of_the_parameters_in_another_order() -> None:
     torch.testing.assert_close(passes.pull(cotangents), dense[:, columns].T @ cotangents.flatten())
 
 
+def test_layers_that_share_parameters_are_no_chain() -> None:
+    tied, twin = nn.Linear(3, 3), nn.Linear(3, 3)
+    twin.weight = tied.weight
+    for modules in ([tied, nn.Tanh(), tied], [tied, nn.Tanh(), twin]):
+        assert linear_chain(modules, list(tied.parameters())) is None
+
+
 def test_what_is_no_chain_goes_through_autograd() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     hooked = nn.Linear(3, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from nsrl.rl.policies import policy_outputs
 from nsrl.rl.surrogate import Surrogate
 from tests.rl.builders import NEW, OLD, SpikyReward, cached_buffer
 from tests.rl.policy_builders import joint_kl
+from tests.rl.test_checkpoint import AtBoundary, Clockwork, same
 from tests.rl.test_ppo import independent_kl, same_policies
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_critic_updates": 2}
@@ -371,9 +373,31 @@ def test_a_checkpoint_continues_the_run(tmp_path: Path) -> None:
     assert found["timesteps"] == model.num_timesteps and same_policies(model, fresh)
     assert fresh.retention.updates == model.retention.updates == 3
     assert fresh.retention.multiplier.target == model.retention.multiplier.target
+    assert fresh.retention._guess == model.retention._guess and model.retention._guess.multiplier > 0.0
     other, _ = finetuned("box", kl_budget=1e-3, steps=0, method="finetune")
     with pytest.raises(NsrlError, match="retention"):
         checkpoint.restore(tmp_path / "state.ckpt", other)
+
+
+@pytest.mark.parametrize("budget", [1e-5, 0.0])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(budget: float, tmp_path: Path) -> None:
+    """Where resets are deterministic and all episodes have just ended."""
+    agent = PPO("MlpPolicy", DummyVecEnv([Clockwork]), n_steps=32, batch_size=32, n_epochs=2, seed=0, device="cpu")
+    buffer = RetentionBuffer.collect(agent, DummyVecEnv([Clockwork] * 2), n_states=64, seed=0)
+
+    def build() -> NullSpaceTRPO:
+        return NullSpaceTRPO.from_pretrained(agent, DummyVecEnv([Clockwork] * 2), retain=buffer, kl_budget=budget,
+                                             seed=1, **{**SMALL, "n_steps": 32})  # fmt: skip
+
+    model, resumed = build(), build()
+    model.learn(384, callback=AtBoundary(256, partial(checkpoint.save, tmp_path / "middle")))
+    checkpoint.restore(tmp_path / "middle", resumed)
+    if budget > 0.0:
+        assert resumed.retention._guess.multiplier > 0.0  # it binds, and says where the next step begins
+    resumed.learn(checkpoint.remaining(resumed, 384), reset_num_timesteps=False)
+    assert resumed.num_timesteps == model.num_timesteps == 384
+    assert same(resumed.policy.state_dict(), model.policy.state_dict())
+    assert same(resumed.policy.optimizer.state_dict(), model.policy.optimizer.state_dict())
 
 
 def test_the_critic_warms_up_with_the_actor_frozen() -> None:
@@ -414,6 +438,12 @@ def test_what_makes_no_sense_is_refused_in_a_sentence() -> None:
     for bad in ({"kl_budget": -1.0}, {"method": "ewc"}, {"method": "kl_penalty", "penalty": -1.0}):
         with pytest.raises(NsrlError):
             finetuned(steps=0, **bad)
+    agent, _ = cached_buffer()
+    with pytest.raises(NsrlError, match="TRPO refuses its settings"):
+        NullSpaceTRPO.from_pretrained(agent, NEW["discrete"], n_steps=1)
+    with pytest.raises(NsrlError, match="makes another network"):
+        NullSpaceTRPO.from_pretrained(agent, NEW["discrete"], policy_kwargs={"net_arch": [3]})
+    assert NullSpaceTRPO.from_pretrained(agent, NEW["discrete"], policy_kwargs=None).policy_kwargs == {}
     with pytest.raises(NsrlError, match="use_sde=False"):
         NullSpaceTRPO("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu")
     with pytest.raises(NsrlError, match="use_sde=False"):

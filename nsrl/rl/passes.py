@@ -25,6 +25,8 @@ from nsrl.rl.preconditioner import LayerFactors
 
 #: States that Kronecker factors are made of, at least, where there are as many: they only have to be roughly right.
 FACTOR_STATES = 512
+#: Layers with more inputs or outputs have none: inverting a factor of 2048 takes seconds, one of an image gigabytes.
+WIDEST = 1024
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Passes(Protocol):
         ...
 
     def factors(self, seeds: Tensor) -> list[LayerFactors]:
-        """Kronecker factors of (S J)^T S J for seeds S (N, R, O), of the linear layers that are known to be ones."""
+        """Kronecker factors of (S J)^T S J for seeds S (N, R, O), of the layers known to be linear and not too wide."""
         ...
 
 
@@ -166,7 +168,7 @@ class LayerPasses:
             if stage.activation is not None:
                 out = self._values[number + 1][::every]
                 cotangents = stage.activation.slope(cotangents, out.expand_as(cotangents))
-            if stage.weight is not None:
+            if stage.weight is not None and max(stage.layer.weight.shape) <= WIDEST:
                 inputs, rows = self._values[number][::every], cotangents.flatten(0, 1)
                 if stage.bias is not None:
                     inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)

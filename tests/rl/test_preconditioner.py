@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nsrl.rl.natural import conjugate_gradients
-from nsrl.rl.passes import LayerPasses, linear_chain
+from nsrl.rl.passes import WIDEST, LayerPasses, linear_chain
 from nsrl.rl.preconditioner import KroneckerPreconditioner, LayerFactors
 from nsrl.rl.surrogate import Surrogate
 from tests.rl.policy_builders import build_policy, draw_rollout
@@ -96,6 +96,27 @@ def test_factors_are_means_of_inputs_and_sums_of_output_gradients() -> None:
     ones = torch.cat([inputs, torch.ones(7, 1, dtype=torch.float64)], 1)
     torch.testing.assert_close(factors.inputs, ones.T @ ones / 7)
     torch.testing.assert_close(factors.outputs, torch.einsum("nro,nrp->op", seeds, seeds))
+
+
+def test_layers_too_wide_to_invert_have_none() -> None:
+    """Their columns pass through unchanged, and conjugate gradients still find the same."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(WIDEST + 1, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    parameters = list(net.parameters())
+    stages = linear_chain(list(net), parameters)
+    assert stages is not None
+    passes = LayerPasses(stages, torch.randn(5, WIDEST + 1, dtype=torch.float64), parameters)
+    factors = passes.factors(torch.randn(5, 2, 2, dtype=torch.float64))
+    assert [factor.weight for factor in factors] == [3 * (WIDEST + 1) + 3]
+    vector = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
+    divide = KroneckerPreconditioner(factors, 0.1)
+    assert torch.equal(divide(vector)[:-8], vector[:-8]) and not torch.equal(divide(vector)[-8:], vector[-8:])
+
+    def product(moved: Tensor) -> Tensor:
+        return passes.pull(passes.push(moved)) + 0.1 * moved
+
+    exact, found = (conjugate_gradients(product, vector, 100, 1e-10, how).vector for how in (None, divide))
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("actions", ["discrete", "multi_discrete", "multi_binary", "box"])

@@ -98,8 +98,8 @@ class RetentionConstraint:
 
     @property
     def protects_log_std(self) -> bool:
-        """Whether the state-independent standard deviation is part of the constraint."""
-        return self.family == "gaussian" and self.preserve == "distribution"
+        """Whether the state-independent standard deviation is part of the constraint, and moves."""
+        return self.family == "gaussian" and self.preserve == "distribution" and self.policy.log_std.requires_grad
 
     @property
     def metric(self) -> OutputMetric:
@@ -113,7 +113,7 @@ class RetentionConstraint:
             assert spread is not None
             if spread.ndim == 2 and indices is not None:
                 spread = spread[indices]
-            current = self.policy.log_std if self.protects_log_std else spread
+            current = self.policy.log_std if self.preserve == "distribution" else spread
             if spread.ndim == 1 and weights is None:
                 return Gaussian(current, spread)
             return StatewiseGaussian(current, spread, weights)

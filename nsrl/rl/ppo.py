@@ -30,7 +30,7 @@ class NullSpacePPO(PretrainedMixin, PPO):
 
     @classmethod
     def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
-        settings = {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters, **options}
+        inherited = {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters}
         if not isinstance(source.model, PPO):
-            settings["policy_kwargs"] = without_optimizer(settings["policy_kwargs"])
-        return settings
+            inherited["policy_kwargs"] = without_optimizer(inherited["policy_kwargs"])
+        return {**inherited, **options}

@@ -91,6 +91,18 @@ def test_the_linearisation_has_the_slope_and_curvature_of_the_kl(kind: str, pres
     torch.testing.assert_close(ours.T @ ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_a_frozen_standard_deviation_counts_but_is_no_column() -> None:
+    moved = moved_constraint("box")
+    moved.policy.log_std.requires_grad_(False)
+    constraint = RetentionConstraint(moved.policy, moved.buffer, tempering=0.0)
+    assert constraint.names == tuple(name for name in moved.names if name != "log_std")
+    assert constraint.measure().kl_mean == pytest.approx(float(oracle_kl(constraint).mean()), rel=1e-4)
+    value, gradient = constraint.gradient(constraint.train)
+    model = constraint.linearise(constraint.train)
+    torch.testing.assert_close(model.jacobian.rmatvec(model.residual), gradient, rtol=1e-3, atol=1e-5)
+    assert value == pytest.approx(constraint.quadratic(constraint.train).divergence, rel=1e-6)
+
+
 def test_only_the_actor_is_protected() -> None:
     _, buffer = cached_buffer("box")
     names = moved_constraint("box").names

@@ -346,8 +346,9 @@ def test_a_trpo_agent_hands_on_its_hyper_parameters_and_others_what_means_the_sa
         assert (model.target_kl, model.batch_size) == (0.01, 128) and same_policies(model, other)
         assert type(model.policy.optimizer) is torch.optim.Adam
     chosen = {"optimizer_class": torch.optim.SGD}
-    model = NullSpaceTRPO.from_pretrained(a2c, NEW["discrete"], n_envs=2, policy_kwargs=chosen)
-    assert type(model.policy.optimizer) is torch.optim.SGD
+    for cls in (NullSpaceTRPO, NullSpacePPO):
+        model = cls.from_pretrained(a2c, NEW["discrete"], n_envs=2, policy_kwargs=chosen)
+        assert type(model.policy.optimizer) is torch.optim.SGD
     back = NullSpacePPO.from_pretrained(agent, NEW["discrete"], n_envs=2)
     assert (back.gamma, back.target_kl, back.learning_rate) == (0.9, None, 3e-4)
 

@@ -25,7 +25,10 @@ from nsrl.bench.runs import slug, write_json
 from nsrl.errors import NsrlError
 
 ALGORITHMS = ("stock", "null_space")
-LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO"}
+#: Ours with upstream's trust region: KL and Fisher information are means over action dimensions there, those of the
+#: joint action here, so that it gets `target_kl` and `cg_damping` times their number.
+SCALED = "null_space_scaled"
+LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO", SCALED: "NullSpaceTRPO, region as upstream"}
 
 
 def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0,
@@ -87,19 +90,22 @@ class Case:
         settings: keyword arguments of both constructors, plain JSON, with `ENVS` environments side by side; those of
             rl-zoo3 where it has some.
         seeds: one run of each algorithm a seed.
+        algorithms: names, of `LABELS`.
     """
 
     env: str
     steps: int
     settings: Mapping[str, Any]
     seeds: tuple[int, ...] = (0, 1, 2)
+    algorithms: tuple[str, ...] = ALGORITHMS
 
 
 CASES = (
     Case("CartPole-v1", 100_000, {"n_steps": 128, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
                                   "cg_damping": 1e-3, "n_critic_updates": 20}, tuple(range(8))),
     Case("Pendulum-v1", 100_000, {"n_steps": 256, "gamma": 0.9, "n_critic_updates": 15}),
-    Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20}),
+    Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20},
+         algorithms=(*ALGORITHMS, SCALED)),
 )  # fmt: skip
 ENVS = 8
 
@@ -108,8 +114,7 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, *, workers: int = 
                     on_status: Callable[[Status], Any] | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """Train both from scratch, each run in a process of its own; runs that are finished in `out` are not run again.
 
-    Both get the same trust region. Upstream's KL and Fisher information are means over action dimensions, ours those of
-    the joint action; so ours gets upstream's `target_kl` and `cg_damping` times their number.
+    Both get the same hyper-parameters, as somebody would who exchanges the class.
 
     Args:
         out: folder of the runs, a JSON file each.
@@ -131,7 +136,7 @@ def compare_returns(out: Path, cases: Sequence[Case] = CASES, *, workers: int = 
         {"name": name, "seed": seed, "env": case.env, "steps": case.steps, "settings": dict(case.settings)}
         for case in cases
         for seed in case.seeds
-        for name in ALGORITHMS
+        for name in case.algorithms
     ]
     start, done = perf_counter(), 0
     found: list[dict[str, Any] | None] = [_read(out, order) for order in orders]
@@ -163,7 +168,7 @@ def summarise_returns(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a task and algorithm: means over seeds, and the smallest final return."""
     rows = []
     for env in dict.fromkeys(run["env"] for run in runs):
-        for name in ALGORITHMS:
+        for name in dict.fromkeys(run["algorithm"] for run in runs if run["env"] == env):
             chosen = [run for run in runs if run["env"] == env and run["algorithm"] == name]
             means = {
                 key: statistics.fmean(run[key] for run in chosen) for key in ("final", "training", "curve", "seconds")
@@ -228,7 +233,7 @@ def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any])
     from nsrl.rl.evaluation import evaluate
 
     model = _build(name, make_vec_env(env, ENVS, seed=seed), seed, settings)
-    if name == "null_space" and isinstance(model.action_space, spaces.Box):
+    if name == SCALED and isinstance(model.action_space, spaces.Box):
         dimensions = math.prod(model.action_space.shape)
         model.target_kl *= dimensions
         model.cg_damping *= dimensions

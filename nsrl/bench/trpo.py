@@ -28,7 +28,7 @@ ALGORITHMS = ("stock", "null_space")
 #: Ours with upstream's trust region: KL and Fisher information are means over action dimensions there, those of the
 #: joint action here, so that it gets `target_kl` and `cg_damping` times their number.
 SCALED = "null_space_scaled"
-LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO", SCALED: "NullSpaceTRPO, region as upstream"}
+LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO", SCALED: "NullSpaceTRPO, scaled"}
 
 
 def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0,

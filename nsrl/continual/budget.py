@@ -60,7 +60,7 @@ class KLBudgetOptions:
     rate: float = 0.03
     damping: float = 0.3
     restore_steps: int = 4
-    restore_states: int = 512
+    restore_states: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:

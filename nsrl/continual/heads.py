@@ -42,7 +42,7 @@ class MultiHead(nn.Module):
         Raises:
             NsrlError: no such head.
         """
-        wanted = [head] if isinstance(head, int) else head.unique().tolist()
+        wanted = [head] if isinstance(head, int) else sorted(set(head.tolist()))
         if not all(0 <= index < len(self.heads) for index in wanted):
             raise NsrlError(f"the model has heads 0 to {len(self.heads) - 1}, but head {wanted} was asked for")
         features = self.trunk(inputs)
@@ -50,8 +50,10 @@ class MultiHead(nn.Module):
             return self.heads[head](features)
         outputs = [self.heads[index](features) for index in wanted]
         widest = max(layer.out_features for layer in self.heads if isinstance(layer, nn.Linear))
-        stacked = torch.stack([F.pad(out, (0, widest - out.shape[1]), value=ABSENT) for out in outputs], 1)
-        position = torch.searchsorted(torch.tensor(wanted, device=head.device), head)
+        outputs = [F.pad(out, (0, gap), value=ABSENT) if (gap := widest - out.shape[1]) else out for out in outputs]
+        stacked = torch.stack(outputs, 1)
+        dense = wanted[-1] == len(wanted) - 1
+        position = head if dense else torch.searchsorted(torch.tensor(wanted, device=head.device), head)
         return stacked.gather(1, position.view(-1, 1, 1).expand(-1, 1, widest)).squeeze(1)
 
 

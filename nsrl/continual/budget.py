@@ -291,6 +291,5 @@ class KLBudget:
             forward=lambda module, batch: model_outputs(module, batch, heads),
             seed=metric.seeds,
             scale=scale,
-            check=False,
         )
         return J, (metric.residual(self.retained.reference[indices], J.outputs) * scale).flatten()

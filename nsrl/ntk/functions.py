@@ -10,7 +10,8 @@ from torch.func import functional_call, jvp
 
 from nsrl.errors import NsrlError
 from nsrl.projection.capture import refuse_sample_mixing
-from nsrl.projection.fallback import BoundForward, Forward, own_parameters
+from nsrl.projection.fallback import BoundForward, Forward
+from nsrl.projection.state import own_state
 
 
 class ParameterFunction:
@@ -48,7 +49,7 @@ class ParameterFunction:
             f"module.{name}": piece.view(shape)
             for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)
         }
-        with own_parameters(self._bound):
+        with own_state(self._bound):
             return functional_call(self._bound, values, (inputs,))
 
     def first_order(self, inputs: Any, direction: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,45 @@ from torch import Tensor, nn
 from nsrl.errors import NsrlError
 
 Activation = Literal["relu", "erf"]
-#: Maps a covariance (n1, n2) and the two variances (n1, 1), (1, n2) to E[phi phi'] and E[phi_dot phi_dot'].
-Moments = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+#: Cosines beyond this one have lost digits of their angle, which is then taken from the vectors themselves.
+NEAR = 0.99
+#: Numbers that the pairs of vectors with such an angle may hold at a time.
+CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Of jointly Gaussian pairs (h, h'), one for every two inputs.
+
+    Attributes:
+        cross: E[h h'], (n1, n2).
+        left, right: E[h^2], (n1, 1), and E[h'^2], (1, n2).
+        angle: arc cosine of their correlation, (n1, n2), to all digits: the arc cosine of a correlation that is 1 up to
+            round-off has half of them (Kahan 2006, "How futile are mindless assessments of roundoff", section 12).
+    """
+
+    cross: Tensor
+    left: Tensor
+    right: Tensor
+    angle: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What an activation phi makes of a `Covariance`.
+
+    Attributes:
+        products: E[phi phi'].
+        slopes: E[phi_dot phi_dot'].
+        left, right: E[phi^2], E[phi'^2].
+        gap: sqrt(left right) - products, which is 0 where the two are one.
+    """
+
+    products: Tensor
+    slopes: Tensor
+    left: Tensor
+    right: Tensor
+    gap: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,20 +113,36 @@ class InfiniteNetwork:
         if x1.dim() != 2 or x2.dim() != 2 or x1.shape[1] != x2.shape[1] or not (x1.numel() and x2.numel()):
             raise NsrlError(f"inputs must be (n, d) with the same d > 0, not {tuple(x1.shape)} and {tuple(x2.shape)}")
         moments = _MOMENTS[self.activation]
-
-        def affine(kernel: Tensor) -> Tensor:
-            return self.weight_variance * kernel + self.bias_variance
-
-        kernel = affine(x1 @ x2.T / x1.shape[1])
-        left = affine(x1.square().mean(1, keepdim=True))
-        right = affine(x2.square().mean(1, keepdim=True)).T
-        tangent = kernel
+        covariance = self._of_inputs(x1, x2)
+        tangent = covariance.cross
         for _ in range(self.hidden_layers):
-            products, slopes = moments(kernel, left, right)
-            kernel = affine(products)
-            tangent = kernel + self.weight_variance * slopes * tangent
-            left, right = affine(moments(left, left, left)[0]), affine(moments(right, right, right)[0])
-        return kernel, tangent
+            found = moments(covariance)
+            covariance = self._behind(found)
+            tangent = covariance.cross + self.weight_variance * found.slopes * tangent
+        return covariance.cross, tangent
+
+    def _of_inputs(self, x1: Tensor, x2: Tensor) -> Covariance:
+        """That of the first layer's outputs: an inner product of the inputs, with a constant for the bias."""
+        vectors = [
+            torch.cat([math.sqrt(self.weight_variance / x.shape[1]) * x,
+                       x.new_full((len(x), 1), math.sqrt(self.bias_variance))], 1)
+            for x in (x1, x2)
+        ]  # fmt: skip
+        left, right = (self._affine(x.square().mean(1)) for x in (x1, x2))
+        return Covariance(self._affine(x1 @ x2.T / x1.shape[1]), left.unsqueeze(1), right, _angles(*vectors))
+
+    def _behind(self, found: Moments) -> Covariance:
+        """That of the next layer's outputs."""
+        left, right = self._affine(found.left), self._affine(found.right)
+        cross, norms = self._affine(found.products), (left * right).sqrt()
+        # norms - cross as a sum of what is not negative: subtracting them would cancel where the angle is small
+        biased = self._affine((found.left * found.right).sqrt())
+        spread = self.weight_variance * self.bias_variance * (found.left.sqrt() - found.right.sqrt()).square()
+        short = spread / (norms + biased).clamp_min(_TINY) + self.weight_variance * found.gap
+        return Covariance(cross, left, right, 2.0 * torch.atan2(short.sqrt(), (norms + cross).clamp_min(0.0).sqrt()))
+
+    def _affine(self, kernel: Tensor) -> Tensor:
+        return self.weight_variance * kernel + self.bias_variance
 
 
 class NTKLinear(nn.Module):
@@ -122,19 +175,45 @@ class Erf(nn.Module):
         return torch.erf(inputs)
 
 
-def _relu_moments(kernel: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    norms = (left * right).sqrt()
+def _angles(x1: Tensor, x2: Tensor) -> Tensor:
+    """Angles between the rows of (n1, d) and (n2, d), shape (n1, n2), to all digits."""
+    u, v = (x / x.norm(dim=1, keepdim=True).clamp_min(_TINY) for x in (x1, x2))
+    cosines = (u @ v.T).clamp(-1.0, 1.0)
+    angles = torch.arccos(cosines)
+    near = (cosines.abs() > NEAR).nonzero()
+    for rows, columns in (part.T for part in near.split(max(1, CHUNK // u.shape[1]))):
+        ours, theirs = u[rows], v[columns]
+        angles[rows, columns] = 2.0 * torch.atan2((ours - theirs).norm(dim=1), (ours + theirs).norm(dim=1))
+    return angles
+
+
+def _relu_moments(covariance: Covariance) -> Moments:
     # An input of zero has no angle; its products vanish whatever the angle.
-    cosine = (kernel / norms.clamp_min(torch.finfo(kernel.dtype).tiny)).clamp(-1.0, 1.0)
-    angle = torch.arccos(cosine)
-    products = norms * (angle.sin() + (math.pi - angle) * cosine) / (2 * math.pi)
-    return products, (math.pi - angle) / (2 * math.pi)
+    angle, norms = covariance.angle, (covariance.left * covariance.right).sqrt()
+    products = norms * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
+    short = 2.0 * (angle / 2).sin().square() - _sine_less_cosine(angle) / math.pi
+    return Moments(
+        products, (math.pi - angle) / (2 * math.pi), covariance.left / 2, covariance.right / 2, norms / 2 * short
+    )
 
 
-def _erf_moments(kernel: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    spread = (1 + 2 * left) * (1 + 2 * right)
-    products = 2 / math.pi * torch.arcsin((2 * kernel / spread.sqrt()).clamp(-1.0, 1.0))
-    return products, 4 / math.pi / (spread - 4 * kernel.square()).sqrt()
+def _sine_less_cosine(angle: Tensor) -> Tensor:
+    """Sin a - a cos a, whose terms cancel for small a."""
+    square, series = angle.square(), torch.zeros_like(angle)
+    for n in range(6, 0, -1):
+        series = square * series + (-1) ** (n + 1) * 2 * n / math.factorial(2 * n + 1)
+    return torch.where(angle < 0.25, angle * square * series, angle.sin() - angle * angle.cos())
 
 
-_MOMENTS: dict[str, Moments] = {"relu": _relu_moments, "erf": _erf_moments}
+def _erf_moments(covariance: Covariance) -> Moments:
+    cross, left, right = covariance.cross, covariance.left, covariance.right
+    # (1 + 2 l) (1 + 2 r) - 4 k^2 with l r - k^2 from the angle, since large l r and k^2 are nearly equal
+    root = (1 + 2 * left + 2 * right + 4 * left * right * covariance.angle.sin().square()).sqrt()
+    products = 2 / math.pi * torch.atan2(2 * cross, root)
+    own_left, own_right = (2 / math.pi * torch.atan2(2 * own, (1 + 4 * own).sqrt()) for own in (left, right))
+    gap = ((own_left * own_right).sqrt() - products).clamp_min(0.0)
+    return Moments(products, 4 / math.pi / root, own_left, own_right, gap)
+
+
+_TINY = torch.finfo(torch.float64).tiny
+_MOMENTS: dict[str, Callable[[Covariance], Moments]] = {"relu": _relu_moments, "erf": _erf_moments}

@@ -20,7 +20,7 @@ Kind = Literal["full", "trace", "diagonal"]
 BATCH_BYTES = 2**28
 #: Kernel rows of one batch when no batch size is given: a float64 tile of 2048 x 2048 takes 32 MB.
 BATCH_ROWS = 2048
-#: Samples that are linearised first, to check the module and to weigh its factors.
+#: Samples that are linearised first, to weigh their factors.
 PROBE = 4
 
 
@@ -73,7 +73,8 @@ def empirical_ntk(
 
     Raises:
         NsrlError: empty or mismatched inputs, an unknown kind, or a kernel larger than the free memory.
-        JacobianError: batch normalisation or dropout in train mode, random outputs, no trainable parameters.
+        JacobianError: batch normalisation or dropout in train mode, random outputs or such that depend on other
+            samples, derivatives that are not finite, no trainable parameters.
     """
     if kind not in ("full", "trace", "diagonal"):
         raise NsrlError(f'kind must be "full", "trace" or "diagonal", not {kind!r}')
@@ -121,10 +122,7 @@ def ntk_tiles(
 
 
 class _Lineariser:
-    """Jacobians of batches of one model, checked against autograd once for every size of batch.
-
-    Once is not enough: a layer with positions first looks factorable in just those batches that have as many samples
-    as it has positions.
+    """Jacobians of batches of one model.
 
     Attributes:
         outputs: number of outputs of the model.
@@ -136,8 +134,6 @@ class _Lineariser:
         if batch_size is not None and batch_size < 1:
             raise NsrlError(f"batch_size must be at least 1, not {batch_size}")
         self._model, self._forward = model, forward
-        self._checked: set[int] = set()
-        self._dense: frozenset[str] = frozenset()
         few = min(count_samples(inputs), PROBE)
         probe = self(inputs, 0, few)
         if probe.outputs.shape[0] != few:
@@ -152,14 +148,9 @@ class _Lineariser:
         def pick(outputs: Tensor) -> Tensor:
             return torch.eye(self.outputs).to(outputs)[output].expand(outputs.shape[0], 1, -1)
 
-        size = stop - start
-        result = jacobian(
-            self._model, take_samples(inputs, start, stop), forward=self._forward,
-            seed=None if output is None else pick, check=size not in self._checked, dense=self._dense,
-        )  # fmt: skip
-        self._checked.add(size)
-        self._dense |= frozenset(result.recomputed)
-        return result
+        return jacobian(
+            self._model, take_samples(inputs, start, stop), forward=self._forward, seed=None if output is None else pick
+        )
 
 
 def _tiles(linearise: _Lineariser, x1: Any, x2: Any, precision: torch.dtype, output: int | None) -> Iterator[Tile]:

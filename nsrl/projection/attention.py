@@ -20,19 +20,19 @@ class Projections:
     Args:
         layer: the attention module.
         columns: of its wanted parameters, by local name ("in_proj_weight", "out_proj.bias", ...).
+        names: their full names in the whole module, by local name.
+
+    Attributes:
+        sites: the linear maps that were used.
+        lost: full names of parameters with uses that no site has.
     """
 
-    def __init__(self, layer: nn.MultiheadAttention, columns: Mapping[str, Range]):
+    def __init__(self, layer: nn.MultiheadAttention, columns: Mapping[str, Range], names: Mapping[str, str]):
         self.layer = layer
         self.columns = dict(columns)
+        self.names = dict(names)
         self.sites: dict[tuple[str, int, int], Site] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Local names of the parameters that the sites speak for."""
-        projected = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight",
-                     "out_proj.weight", "out_proj.bias")  # fmt: skip
-        return tuple(name for name in projected if name in self.columns)
+        self.lost: set[str] = set()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
@@ -40,6 +40,7 @@ class Projections:
         """What the module computes, with its projections made here instead of inside torch's function."""
         layer = self.layer
         if query.dim() != 3:
+            self.lost.update(self.names.values())
             return type(layer).forward(layer, query, key, value, key_padding_mask, need_weights, attn_mask,
                                        average_attn_weights, is_causal)  # fmt: skip
         if not layer.batch_first:
@@ -72,16 +73,18 @@ class Projections:
         assert matrix is not None
         whole = matrix.shape[0] == stop - start
         output = F.linear(inputs, matrix if whole else matrix[start:stop], None if shift is None else shift[start:stop])
-        columns = {}
+        columns, names = {}, {}
         if weight in self.columns:
+            names["weight"] = self.names[weight]
             first, width = self.columns[weight][0], matrix.shape[1]
             offset = 0 if whole else start
             columns["weight"] = (first + offset * width, first + (offset + stop - start) * width)
         if bias in self.columns and shift is not None:
+            names["bias"] = self.names[bias]
             first = self.columns[bias][0]
             columns["bias"] = (first + start, first + stop)
         if columns:
-            site = self.sites.setdefault((weight, start, stop), Site(self.layer, columns, linear_blocks))
+            site = self.sites.setdefault((weight, start, stop), Site(self.layer, columns, names, linear_blocks))
             site.usages.append(Usage(inputs.detach(), output, inputs._version))
         return output
 

@@ -251,8 +251,18 @@ class DenseBlock:
         products.add_row_gram(self.values.flatten(0, 1), out)
 
     def cross_gram(self, other: Block, precision: torch.dtype) -> Tensor | None:
-        theirs = other.materialised(self.columns)
-        return None if theirs is None else self.values.flatten(0, 1).to(precision) @ theirs.to(precision).T
+        # The other may hold these columns in pieces (groups of a convolution, thirds of an attention's projection).
+        total: Tensor | None = None
+        for columns in other.owned:
+            if not overlap(self.columns, columns):
+                continue
+            shared = max(self.columns[0], columns[0]), min(self.columns[1], columns[1])
+            whole = other.materialised(columns)
+            assert whole is not None
+            ours, theirs = _part(self.values.flatten(0, 1), self.columns, shared), _part(whole, columns, shared)
+            product = ours.to(precision) @ theirs.to(precision).T
+            total = product if total is None else total + product
+        return total
 
     def dense_into(self, out: Tensor) -> None:
         out[:, slice(*self.columns)] += self.values.flatten(0, 1)
@@ -271,3 +281,13 @@ class DenseBlock:
 
     def multiplied(self, factor: float) -> DenseBlock:
         return replace(self, values=self.values * factor)
+
+
+def overlap(one: Range, other: Range) -> bool:
+    """Whether two ranges of columns have some in common."""
+    return max(one[0], other[0]) < min(one[1], other[1])
+
+
+def _part(matrix: Tensor, held: Range, wanted: Range) -> Tensor:
+    """The wanted columns of a matrix that holds a range of them."""
+    return matrix[:, wanted[0] - held[0] : wanted[1] - held[0]]

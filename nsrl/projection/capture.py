@@ -2,14 +2,15 @@
 
 Forward hooks keep the input A of every layer; ordinary `torch.autograd.grad` with respect to the *layer outputs*
 gives the gradients G. No forward-mode differentiation and no gradient with respect to a weight is taken, so flash
-attention, checkpointing and custom kernels do not matter. Parameters that no hook can see fall back to `vmap(vjp)` of
-the whole model, and, where vmap cannot follow (recurrent layers), to one backward pass a row.
+attention, checkpointing and custom kernels do not matter. What comes out is a claim: `nsrl.projection.jacobian` holds
+it against autograd.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from nsrl.projection.attention import Projections, shown
 from nsrl.projection.blocks import Block, Range
-from nsrl.projection.fallback import Forward, free_blocks, row_by_row
+from nsrl.projection.fallback import Forward
 from nsrl.projection.layers import Site, Usage, find_builder, shares_columns
 
 #: Precisions in which a Jacobian means something.
@@ -56,63 +57,87 @@ def refuse_sample_mixing(module: nn.Module) -> None:
             )
 
 
-def capture_blocks(
-    module: nn.Module,
-    inputs: Any,
-    forward: Forward,
-    columns: Mapping[str, Range],
-    seed: Callable[[Tensor], Tensor] | None,
-    dense: frozenset[str] = frozenset(),
-) -> tuple[list[Block], Tensor, Tensor]:
-    """Run the module once and return its blocks, its outputs (N, O) in the graph, and the seeds S (N, R, O).
+class Capture:
+    """One evaluation of a module, with what the factors of its Jacobian are made of.
 
     Args:
+        module: what is linearised.
+        inputs: what `forward` is given.
+        forward: function (module, inputs) -> outputs.
         columns: start and stop of every wanted parameter in the flat vector, by name.
         seed: maps the detached outputs to S, whose rows are the output combinations to differentiate; None means the
             identity.
-        dense: parameters that must not go through hooks (used outside their own layer).
+        dense: parameters that no factors are wanted of.
+
+    Attributes:
+        outputs: shape (N, O), in their graph.
+        seeds: S, shape (N, R, O).
+        precision: the coarsest of the outputs' and the parameters'.
+        blocks: the columns of all parameters that a layer can speak for.
+        covered: their names.
+
+    Raises:
+        JacobianError: outputs that are no finite float32 or float64 matrix, or that depend on no parameter; half
+            precision inside; a layer's input that was overwritten in place.
     """
-    watched = {name: place for name, place in columns.items() if name not in dense}
-    sites, attentions = _sites(module, watched)
-    handles = [site.layer.register_forward_hook(_recorder(site), with_kwargs=True) for site in sites]
-    try:
-        with torch.enable_grad(), shown(attentions):
-            outputs = forward(module, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    _check_outputs(outputs)
-    sites += [site for attention in attentions for site in attention.sites.values()]
-    samples = outputs.shape[0]
-    for site in sites:
-        _refuse_overwritten(site)
-        _refuse_reduced(site)
-        site.usages = [u for u in site.usages if u.output.requires_grad and u.output.shape[0] == samples]
-    if seed is None:
-        seeds = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device).expand(samples, -1, -1)
-    else:
-        seeds = seed(outputs.detach())
-    _differentiate(outputs, seeds, [usage for site in sites for usage in site.usages])
-    names = {place: name for name, place in columns.items()}
-    blocks: list[Block] = []
-    covered: set[str] = set()
-    for site in sites:
-        if site.usages:
-            try:
-                blocks += site.blocks()
-            except RuntimeError:  # vmap cannot follow every layer; the whole-model path below can
-                continue
-            covered.update(names[place] for place in site.columns.values() if place in names)
-    for attention in attentions:
-        if attention.sites:
-            covered.update(names[attention.columns[local]] for local in attention.names)
-    free = _reached(module, outputs, [name for name in columns if name not in covered])
-    if free:
+
+    def __init__(self, module: nn.Module, inputs: Any, forward: Forward, columns: Mapping[str, Range],
+                 seed: Callable[[Tensor], Tensor] | None, dense: frozenset[str] = frozenset()):  # fmt: skip
+        self._sites, attentions = _sites(module, {name: place for name, place in columns.items() if name not in dense})
+        handles = [site.layer.register_forward_hook(_recorder(site), with_kwargs=True) for site in self._sites]
         try:
-            blocks += free_blocks(module, inputs, forward, free, columns, seeds)
-        except RuntimeError:
-            blocks += row_by_row(module, outputs, free, columns, seeds)
-    return blocks, outputs, seeds
+            with shown(attentions):
+                outputs = forward(module, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        _check_outputs(outputs)
+        self.outputs: Tensor = outputs
+        self._sites += [site for attention in attentions for site in attention.sites.values()]
+        samples = outputs.shape[0]
+        for site in self._sites:
+            _refuse_overwritten(site)
+            _refuse_reduced(site)
+            site.usages = [usage for usage in site.usages if usage.output.requires_grad]
+            site.lost |= not all(_has_samples(usage, samples) for usage in site.usages)
+        if seed is None:
+            eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+            self.seeds = eye.expand(samples, -1, -1)
+        else:
+            self.seeds = seed(outputs.detach())
+        parameters = dict(module.named_parameters())
+        kinds = {outputs.dtype, *(parameters[name].dtype for name in columns)}
+        self.precision = torch.float32 if torch.float32 in kinds else torch.float64
+        lost = frozenset(name for site in self._sites if site.lost for name in site.names.values())
+        lost |= frozenset(name for attention in attentions for name in attention.lost)
+        self._sites = [kept for site in self._sites if site.usages and (kept := site.without(lost))]
+        _differentiate(outputs, self.seeds, [usage for site in self._sites for usage in site.usages])
+        self._build()
+
+    def drop(self, names: frozenset[str]) -> None:
+        """Leave some parameters to others: make the blocks anew without them."""
+        if not names.isdisjoint(self.covered):
+            self._sites = [kept for site in self._sites if (kept := site.without(names))]
+            self._build()
+
+    def _build(self) -> None:
+        self.blocks: list[Block] = []
+        for site in self._sites:
+            try:
+                blocks = site.blocks()
+            except Exception:  # a call that its layer's builder has not met, or a layer that vmap cannot follow
+                failed = frozenset(site.names[local] for local in site.columns)
+                self._sites = [kept for site in self._sites if (kept := site.without(failed))]
+                return self._build()
+            self.blocks += [in_precision(block, self.precision) for block in blocks]
+        self.covered = frozenset(site.names[local] for site in self._sites for local in site.columns)
+
+
+def in_precision(block: Any, precision: torch.dtype) -> Block:
+    """The block with its numbers in a precision: a layer may compute in another one than the outputs."""
+    changed = {name: value.to(precision) for name, value in vars(block).items()
+               if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != precision}  # fmt: skip
+    return replace(block, **changed) if changed else block
 
 
 def _check_outputs(outputs: Any) -> None:
@@ -134,15 +159,10 @@ def _check_outputs(outputs: Any) -> None:
         raise JacobianError("the outputs have NaN or infinite entries; the model has diverged or its input is bad")
 
 
-def _reached(module: nn.Module, outputs: Tensor, names: list[str]) -> list[str]:
-    """Those of the parameters that the outputs depend on; the others' columns are zero and cost nothing."""
-    if not names:
-        return []
-    parameters = dict(module.named_parameters())
-    grads = torch.autograd.grad(
-        outputs.sum(), [parameters[name] for name in names], retain_graph=True, allow_unused=True
-    )
-    return [name for name, grad in zip(names, grads, strict=True) if grad is not None]
+def _has_samples(usage: Usage, samples: int) -> bool:
+    """Whether both ends of a call have the samples first. What looks so by chance, the probe finds out."""
+    ends = usage.input, usage.output
+    return usage.output.dim() > 1 and all(end.shape[:1] == (samples,) for end in ends)
 
 
 def _refuse_reduced(site: Site) -> None:
@@ -170,7 +190,10 @@ def _sites(module: nn.Module, columns: Mapping[str, Range]) -> tuple[list[Site],
     holders: dict[str, list[nn.Module]] = defaultdict(list)
     found: list[tuple[nn.Module, dict[str, str]]] = []
     for layer in module.modules():
-        whole = type(layer) is nn.MultiheadAttention or parametrize.is_parametrized(layer)
+        attends = type(layer) is nn.MultiheadAttention and not parametrize.is_parametrized(layer)
+        if attends and "forward" in vars(layer):  # somebody's own: what is inside is not known
+            opened.update(layer.modules())
+        whole = attends or parametrize.is_parametrized(layer)
         if layer in opened or (next(layer.children(), None) is not None and not whole):
             continue
         if whole:
@@ -191,10 +214,10 @@ def _sites(module: nn.Module, columns: Mapping[str, Range]) -> tuple[list[Site],
     sites, attentions = [], []
     for layer, local in found:
         kept = {name: columns[full] for name, full in local.items() if full not in left}
-        if isinstance(layer, nn.MultiheadAttention) and not parametrize.is_parametrized(layer):
-            attentions.append(Projections(layer, kept))
+        if type(layer) is nn.MultiheadAttention and not parametrize.is_parametrized(layer):
+            attentions.append(Projections(layer, kept, local))
         elif kept:
-            sites.append(Site(layer, kept, find_builder(layer)))
+            sites.append(Site(layer, kept, local, find_builder(layer)))
     return sites, attentions
 
 
@@ -202,6 +225,7 @@ def _recorder(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args if not kwargs else (*args, kwargs.get("input")) if set(kwargs) == {"input"} else ()
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+            site.lost = True
             return None
         site.usages.append(Usage(given[0].detach(), output, given[0]._version))
         # The clone keeps an in-place activation from overwriting the output that is differentiated.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.utils import _pytree as pytree
 
-from nsrl.projection.blocks import Block, DenseBlock, Range
+from nsrl.projection.blocks import Block, Range
+from nsrl.projection.layers import dense_block
+from nsrl.projection.state import own_state
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -31,37 +33,21 @@ class BoundForward(nn.Module):
         return self.function(self.module, inputs)
 
 
-@contextmanager
-def own_parameters(module: nn.Module) -> Iterator[None]:
-    """After the block every submodule has the parameters that it had before, whatever `functional_call` did.
-
-    It leaves its substitutes behind in submodules that have two names (torch 2.13), as every SB3 policy's features
-    extractor has.
-    """
-    held = [(owner, dict(owner._parameters)) for owner in module.modules()]
-    try:
-        yield
-    finally:
-        for owner, own in held:
-            owner._parameters.clear()
-            owner._parameters.update(own)
-
-
 def free_blocks(
     module: nn.Module,
     inputs: Any,
     forward: Forward,
-    names: list[str],
+    names: Iterable[str],
     columns: Mapping[str, Range],
     seeds: Tensor,
 ) -> list[Block]:
-    """Dense columns for parameters that no hook covers, by `vmap(vjp)` of the whole model."""
+    """Dense columns of some parameters, by `vmap(vjp)` of the whole model, which sees one sample at a time."""
     bound = BoundForward(module, forward)
     parameters = dict(module.named_parameters())
     wanted = {f"module.{name}": parameters[name].detach() for name in names}
 
     def pull(sample: Any, cotangents: Tensor) -> dict[str, Tensor]:
-        batch = torch.utils._pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
+        batch = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
 
         def call(values: dict[str, Tensor]) -> Tensor:
             return functional_call(bound, values, (batch,)).squeeze(0)
@@ -69,28 +55,27 @@ def free_blocks(
         back = vjp(call, wanted)[1]
         return vmap(lambda cotangent: back(cotangent)[0])(cotangents)
 
-    with own_parameters(bound):
+    with own_state(bound):
         rows = vmap(pull)(inputs, seeds)
-    return [
-        DenseBlock(rows[f"module.{name}"].detach().flatten(2), columns[name])
-        for name in names
-        if bool(rows[f"module.{name}"].any())
-    ]
+    return [dense_block(rows[f"module.{name}"].detach(), columns[name]) for name in names]
 
 
 def row_by_row(
-    module: nn.Module, outputs: Tensor, names: list[str], columns: Mapping[str, Range], seeds: Tensor
+    outputs: Tensor, parameters: Sequence[Tensor], columns: Sequence[Range], seeds: Tensor
 ) -> list[Block]:
-    """Dense columns by one backward pass a row: for recurrent layers and whatever else vmap cannot follow."""
-    parameters = dict(module.named_parameters())
-    wanted = [parameters[name] for name in names]
+    """Dense columns of some parameters by one backward pass a row: what autograd says, whatever the model does."""
     samples, rows = seeds.shape[:2]
-    values = [outputs.new_zeros(samples, rows, parameter.numel()) for parameter in wanted]
+    values = [outputs.new_zeros(samples, rows, parameter.numel()) for parameter in parameters]
     for sample in range(samples):
         for row in range(rows):
             cotangent = torch.zeros_like(outputs)
             cotangent[sample] = seeds[sample, row]
-            grads = torch.autograd.grad(outputs, wanted, cotangent, retain_graph=True)
+            grads = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=True)
             for value, grad in zip(values, grads, strict=True):
-                value[sample, row] = grad.flatten()
-    return [DenseBlock(value, columns[name]) for name, value in zip(names, values, strict=True)]
+                value[sample, row] = flat(grad)
+    return [dense_block(value, owned) for value, owned in zip(values, columns, strict=True)]
+
+
+def flat(gradient: Tensor) -> Tensor:
+    """A gradient as a vector; that of a sparse embedding too."""
+    return (gradient.to_dense() if gradient.layout != torch.strided else gradient).flatten()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from nsrl.projection.blocks import Range
-from nsrl.projection.capture import JacobianError, capture_blocks, refuse_sample_mixing
+from nsrl.projection.blocks import Block, Range
+from nsrl.projection.capture import EXACT, Capture, JacobianError, in_precision, refuse_sample_mixing
 from nsrl.projection.factored import FactoredJacobian, Jacobian, StackedJacobian
-from nsrl.projection.fallback import Forward
+from nsrl.projection.fallback import Forward, free_blocks, row_by_row
 from nsrl.projection.precision import full_precision
+from nsrl.projection.state import differentiable
+from nsrl.projection.verification import Probe, refuse_dependence, refuse_mixing
 
 __all__ = ["FactoredJacobian", "Jacobian", "StackedJacobian", "jacobian"]
 
@@ -41,46 +44,83 @@ def jacobian(
         seed: function from the outputs (N, O) to S (N, R, O): rows become S dz/dtheta (a metric's whitening).
             Default: the identity, so that rows are the raw output derivatives.
         scale: factor on every row (1 / sqrt(N) turns the Gram into a mean over samples).
-        check: evaluate twice to refuse randomness, and compare one random product with autograd; parameters whose
-            factors disagree (used outside their own layer) are recomputed densely.
-        dense: parameters known to be used outside their own layer; with check=False, what an earlier checked call
-            with as many samples left in `recomputed` (positions that come before the samples pass for samples where
-            there are as many of them).
+        check: evaluate once more, with half of the samples exchanged for others, to refuse randomness and outputs that
+            depend on other samples. The factors are compared with autograd in any case, by one random product:
+            parameters whose factors disagree (used outside their own layer, or not on every sample) are recomputed
+            densely, up to one backward pass a row.
+        dense: parameters known to be used outside their own layer, whose factors are not even tried.
 
     Returns:
         A `FactoredJacobian` of shape (N * R, P).
 
     Raises:
-        JacobianError: batch-norm or dropout in train mode, random outputs, in-place damage, half precision, no
-            parameters. Autocast and TF32 are switched off inside.
+        JacobianError: batch-norm or dropout in train mode, random outputs, outputs that depend on other samples,
+            derivatives that are not finite or not linear, in-place damage, half precision or complex parameters, no
+            parameters. Autocast, TF32 and gradient hooks of parameters are switched off inside.
     """
     forward = forward or (lambda module, inputs: module(inputs))
+    if not math.isfinite(scale):
+        raise JacobianError(f"the scale of the rows must be a finite number, not {scale}")
     columns, names = _columns(module, parameters)
     width = sum(stop - start for start, stop in columns.values())
     refuse_sample_mixing(module)
-    known = frozenset(dense)
-    blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed, known)
-    shape = (outputs.shape[0] * seeds.shape[1], width)
-    result = FactoredJacobian(blocks, shape, seeds.shape[1], names, outputs.detach())
-    if check:
-        _refuse_randomness(module, inputs, forward, outputs)
-        wrong = _mismatches(module, result, outputs, seeds, columns)
-        if wrong:
-            known |= frozenset(wrong)
-            blocks, outputs, seeds = capture_blocks(module, inputs, forward, columns, seed, known)
-            result = FactoredJacobian(blocks, shape, seeds.shape[1], names, outputs.detach())
-            wrong = _mismatches(module, result, outputs, seeds, columns)
-            if wrong:
-                raise JacobianError(
-                    f"the per-sample Jacobian of {', '.join(wrong)} does not add up to the gradient: the output of a "
-                    "sample seems to depend on other samples of the batch"
-                )
+
+    def evaluate(inputs: Any) -> Tensor:
+        return forward(module, _copied(inputs))  # a module may write into what it is given
+
+    with differentiable(module):
+        capture = Capture(module, _copied(inputs), forward, columns, seed, frozenset(dense))
+        blocks, recomputed = _verified(module, inputs, forward, evaluate, columns, capture)
+        if check:
+            refuse_dependence(evaluate, inputs, capture.outputs.detach(), capture.precision)
     if scale != 1.0:
-        result = FactoredJacobian(
-            [block.multiplied(scale) for block in result.blocks], shape, seeds.shape[1], names, result.outputs
-        )
-    result.recomputed = tuple(sorted(known))
+        blocks = [block.multiplied(scale) for block in blocks]
+    rows = capture.seeds.shape[1]
+    outputs = capture.outputs.detach().to(capture.precision)
+    result = FactoredJacobian(blocks, (len(outputs) * rows, width), rows, names, outputs)
+    result.recomputed = tuple(sorted({*dense, *recomputed}))
     return result
+
+
+def _verified(module: nn.Module, inputs: Any, forward: Forward, evaluate: Callable[[Any], Tensor],
+              columns: dict[str, Range], capture: Capture) -> tuple[list[Block], set[str]]:  # fmt: skip
+    """Blocks that agree with autograd, and the names of parameters whose factors did not.
+
+    Three ways to the columns of a parameter, from the fastest to the one that is right by definition: factors from
+    its layer; `vmap(vjp)` of the whole model; one backward pass a row, once it is known that samples do not mix.
+    """
+    outputs, seeds, precision = capture.outputs, capture.seeds, capture.precision
+    named = dict(module.named_parameters())
+    probe = Probe(outputs, seeds, {name: named[name] for name in columns}, columns, precision)
+    wrong = frozenset(probe.wrong(capture.blocks, capture.covered))
+    capture.drop(wrong)
+    left = [name for name in probe.reached if name not in capture.covered]
+    found: list[Block] = []
+    if left:
+        try:
+            free = free_blocks(module, _copied(inputs), forward, left, columns, seeds)
+            found = [in_precision(block, precision) for block in free]
+            left = probe.wrong(found, left)
+        except Exception:  # vmap follows neither every layer nor every way to use data; the last way follows all
+            found = []
+        found = [block for block in found if not set(block.owned) & {columns[name] for name in left}]
+    if left:
+        refuse_mixing(evaluate, inputs, outputs.detach(), precision)
+        slow = row_by_row(outputs, [named[name] for name in left], [columns[name] for name in left], seeds)
+        rows = [in_precision(block, precision) for block in slow]
+        left = probe.wrong(rows, left)
+        if left:
+            raise JacobianError(
+                f"the rows of the Jacobian in {', '.join(left)} do not add up to the gradient that autograd gives; a "
+                "backward pass that is not linear (a hook that clips gradients, a custom autograd.Function) has no "
+                "Jacobian"
+            )
+        found += rows
+    return capture.blocks + found, set(wrong)
+
+
+def _copied(inputs: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[str, Range], tuple[str, ...]]:
@@ -94,33 +134,22 @@ def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[
     columns, start = {}, 0
     for name, parameter in trainable.items():
         if name in wanted:
+            _refuse_strange(name, parameter)
             columns[name] = (start, start + parameter.numel())
             start += parameter.numel()
     return columns, tuple(columns)
 
 
-def _refuse_randomness(module: nn.Module, inputs: Any, forward: Forward, outputs: Tensor) -> None:
-    with torch.no_grad():
-        again = forward(module, inputs)
-    if not torch.allclose(again, outputs, rtol=1e-4, atol=1e-6):
-        raise JacobianError("two evaluations of the module differ: it is random; switch its noise off first")
-
-
-def _mismatches(
-    module: nn.Module, result: FactoredJacobian, outputs: Tensor, seeds: Tensor, columns: dict[str, Range]
-) -> list[str]:
-    """Parameters whose part of J^T u differs from autograd's for a fixed pseudo-random u."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(result.shape[0], generator=generator).to(outputs)
-    cotangent = torch.einsum("nr,nro->no", rows.view(outputs.shape[0], -1), seeds)
-    named = dict(module.named_parameters())
-    grads = torch.autograd.grad(outputs, [named[n] for n in columns], cotangent, retain_graph=True, allow_unused=True)
-    ours = result.rmatvec(rows)
-    tolerance = 1e-3 if outputs.dtype != torch.float64 else 1e-8
-    largest = max((float(grad.norm()) for grad in grads if grad is not None), default=0.0)
-    wrong = []
-    for (name, (start, stop)), grad in zip(columns.items(), grads, strict=True):
-        expected = torch.zeros(stop - start).to(ours) if grad is None else grad.flatten()
-        if float((ours[start:stop] - expected).norm()) > tolerance * max(float(expected.norm()), 1e-3 * largest, 1e-12):
-            wrong.append(name)
-    return wrong
+def _refuse_strange(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise JacobianError(f"{name} has no shape yet; call the module once on a batch before it is linearised")
+    if parameter.is_complex():
+        raise JacobianError(
+            f"{name} is complex, and a Jacobian has real columns; hold it as a real parameter with a last axis of two "
+            "and use torch.view_as_complex in the module"
+        )
+    if parameter.dtype not in EXACT:
+        raise JacobianError(
+            f"{name} is {parameter.dtype}, whose Jacobian would be rounded to three digits; linearise a float32 copy "
+            "of the module: copy.deepcopy(module).float()"
+        )

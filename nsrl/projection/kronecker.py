@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsrl.projection.blocks import LinearBlock, Range
+from nsrl.projection.blocks import LinearBlock, Range, overlap
 from nsrl.projection.columns import LayerColumns
 from nsrl.projection.constraint import Constraint, Eigenspace
 from nsrl.projection.factored import FactoredJacobian
@@ -54,7 +54,7 @@ class KroneckerConstraint(Constraint):
     def __init__(self, columns: Mapping[str, Range], passes: int = 2):
         super().__init__(columns, passes)
         self._factors: dict[tuple[Range | None, Range | None], Factors] = {}
-        self._refused: set[Range | None] = set()
+        self._refused: set[Range] = set()
         self._storage = torch.float64
         self._merged = False
         self._decomposed: list[tuple[LayerColumns, Tensor, Tensor, Tensor]] | None = None
@@ -155,7 +155,11 @@ class KroneckerConstraint(Constraint):
         """The factors of layers whose columns nothing else shares."""
         # Columns with a second block in a batch, or other company in another batch, have no single pair of factors.
         refused = self._refused | _repeated(c for key in self._factors for c in key if c is not None)
-        return [factors for key, factors in self._factors.items() if refused.isdisjoint(key)]
+        # A layer in pieces (groups of a convolution) may have been one dense block in another batch.
+        return [
+            factors for key, factors in self._factors.items()
+            if not any(overlap(mine, theirs) for mine in key if mine is not None for theirs in refused)
+        ]  # fmt: skip
 
     def _eigen(self) -> list[tuple[LayerColumns, Tensor, Tensor, Tensor]]:
         """Layer, eigenvalues (rank S, rank A), Q_A (d_in, rank A) and Q_S (d_out, rank S); decomposed once."""
@@ -171,7 +175,7 @@ class KroneckerConstraint(Constraint):
         return self._decomposed
 
 
-def _repeated(columns: Iterable[Range]) -> set[Range | None]:
+def _repeated(columns: Iterable[Range]) -> set[Range]:
     return {owned for owned, count in Counter(columns).items() if count > 1}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.func import functional_call, vjp, vmap
 from nsrl.projection.blocks import Block, DenseBlock, LinearBlock, Range
 from nsrl.projection.embedding import EmbeddingBlock
 from nsrl.projection.patches import is_convolution, patches
+from nsrl.projection.state import own_state
 
 #: More groups than this, and a convolution's columns are so few that materialising them is cheaper.
 GROUPS = 16
@@ -41,22 +42,33 @@ class Site:
     Attributes:
         layer: the module that holds them.
         columns: of the wanted ones, by their local name in the layer.
+        names: their full names in the whole module, by their local name.
         build: makes the blocks, once every usage has its gradient.
         usages: the calls, in order.
+        lost: whether there were calls that no factor can be made of.
     """
 
     layer: nn.Module
     columns: dict[str, Range]
+    names: dict[str, str]
     build: Callable[[Site], Sequence[Block]]
     usages: list[Usage] = field(default_factory=list)
+    lost: bool = False
 
     def blocks(self) -> list[Block]:
         """The columns that the layer's parameters own, all usages together."""
         return list(self.build(self))
 
+    def without(self, names: frozenset[str]) -> Site | None:
+        """The same place for the other parameters; None where none is left."""
+        kept = {local: columns for local, columns in self.columns.items() if self.names[local] not in names}
+        return replace(self, columns=kept) if kept else None
+
 
 def find_builder(layer: nn.Module) -> Callable[[Site], Sequence[Block]]:
     """The cheapest builder that is right for a layer; the last resort is `vmap(vjp)` of the layer."""
+    if not {name for name, _ in layer.named_parameters()} <= {"weight", "bias"}:
+        return differentiated_blocks  # its weight is made of others: torch.nn.utils.weight_norm, an added parameter
     if type(layer) is nn.Linear:
         return linear_blocks
     if is_convolution(layer) and layer.groups <= GROUPS:  # type: ignore[operator]
@@ -144,7 +156,12 @@ def norm_blocks(site: Site) -> Sequence[Block]:
         for name in site.columns:
             value = shapes[name].sum(summed) if summed else shapes[name]
             totals[name] = totals[name] + value if name in totals else value
-    return [DenseBlock(value.flatten(2), site.columns[name]) for name, value in totals.items()]
+    return [dense_block(value, site.columns[name]) for name, value in totals.items()]
+
+
+def dense_block(values: Tensor, columns: Range) -> DenseBlock:
+    """Materialised columns of one parameter, from derivatives of shape (N, R, *parameter), a 0-d parameter's too."""
+    return DenseBlock(values.reshape(*values.shape[:2], columns[1] - columns[0]), columns)
 
 
 def _normalised(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -175,9 +192,10 @@ def differentiated_blocks(site: Site) -> Sequence[Block]:
 
     totals: dict[str, Tensor] = {}
     for usage in site.usages:
-        rows = vmap(vmap(pull, (None, 0)), (0, 0))(usage.input, usage.gradient)
+        with own_state(layer):
+            rows = vmap(vmap(pull, (None, 0)), (0, 0))(usage.input, usage.gradient)
         totals = {name: totals[name] + rows[name] if name in totals else rows[name] for name in names}
-    return [DenseBlock(value.flatten(2), site.columns[name]) for name, value in totals.items()]
+    return [dense_block(value, site.columns[name]) for name, value in totals.items()]
 
 
 def _linear(inputs: Tensor, grads: Tensor, weight: Range | None, bias: Range | None,

@@ -56,7 +56,7 @@ class ShardedJacobian:
         row_counts: rows of every rank's samples, in rank order.
         outputs: the module's outputs at this process's own samples, (N of this process, O), detached.
         local: these columns as an ordinary Jacobian; none of its methods communicates.
-        recomputed: parameters that had to be dense on any process; pass them as `dense` to an unchecked capture.
+        recomputed: parameters whose factors disagreed with autograd on any process.
     """
 
     recomputed: tuple[str, ...] = ()

@@ -93,8 +93,6 @@ class RetentionConstraint:
         extractor = policy.pi_features_extractor
         stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
         self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
-        # By number of states: positions that come before the samples pass for samples when there are as many of them.
-        self._dense: dict[int, tuple[str, ...]] = {}
 
     @property
     def protects_log_std(self) -> bool:
@@ -214,8 +212,7 @@ class RetentionConstraint:
     def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Linearisation:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
-        Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL. The first call with so many
-        states checks the factors against autograd.
+        Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
 
         Args:
             indices: the states.
@@ -229,9 +226,7 @@ class RetentionConstraint:
         factored = jacobian(
             self.policy, select(self.inputs, indices), forward=_forward, parameters=self.names,
             seed=lambda outputs: rows_times(root, metric.seeds(outputs)), scale=scale,
-            check=len(indices) not in self._dense, dense=self._dense.get(len(indices), ()),
         )  # fmt: skip
-        self._dense[len(indices)] = factored.recomputed
         outputs = factored.outputs
         residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
         divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)

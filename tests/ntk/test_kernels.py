@@ -14,7 +14,8 @@ from nsrl.errors import NsrlError
 from nsrl.ntk import empirical_ntk, kernels, ntk_tiles
 from nsrl.projection import JacobianError, jacobian
 from nsrl.rl.policies import policy_outputs
-from tests.projection.architectures import ARCHITECTURES, Architecture
+from tests.projection.architecture import Architecture
+from tests.projection.architectures import ARCHITECTURES
 from tests.projection.builders import Net, jacrev_matrix, mlp, normal
 
 ODD = (

@@ -1,49 +1,14 @@
 """The architecture matrix: every odd way to use a parameter."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.projection.architecture import Architecture, frozen, images, sequences, tokens, volumes
+from tests.projection.architectures_layers import LAYERS
+from tests.projection.architectures_parametrised import PARAMETRISED
+from tests.projection.architectures_routed import ROUTED
 from tests.projection.builders import Net, mlp, normal
-
-
-def vectors(samples: int, seed: int) -> Tensor:
-    return normal(samples, 4, seed=seed)
-
-
-def images(samples: int, seed: int) -> Tensor:
-    return normal(samples, 3, 7, 7, seed=seed)
-
-
-def sequences(samples: int, seed: int) -> Tensor:
-    return normal(samples, 3, 4, seed=seed)
-
-
-def tokens(samples: int, seed: int) -> Tensor:
-    return torch.randint(0, 6, (samples, 3), generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A module builder, its inputs, and the number of parameters that may need materialised columns."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    dense: int
-    inputs: Callable[[int, int], Any] = field(default=vectors)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def frozen(module: nn.Module, *names: str) -> nn.Module:
-    for name in names:
-        module.get_parameter(name).requires_grad_(False)
-    return module
 
 
 def tied(weight: bool = True, bias: bool = False) -> nn.Module:
@@ -80,10 +45,6 @@ def shared_twice(net: Net, x: Tensor) -> Tensor:
 
 def shared_with_positions(net: Net, x: Tensor) -> Tensor:
     return net.b(torch.tanh(net.a(x)).mean(1)) + net.a(x[:, 0])[:, :2]
-
-
-def volumes(samples: int, seed: int) -> Tensor:
-    return normal(samples, 2, 3, 2, 2, seed=seed)
 
 
 def evaluated_batch_norm_2d() -> nn.Module:
@@ -315,4 +276,7 @@ ARCHITECTURES = [
         w=frozen(nn.Linear(4, 5), "weight", "bias"), down=nn.Linear(4, 1, bias=False), up=nn.Linear(1, 5, bias=False),
         b=frozen(nn.Linear(5, 2), "weight", "bias")), 0),
     Architecture("parametrised low-rank adapter", lambda: parametrised(), 2),
+    *ROUTED,
+    *PARAMETRISED,
+    *LAYERS,
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.utils._pytree import tree_map
 
 from nsrl.projection import FactoredJacobian
 from nsrl.projection.blocks import DenseBlock
@@ -56,8 +57,32 @@ def jacrev_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, 
         placed = {slot: values[name] for name in values for slot in slots[name]}
         return functional_call(bound, placed, (inputs,), tie_weights=False)
 
+    inputs = copied(inputs)
     pieces = jacrev(call)({name: p.detach() for name, p in wanted.items()})
-    return torch.cat([pieces[name].flatten(2) for name in wanted], 2).flatten(0, 1)
+    return torch.cat([pieces[name].reshape(*pieces[name].shape[:2], p.numel()) for name, p in wanted.items()],
+                     2).flatten(0, 1)  # fmt: skip
+
+
+def rows_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Tensor] | None = None) -> Tensor:
+    """The whole-batch Jacobian (N * O, P) by one plain backward pass an output, where `jacrev` cannot follow."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    outputs = (forward or (lambda module, inputs: module(inputs)))(module, copied(inputs))
+    rows = []
+    for output in outputs.flatten():
+        grads = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.to_dense().flatten()
+                               for p, g in zip(parameters, grads, strict=True)]))  # fmt: skip
+    return torch.stack(rows).detach()
+
+
+def copied(inputs: Any) -> Any:
+    """The same numbers elsewhere: some modules overwrite what they are given."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def single(inputs: Any) -> Any:
+    """Floating-point numbers as float32."""
+    return tree_map(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, inputs)
 
 
 def matrix_jacobian(matrix: Tensor) -> FactoredJacobian:

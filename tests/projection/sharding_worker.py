@@ -26,7 +26,8 @@ from nsrl.projection import (
     sharded_jacobian,
 )
 from nsrl.projection.optimizer import FlatParameters
-from tests.projection.architectures import ARCHITECTURES, Architecture, sequences, vectors
+from tests.projection.architecture import Architecture, sequences, vectors
+from tests.projection.architectures import ARCHITECTURES
 from tests.projection.builders import Net, mlp, normal
 
 SAMPLES = (3, 5)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from nsrl.projection import SpectralProjection, jacobian
-from tests.projection.architectures import ARCHITECTURES, Architecture
-from tests.projection.builders import jacrev_matrix, mlp, normal
+from tests.projection.architecture import Architecture
+from tests.projection.architectures import ARCHITECTURES
+from tests.projection.builders import mlp, normal, single
 
 pytestmark = [
     pytest.mark.cuda,
@@ -28,10 +30,10 @@ def near(actual: torch.Tensor, expected: torch.Tensor, share: float) -> None:
 def test_every_architecture(architecture: Architecture):
     torch.manual_seed(0)
     module, inputs = architecture.build().double(), architecture.inputs(4, 1)
-    expected = jacrev_matrix(module, inputs)
+    expected = architecture.oracle(module, inputs)
     vector, rows = normal(expected.shape[1], seed=5), normal(expected.shape[0], seed=6)
     for dtype, share in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        there = inputs.to("cuda", dtype) if inputs.is_floating_point() else inputs.cuda()
+        there = tree_map(lambda leaf: leaf.cuda(), single(inputs) if dtype == torch.float32 else inputs)
         result = jacobian(module.to("cuda", dtype), there)
         near(result.dense(), expected, share)
         near(result.gram(), expected @ expected.T, share)

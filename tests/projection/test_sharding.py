@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nsrl.projection import SpectralProjection, attach_projection, jacobian, shard_layers, sharded_jacobian
 from nsrl.projection.optimizer import FlatParameters
 from tests.projection import sharding_worker as worker
-from tests.projection.architectures import vectors
+from tests.projection.architecture import vectors
 from tests.projection.builders import jacrev_matrix, mlp, normal
 from tests.projection.sharding_worker import BUDGET, DTYPES, PROJECTIONS, SAMPLES
 

@@ -105,7 +105,6 @@ def fisher_diagonal(model: nn.Module, task: Task, loader: Loader, samples: int, 
                 forward=lambda module, batch: model_outputs(module, batch, task.head),
                 seed=metric.seeds,
                 scale=len(memory) ** -0.5,
-                check=start == 0,
             )
         )
     return constraint.values

@@ -88,7 +88,7 @@ class OGD(ProjectedStrategy):
         def forward(module: nn.Module, inputs: Tensor) -> Tensor:
             return model_outputs(module, inputs, task.head)
 
-        self._parts.append(jacobian(self.model, memory.inputs, forward=forward, seed=seed, check=not self._parts))
+        self._parts.append(jacobian(self.model, memory.inputs, forward=forward, seed=seed))
         stack = StackedJacobian(self._parts)
         zeros = torch.zeros(stack.shape[0], dtype=self._parts[0].outputs.dtype, device=self._parts[0].outputs.device)
         self._projector = SpectralProjection(stack, zeros, 0.0, passes=1)

@@ -114,7 +114,6 @@ class PathRecorder:
         if strange or not self.names:
             raise NsrlError(f"the optimizer does not have {', '.join(strange) or 'any parameter'} of the module")
         self.flat = FlatParameters([named[name] for name in self.names])
-        self._dense: dict[str, tuple[str, ...]] = {}
         self._calls: list[tuple[Any, Tensor]] = []
         self._given: list[tuple[Any, Tensor, Tensor]] = []
         self._expected: Tensor | None = None
@@ -233,7 +232,7 @@ class PathRecorder:
                 f"not {len(indices)}{f' with {strange[0]} among them' if strange else ''}; see PathRecorder.expect"
             )
         with unrecorded():
-            factors = self._linearise("batch", inputs)
+            factors = self._linearise(inputs)
         cotangents = cotangents.to(factors.outputs)
         first = not any(self.optimizer.state.get(p) for p in self.flat.parameters)
         return _Batch(factors, self._clipping(raw, factors, cotangents) * cotangents, indices, first)
@@ -257,7 +256,7 @@ class PathRecorder:
         displacement = end - start
         for node, weight in zip(self.rule.nodes, self.rule.weights, strict=True):
             self.flat.write(start + node * displacement)
-            factors = self._linearise("queries", self.queries)
+            factors = self._linearise(self.queries)
             yield weight * factors.matvec(displacement).view_as(self._initial), (factors, weight)
 
     def _attribute(self, factors: FactoredJacobian, weight: float) -> None:
@@ -287,7 +286,7 @@ class PathRecorder:
 
     def _record(self, now: Tensor) -> None:
         self.flat.write(self._here)
-        factors = self._linearise("queries", self.queries)
+        factors = self._linearise(self.queries)
         displacement = now - self._here
         self.flat.write(now)
         change = self._evaluate() - factors.outputs
@@ -296,12 +295,8 @@ class PathRecorder:
             StepRecord(float(displacement.norm()), float(change.norm()), float((change - linear).norm()))
         )
 
-    def _linearise(self, kind: str, inputs: Any) -> FactoredJacobian:
-        known = self._dense.get(kind)
-        factors = jacobian(self.module, inputs, forward=self._forward, parameters=self.names, check=known is None,
-                           dense=known or ())  # fmt: skip
-        self._dense[kind] = factors.recomputed
-        return factors
+    def _linearise(self, inputs: Any) -> FactoredJacobian:
+        return jacobian(self.module, inputs, forward=self._forward, parameters=self.names)
 
     def _evaluate(self) -> Tensor:
         with unrecorded(), torch.no_grad():

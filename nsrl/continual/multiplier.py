@@ -22,6 +22,7 @@ class Multiplier:
 
     def update(self, kl: float) -> float:
         """The multiplier to use after a measured KL."""
-        excess = min(max(kl / self.target - 1.0, -1.0), 2.0)
+        # NaN is a policy that has diverged: as far over the budget as can be, and not to be remembered for good
+        excess = 2.0 if math.isnan(kl) else min(max(kl / self.target - 1.0, -1.0), 2.0)
         self.value = min(max(self.value * math.exp(self.rate * excess), self.LOWEST), self.HIGHEST)
         return self.value * math.exp(self.damping * excess)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def kappa(
         seed: of the starts.
 
     Raises:
-        NsrlError: targets of another shape than the outputs, or a zero Jacobian.
+        NsrlError: targets of another shape than the outputs, a zero Jacobian, or derivatives that are not finite.
         JacobianError: as `nsrl.projection.jacobian`.
     """
     J = jacobian(model, inputs, forward=forward, parameters=parameters)
@@ -112,6 +113,8 @@ def kappa(
     hessians = [
         _climb(hessian_step, (normal(function.origin), normal(function.origin)), *limits) for _ in range(starts)
     ]
+    if not all(math.isfinite(norm) for norm in (jacobian_norm, *(norm for norm, _ in hessians))):
+        raise NsrlError("a norm of the model's derivatives is NaN or infinite; the model has diverged")
     hessian_norm, hessian_settled = max(hessians)
     if jacobian_norm == 0.0:
         raise NsrlError("the Jacobian is zero at these inputs, so kappa is infinite; the model does not learn at all")

@@ -92,6 +92,7 @@ class Capture:
             for handle in handles:
                 handle.remove()
         _check_outputs(outputs)
+        _refuse_hidden(outputs)
         self.outputs: Tensor = outputs
         self._sites += [site for attention in attentions for site in attention.sites.values()]
         samples = outputs.shape[0]
@@ -159,6 +160,27 @@ def _check_outputs(outputs: Any) -> None:
         raise JacobianError("the outputs have NaN or infinite entries; the model has diverged or its input is bad")
 
 
+def _refuse_hidden(outputs: Tensor) -> None:
+    """Raise where what autograd says is not the derivative: for steps of its graph that say so of themselves."""
+    seen, left = set(), [outputs.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [source for source, _ in node.next_functions]
+        if node.name() == "CheckpointFunctionBackward":
+            raise JacobianError(
+                "a part of the module is checkpointed with use_reentrant=True, which hides its parameters; use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            raise JacobianError(
+                "an embedding with scale_grad_by_freq=True divides its gradient by how often the batch looks a vector "
+                "up, which is no derivative; switch scale_grad_by_freq off"
+            )
+
+
 def _has_samples(usage: Usage, samples: int) -> bool:
     """Whether both ends of a call have the samples first. What looks so by chance, the probe finds out."""
     ends = usage.input, usage.output
@@ -195,6 +217,8 @@ def _sites(module: nn.Module, columns: Mapping[str, Range]) -> tuple[list[Site],
             opened.update(layer.modules())
         whole = attends or parametrize.is_parametrized(layer)
         if layer in opened or (next(layer.children(), None) is not None and not whole):
+            continue
+        if isinstance(layer, torch.jit.ScriptModule):  # takes no hooks
             continue
         if whole:
             opened.update(layer.modules())

@@ -162,8 +162,17 @@ class Constraint(ABC):
         return 0.5 * float((self.values * self.components(displacement).square()).sum())
 
     def removed(self, components: Tensor, filter: Filter) -> Tensor:
-        """Fraction of every component that a filter takes, shape (r,)."""
+        """Fraction of every component that a filter takes, shape (r,).
+
+        Raises:
+            ValueError: eigenvalues that are NaN or infinite, of which a filter would take none.
+        """
         spaces = self.eigenspaces
+        broken = [space.name for space in spaces if not bool(torch.isfinite(space.values).all())]
+        if broken:
+            raise ValueError(
+                f"the constraint on {', '.join(broken)} has NaN or infinite eigenvalues; its model has diverged"
+            )
         masks = [_mask(space) for space in spaces]
         if filter.joint:
             mask = _joined([m.repeat(space.multiplicity) for m, space in zip(masks, spaces, strict=True)])

@@ -20,11 +20,16 @@ def solve_damping(values: Tensor, weights: Tensor, target: float, floor: float =
 
     Returns:
         lambda in [0, infinity]; 0 when even the hard projection leaves more than `target`.
+
+    Raises:
+        ValueError: NaN or infinite eigenvalues or components, or a target that is NaN: bisection would end anywhere.
     """
     total = 0.5 * float(weights.sum())
+    top = float(values.max()) if values.numel() else 0.0
+    if not (math.isfinite(total) and math.isfinite(top)) or math.isnan(target):
+        raise ValueError("the eigenvalues, components or target of a budget are NaN or infinite; a model has diverged")
     if total <= target:
         return math.inf
-    top = float(values.max()) if values.numel() else 0.0
     if top <= 0.0:
         return 0.0
     low = math.log(top) + max(math.log(floor) if floor > 0.0 else -60.0, -60.0)

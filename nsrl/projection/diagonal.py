@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from nsrl.projection.blocks import Range
@@ -28,10 +29,16 @@ class DiagonalConstraint(Constraint):
         self._squares: Tensor | None = None
 
     def update(self, jacobian: FactoredJacobian) -> None:
-        """Add the squared column norms of a batch; scale its rows for a mean."""
+        """Add the squared column norms of a batch; scale its rows for a mean.
+
+        Raises:
+            ValueError: other columns, or NaN or infinite entries.
+        """
         if jacobian.shape[1] != self.width:
             raise ValueError(f"the Jacobian has {jacobian.shape[1]} columns, the constraint {self.width}")
         squares = jacobian.column_squares()
+        if not bool(torch.isfinite(squares).all()):
+            raise ValueError("the Jacobian has NaN or infinite entries; the model has diverged")
         self._squares = squares if self._squares is None else self._squares + squares
 
     def merged(self, other: DiagonalConstraint) -> DiagonalConstraint:

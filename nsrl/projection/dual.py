@@ -47,7 +47,7 @@ class DualSolver(Solver):
     def solve(self, rows: Tensor) -> Solution:
         """As `Solver.solve`; a Cholesky factor that turns out useless is replaced."""
         solution = super().solve(rows)
-        if self._cholesky is not None and solution.certificate.residual > LARGEST_RESIDUAL:
+        if self._cholesky is not None and not solution.certificate.residual <= LARGEST_RESIDUAL:
             self._cholesky = None
             solution = super().solve(rows)
         return solution

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class FeatureConstraint(Constraint):
         inputs: Any,
         forward: Forward | None = None,
         mask: Tensor | None = None,
-        check: bool | None = None,
+        check: bool = True,
     ) -> None:
         """Add the features of a batch of retained inputs to the task at hand.
 
@@ -75,18 +76,20 @@ class FeatureConstraint(Constraint):
             inputs: what it is called with.
             forward: function (module, inputs) -> outputs; default `module(inputs)`.
             mask: True for real positions, shape (N,) or (N, T); padding is left out of the moments.
-            check: run with gradients to find parameters that are used outside their own layer, which then become
-                uncovered. Default: at the first batch only.
+            check: run with gradients to find parameters that are used outside their own layer. At the first batch they
+                become uncovered; later ones could only lose what is protected, and are refused. Without the check the
+                caller answers for there being none.
 
         Raises:
             JacobianError: batch normalisation or dropout in train mode.
-            ValueError: a mask that does not fit a layer's input.
+            ValueError: a mask that does not fit a layer's input, features that are NaN or infinite, or parameters that
+                are used outside their own layer on this batch and were not on the first.
         """
         refuse_sample_mixing(module)
-        check = not self._checked if check is None else check
         modules = dict(module.named_modules())
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(check))
+            # with gradients in any case: TransformerEncoder takes another path without
+            stack.enter_context(torch.enable_grad())
             for name, parts in self._layers.items():
                 layer = modules[name]
                 stack.callback(layer.register_forward_pre_hook(_recorder(name, parts, mask), with_kwargs=True).remove)
@@ -201,11 +204,17 @@ class FeatureConstraint(Constraint):
             return
         modules = dict(module.named_modules())
         total = torch.stack([leaf.sum() for leaf in leaves]).sum()
-        for name in list(self._layers):
-            own = [p for p in modules[name].parameters(recurse=False) if p.requires_grad]
-            grads = torch.autograd.grad(total, own, retain_graph=True, allow_unused=True)
-            if any(grad is not None for grad in grads):
-                del self._layers[name]
+        owned = {name: [p for p in modules[name].parameters(recurse=False) if p.requires_grad] for name in self._layers}
+        flat = [parameter for own in owned.values() for parameter in own]
+        grads = iter(torch.autograd.grad(total, flat, allow_unused=True) if flat else ())
+        outside = [name for name, own in owned.items() if [g for g in islice(grads, len(own)) if g is not None]]
+        if outside and self._checked:
+            raise ValueError(
+                f"the parameters of {', '.join(outside)} are used outside their own layer on this batch, but not on "
+                "the first, so its features do not protect them; leave them out (parameters=...) and freeze them"
+            )
+        for name in outside:
+            del self._layers[name]
 
 
 def _owners(module: nn.Module) -> dict[nn.Module, dict[str, str]]:

@@ -44,7 +44,7 @@ def jacobian(
         seed: function from the outputs (N, O) to S (N, R, O): rows become S dz/dtheta (a metric's whitening).
             Default: the identity, so that rows are the raw output derivatives.
         scale: factor on every row (1 / sqrt(N) turns the Gram into a mean over samples).
-        check: evaluate once more, with half of the samples exchanged for others, to refuse randomness and outputs that
+        check: evaluate twice more, with half of the samples exchanged for others, to refuse randomness and outputs that
             depend on other samples. The factors are compared with autograd in any case, by one random product:
             parameters whose factors disagree (used outside their own layer, or not on every sample) are recomputed
             densely, up to one backward pass a row.
@@ -143,6 +143,11 @@ def _columns(module: nn.Module, parameters: Iterable[str] | None) -> tuple[dict[
 def _refuse_strange(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise JacobianError(f"{name} has no shape yet; call the module once on a batch before it is linearised")
+    if parameter.is_inference():
+        raise JacobianError(
+            f"{name} was made in inference mode, in which nothing can be differentiated; make the module outside of "
+            "torch.inference_mode()"
+        )
     if parameter.is_complex():
         raise JacobianError(
             f"{name} is complex, and a Jacobian has real columns; hold it as a real parameter with a last axis of two "

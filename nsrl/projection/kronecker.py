@@ -63,7 +63,7 @@ class KroneckerConstraint(Constraint):
         """Add the factors of a batch, all of whose rows carry the same scale.
 
         Raises:
-            ValueError: other columns, or a merged constraint: pooling would dilute its bound.
+            ValueError: other columns, NaN or infinite entries, or a merged constraint: pooling would dilute its bound.
         """
         if jacobian.shape[1] != self.width:
             raise ValueError(f"the Jacobian has {jacobian.shape[1]} columns, the constraint {self.width}")
@@ -134,6 +134,8 @@ class KroneckerConstraint(Constraint):
         inputs = block.inputs.flatten(0, 1).double()
         grads = block.grads.flatten(0, 2).double()
         moments = inputs.T @ inputs, grads.T @ grads
+        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            raise ValueError(f"the factors of {self._name(key)} have NaN or infinite entries; the model has diverged")
         if key not in self._factors:
             layer = LayerColumns(self._name(key), grads.shape[1], block.weight, block.bias, block.transposed)
             self._factors[key] = Factors(layer, *moments, len(inputs))

@@ -60,6 +60,9 @@ class LowRankConstraint(Constraint):
 
         Small batches are cheaper: one with more than max_rank rows is never materialised whole, at a product with J^T
         for every row.
+
+        Raises:
+            ValueError: other columns, or NaN or infinite entries.
         """
         if jacobian.shape[1] != self.width:
             raise ValueError(f"the Jacobian has {jacobian.shape[1]} columns, the constraint {self.width}")
@@ -128,6 +131,8 @@ class LowRankConstraint(Constraint):
 
     def _absorb(self, rows: Tensor) -> None:
         """Add R R^T for R of shape (P, c)."""
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("the rows to add have NaN or infinite entries; the model has diverged")
         self._started = True
         self.basis, self._values = self.basis.to(rows.device), self._values.to(rows.device)
         core, free = self.basis.split([self.protected_rank, self.basis.shape[1] - self.protected_rank], 1)

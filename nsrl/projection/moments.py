@@ -39,7 +39,13 @@ class LayerMoments:
     eigen: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Add features (M, d_in without the constant) to the moment of the task at hand."""
+        """Add features (M, d_in without the constant) to the moment of the task at hand.
+
+        Raises:
+            ValueError: NaN or infinite features.
+        """
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"the inputs of {self.layer.name} have NaN or infinite entries; the model has diverged")
         self.eigen = None
         width = self.layer.width_in
         if self.moment is None:

@@ -101,8 +101,15 @@ class Projector:
             raise ValueError(f"the proposal must be {self.jacobian.shape[1]} finite numbers")
 
     def _reached(self, displacement: Tensor) -> Tensor:
-        """Rho + J d, float64."""
-        return self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
+        """Rho + J d, float64.
+
+        Raises:
+            ValueError: NaN or infinite entries, of which a comparison with the budget would say nothing.
+        """
+        reached = self.residual.double() + self.jacobian.matvec(self._whitened(displacement)).double()
+        if not bool(torch.isfinite(reached).all()):
+            raise ValueError("the Jacobian's product with a displacement is NaN or infinite; one of them has diverged")
+        return reached
 
     # The scaled Jacobian is J V^{1/2}: a displacement enters it as V^{-1/2} d and a pull leaves it as V^{1/2} (...).
     def _whitened(self, vector: Tensor) -> Tensor:

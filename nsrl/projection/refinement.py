@@ -121,7 +121,10 @@ class Solver(ABC):
         return self.damping
 
     def _seen(self, vector: Tensor) -> Tensor:
-        return self.jacobian.matvec(vector).double()
+        seen = self.jacobian.matvec(vector).double()
+        if not bool(torch.isfinite(seen).all()):
+            raise ValueError("a product with J has NaN or infinite entries; the model's outputs have diverged")
+        return seen
 
     def _pulled(self, rows: Tensor) -> Tensor:
         return self.jacobian.rmatvec(rows).double()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,14 +35,22 @@ def _put_back(own: MutableMapping[str, Any], before: dict[str, Any]) -> None:
         own.update(before)
 
 
+def _eager() -> AbstractContextManager[Any]:
+    # torch 2.6 and later; importing the compiler takes seconds, and who has not done so has compiled nothing
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 @contextmanager
 def differentiable(module: nn.Module) -> Iterator[None]:
-    """Within the block gradients are on, inference mode is off, and hooks of parameters do not change gradients.
+    """Within the block gradients are on, inference mode and compilation off, and hooks of parameters change nothing.
 
-    A hook that clips or masks a parameter's gradient is part of somebody's training, not of the derivative.
+    A hook that clips or masks a parameter's gradient is part of somebody's training, not of the derivative. Compiled
+    code calls no hooks of layers and can be differentiated once only.
     """
     hooked = [(p, p._backward_hooks) for p in module.parameters() if p._backward_hooks]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _eager():
         for parameter, _ in hooked:
             parameter._backward_hooks = None
         try:

@@ -3,7 +3,7 @@
 A layer's factors are right if its parameters act through its own call alone and if samples do not meet behind it.
 Neither can be seen from the outside, and both may depend on the batch (sorting by length, a mixture of experts, a
 branch), so every batch is checked: one product J^T u with a random u, which no error survives but on a set of measure
-zero, and one more evaluation in which half of the samples are exchanged for others.
+zero, and two more evaluations in which half of the samples are exchanged for others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from nsrl.projection.blocks import Block, Range
@@ -89,7 +90,7 @@ REPEATABLE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 def refuse_dependence(evaluate: Evaluate, inputs: Any, outputs: Tensor, precision: torch.dtype) -> None:
-    """Evaluate once more with a random half of the samples exchanged for others: the other half must not mind.
+    """Evaluate again with a random half of the samples exchanged for others, and with the other half: the rest stays.
 
     Inputs that are no tensors with the samples first cannot be exchanged; they are evaluated again as they are.
 
@@ -97,8 +98,10 @@ def refuse_dependence(evaluate: Evaluate, inputs: Any, outputs: Tensor, precisio
         JacobianError: the module is random, or an output depends on other samples than its own.
     """
     changed = torch.zeros(len(outputs), dtype=torch.bool)
-    changed[torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))[: len(outputs) // 2]] = True
-    _compare(evaluate, inputs, outputs, changed, precision)
+    # a seed whose halves are not their own mirror images, so that outputs in reverse order show for every N
+    changed[torch.randperm(len(outputs), generator=torch.Generator().manual_seed(10))[: len(outputs) // 2]] = True
+    for half in (changed, ~changed) if len(outputs) > 1 else (changed,):
+        _compare(evaluate, inputs, outputs, half, precision)
 
 
 def refuse_mixing(evaluate: Evaluate, inputs: Any, outputs: Tensor, precision: torch.dtype) -> None:
@@ -149,7 +152,8 @@ def _exchanged(inputs: Any, sources: Tensor) -> Any:
             return leaf[sources.to(leaf.device)]
         return leaf
 
-    return pytree.tree_map(exchange, inputs)
+    # the tensors of packed sequences have no samples in front
+    return pytree.tree_map(exchange, inputs, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 def _same(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:

@@ -146,7 +146,7 @@ def restore(path: str | os.PathLike[str], model: OnPolicyAlgorithm) -> dict[str,
     if retention is not None:
         retention.load_state_dict(tensors["retention"])
         kl, expected = retention.last.kl_mean, state["retention"]["kl_mean"]
-        if abs(kl - expected) > KL_TOLERANCE * expected + 1e-7:
+        if not abs(kl - expected) <= KL_TOLERANCE * expected + 1e-7:  # NaN too
             raise NsrlError(
                 f"{path} says that the policy's KL is {expected:.6g}, but it is {kl:.6g}; start the run anew"
             )

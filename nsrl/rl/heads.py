@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
-from nsrl.rl.passes import GraphPasses, LayerPasses, Passes, Stage, linear_chain
+from nsrl.rl.passes import GraphPasses, LayerPasses, Passes, Stage, is_plain, linear_chain
 from nsrl.rl.policies import Observation
 
 
@@ -62,7 +62,7 @@ class Head:
 def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
     """Logits or means as a function of some of the policy's parameters."""
     mlp = policy.mlp_extractor
-    layers = [*mlp.policy_net, policy.action_net] if type(mlp) is MlpExtractor else None
+    layers = [*mlp.policy_net, policy.action_net] if _is_chain(mlp, "policy_net", "forward_actor") else None
     extractor = policy.pi_features_extractor
     return _head(policy, observations, extractor, mlp.forward_actor, policy.action_net, layers, parameters)
 
@@ -72,9 +72,17 @@ def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters
     if type(policy).predict_values is not ActorCriticPolicy.predict_values:
         return Head(policy.predict_values, observations, tuple(parameters), None)
     mlp = policy.mlp_extractor
-    layers = [*mlp.value_net, policy.value_net] if type(mlp) is MlpExtractor else None
+    layers = [*mlp.value_net, policy.value_net] if _is_chain(mlp, "value_net", "forward_critic") else None
     extractor = policy.vf_features_extractor
     return _head(policy, observations, extractor, mlp.forward_critic, policy.value_net, layers, parameters)
+
+
+def _is_chain(mlp: nn.Module, name: str, method: str) -> bool:
+    """Whether SB3's extractor runs the layers of one of its networks one after the other, and nothing else."""
+    if type(mlp) is not MlpExtractor or method in vars(mlp):
+        return False
+    network = getattr(mlp, name)
+    return type(network) is nn.Sequential and is_plain(network)
 
 
 def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, body: Callable[[Any], Tensor],

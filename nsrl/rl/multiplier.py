@@ -26,7 +26,8 @@ class Multiplier:
         """The multiplier for a measured KL; 0 while the constraint is inactive."""
         if not self.target > 0.0:
             return 0.0
-        excess = min(max(kl / self.target - 1.0, -1.0), 2.0)
+        # NaN is a policy that has diverged: as far over the budget as can be, and not to be remembered for good
+        excess = 2.0 if math.isnan(kl) else min(max(kl / self.target - 1.0, -1.0), 2.0)
         self.integral = min(max(self.integral * math.exp(self.rate * excess), FLOOR), CEILING)
         if self.integral <= FLOOR and excess < -0.5:
             return 0.0

@@ -184,7 +184,8 @@ class GraphPasses:
 
     Args:
         outputs: shape (N, O), with their graph.
-        parameters: those to differentiate in, in the order of the columns; the outputs must depend on all.
+        parameters: those to differentiate in, in the order of the columns; those that the outputs do not depend on at
+            this batch (experts that none of its samples goes to) have zero columns.
     """
 
     def __init__(self, outputs: Tensor, parameters: Sequence[nn.Parameter]):
@@ -192,16 +193,19 @@ class GraphPasses:
         self._graph = outputs
         self._parameters = list(parameters)
         self._dual: Tensor | None = None
-        self._pulled: tuple[Tensor, ...] = ()
+        self._pulled: list[tuple[int, Tensor]] = []
 
     def push(self, vector: Tensor) -> Tensor:
         """See `Passes`."""
         if self._dual is None:
             self._dual = torch.zeros_like(self.outputs, requires_grad=True)
-            self._pulled = torch.autograd.grad(self._graph, self._parameters, self._dual, create_graph=True)
+            pulled = torch.autograd.grad(
+                self._graph, self._parameters, self._dual, create_graph=True, allow_unused=True
+            )
+            self._pulled = [(index, piece) for index, piece in enumerate(pulled) if piece is not None]
         pieces = vector.split([parameter.numel() for parameter in self._parameters])
-        shaped = [piece.view_as(parameter) for piece, parameter in zip(pieces, self._parameters, strict=True)]
-        return torch.autograd.grad(self._pulled, self._dual, shaped, retain_graph=True)[0]
+        shaped = [pieces[index].view_as(piece) for index, piece in self._pulled]
+        return torch.autograd.grad([piece for _, piece in self._pulled], self._dual, shaped, retain_graph=True)[0]
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """See `Passes`."""
@@ -209,11 +213,17 @@ class GraphPasses:
 
     def pieces(self, cotangents: Tensor) -> list[Tensor]:
         """See `Passes`."""
-        return list(torch.autograd.grad(self._graph, self._parameters, cotangents, retain_graph=True))
+        grads = torch.autograd.grad(self._graph, self._parameters, cotangents, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(self._parameters, grads, strict=True)]
 
     def factors(self, seeds: Tensor) -> list[LayerFactors]:
         """None: what is inside is not known."""
         return []
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is that of its class: no hooks (old-style weight norms, masks), no forward set."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> tuple[Stage, ...] | None:
@@ -224,7 +234,7 @@ def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter
     if len(owned) > len(set(owned)):  # tied layers: their parameters move more than one stage
         return None
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:  # old-style weight norms, recorders, masks
+        if not is_plain(module):
             return None
         if type(module) is nn.Linear and isinstance(module.weight, nn.Parameter):
             stages.append(Stage(module, position.pop(module.weight, None), position.pop(module.bias, None)))

@@ -26,7 +26,8 @@ def check_exact(old: ActorCriticPolicy, new: ActorCriticPolicy, wide: Widening, 
     inputs, widened = random_inputs(wide, scale, old.device)
     before, after = _evaluated(old, inputs), _evaluated(new, widened)
     actions = before[0].shape[1]
-    worst = max(float((a - b[:, : a.shape[1]]).abs().max()) for a, b in zip(before, after, strict=True))
+    # torch's maximum is NaN where there is one, Python's may leave it out
+    worst = float(torch.stack([(a - b[:, : a.shape[1]]).abs().max() for a, b in zip(before, after, strict=True)]).max())
     if not worst <= EXACT:
         raise NsrlError(
             f"surgery changed the {actions} outputs or the values by {worst:.3g} on random inputs, where {EXACT:g} is "

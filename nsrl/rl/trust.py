@@ -176,6 +176,8 @@ class Subspace:
         missing = wanted - self._product(found.displacement, rollout, buffer, found.multiplier)
         multiplier = min(found.multiplier, STIFF)
         size, left = (float(vector @ self.divide(vector, multiplier)) for vector in (wanted, missing))
+        if math.isnan(size):
+            return missing, math.nan
         return missing, math.sqrt(max(left, 0.0) / size) if size > 0.0 else 0.0
 
     def solve(self, budget: float) -> Candidate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,12 @@ class GPM(ProjectedStrategy):
             biases = {name for name, _ in self.model.named_parameters() if name.endswith("bias")}
             freeze_uncovered(self.model, set(covered), quiet=biases)
         old = {} if self.constraint is None else {part.layer.name: part for part in self.constraint.layers}
+        lost = old.keys() - {part.layer.name for part in features._parts()}
+        if lost:
+            raise NsrlError(
+                f"the weights of {', '.join(sorted(lost))} are used outside their own layer in task {task.name!r}, but "
+                "not in earlier ones, so its features do not protect them; freeze them before the first task"
+            )
         energy = min(1.0, self.options.energy + self.options.energy_growth * len(self.tasks))
         layers = [
             self._grown(old.get(part.layer.name), part, energy)
@@ -125,7 +131,7 @@ class GPM(ProjectedStrategy):
         """The basis of a layer with the task's directions, and the importances brought up to date."""
         if part.moment is None:
             assert old is not None
-            return old
+            return replace(old, layer=part.layer)  # freezing others has moved its columns
         moment = part.moment
         size = part.layer.width_in
         basis = moment.new_zeros(size, 0) if old is None else old.basis

@@ -10,8 +10,12 @@ from torch.func import functional_call, jvp
 
 from nsrl.errors import NsrlError
 from nsrl.projection.capture import refuse_sample_mixing
-from nsrl.projection.fallback import BoundForward, Forward
-from nsrl.projection.state import own_state
+from nsrl.projection.fallback import BoundForward, Forward, flat
+from nsrl.projection.state import differentiable, own_state
+from nsrl.projection.verification import TOLERANCES
+
+#: Relative error of a gradient in a precision of two or three digits.
+HALF = 0.1
 
 
 class ParameterFunction:
@@ -29,7 +33,7 @@ class ParameterFunction:
 
     Raises:
         JacobianError: batch normalisation or dropout in train mode.
-        NsrlError: no trainable parameters.
+        NsrlError: no trainable parameters; at the first derivative, a module that its parameters cannot be put into.
     """
 
     def __init__(self, module: nn.Module, forward: Forward | None = None, names: tuple[str, ...] | None = None):
@@ -41,6 +45,7 @@ class ParameterFunction:
             raise NsrlError("the model has no trainable parameter, so there is nothing to linearise in")
         self._shapes = [parameters[name].shape for name in self.names]
         self.origin = torch.cat([parameters[name].detach().flatten() for name in self.names])
+        self._verified = False
 
     def __call__(self, vector: Tensor, inputs: Any) -> Tensor:
         """Outputs (N, O) at the parameters `vector` (P,); differentiable in both."""
@@ -54,6 +59,7 @@ class ParameterFunction:
 
     def first_order(self, inputs: Any, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and J v at the origin, both (N, O), in one forward-mode pass."""
+        self._verify(inputs)
         outputs, change, *_ = jvp(lambda w: self(w, inputs), (self.origin,), (direction,))
         return outputs, change
 
@@ -79,8 +85,43 @@ class ParameterFunction:
 
     def _hessian_product(self, inputs: Any, rows: Tensor, v: Tensor) -> Tensor | None:
         """The product in the graph of `rows`, if these ask for one; None for a model linear in its parameters."""
+        self._verify(inputs)
         point = self.origin.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad((rows * self(point, inputs)).sum(), point, create_graph=True)
         if not gradient.requires_grad:
             return None
         return torch.autograd.grad(gradient @ v, point, allow_unused=True, create_graph=rows.requires_grad)[0]
+
+    def _verify(self, inputs: Any) -> None:
+        """Hold the gradient in w against that of the module itself, once.
+
+        `functional_call` swaps what is registered: a module that keeps a parameter in a list or a dictionary too would
+        go on using its own, and every derivative would lack that part.
+        """
+        if self._verified:
+            return
+        module = self._bound.module
+        named = dict(module.named_parameters())
+        parameters = [named[name] for name in self.names]
+        trained = [parameter.requires_grad for parameter in parameters]
+        point = self.origin.clone().requires_grad_(True)
+        with differentiable(module):
+            try:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+                outputs = self._bound(inputs)
+                rows = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+                expected = torch.autograd.grad(outputs, parameters, rows, allow_unused=True)
+            finally:
+                for parameter, before in zip(parameters, trained, strict=True):
+                    parameter.requires_grad_(before)
+            (ours,) = torch.autograd.grad(self(point, inputs), point, rows, allow_unused=True, materialize_grads=True)
+        whole = torch.cat([torch.zeros_like(p).flatten() if grad is None else flat(grad)
+                           for p, grad in zip(parameters, expected, strict=True)])  # fmt: skip
+        share, _ = TOLERANCES.get(whole.dtype, (HALF, 0.0))
+        if not float((ours - whole).norm()) <= share * float(whole.norm()):  # NaN, too
+            raise NsrlError(
+                "the module's gradient is another one with its parameters put in from outside: it is random, or holds "
+                "one where it is not registered (a list, a dictionary, a view taken once); read it from its layer"
+            )
+        self._verified = True

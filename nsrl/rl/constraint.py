@@ -6,7 +6,7 @@ Measures the KL, differentiates it, linearises it. Knows nothing of training loo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -20,22 +20,18 @@ from nsrl.projection.blocks import DenseBlock
 from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian, jacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.heads import Head, actor_head, select
+from nsrl.rl.heads import Head, actor_candidates, actor_head, reached_parameters, select
 from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
 from nsrl.rl.measurement import Measurement
 from nsrl.rl.natural import PolicyJacobian
 from nsrl.rl.passes import Passes
-from nsrl.rl.policies import CRITIC, Observation, action_family, policy_outputs
+from nsrl.rl.policies import Observation, action_family, policy_outputs
 from nsrl.rl.spreads import StatewiseGaussian
 from nsrl.rl.state_weights import StateWeights, rows_times, weighted_mean
 from nsrl.rl.trust import Quadratic
 
 if TYPE_CHECKING:
     from nsrl.rl.buffer import RetentionBuffer
-
-#: States that are differentiated at once where parameters are looked for.
-PROBED = 256
-
 
 @dataclass(frozen=True)
 class Linearisation:
@@ -280,29 +276,19 @@ class RetentionConstraint:
                 f"the buffer holds {self.reference.shape[1]} outputs a state but the policy has "
                 f"{outputs.shape[1]}; collect the buffer from an agent with the same action space"
             )
-        named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        critic = {name for name in named if name.startswith(CRITIC)}
-        wanted = named.keys() - critic - {"log_std"}
-        ours = self._used(lambda states: policy_outputs(self.policy, states), named, wanted)
+        policy, count, wanted = self.policy, len(self.reference), actor_candidates(self.policy)
+        ours = set(reached_parameters(
+            policy, lambda rows: policy_outputs(policy, select(self.inputs, rows)), count, wanted
+        ))  # fmt: skip
         if wanted - ours:
-            ours |= wanted - self._used(self.policy.predict_values, named, wanted - ours)
-        if self.protects_log_std:
-            ours.add("log_std")
-        return tuple(name for name in named if name in ours)
-
-    def _used(self, function: Callable[[Observation], Tensor], named: Mapping[str, nn.Parameter],
-              wanted: Set[str]) -> set[str]:  # fmt: skip
-        """Names of the parameters that a function depends on at some state; ends where all wanted ones are found."""
-        found: set[str] = set()
-        every = torch.arange(len(self.reference), device=self.reference.device)
-        for states in (self.train[:2], *every.split(PROBED)):
-            with torch.enable_grad():
-                total = function(select(self.inputs, states)).sum()
-            grads = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total.requires_grad else ()
-            found |= {name for name, grad in zip(named, grads, strict=False) if grad is not None}
-            if wanted <= found:
-                break
-        return found
+            ours |= wanted.difference(reached_parameters(
+                policy, lambda rows: policy.predict_values(select(self.inputs, rows)), count, wanted - ours
+            ))  # fmt: skip
+        return tuple(
+            name
+            for name, p in policy.named_parameters()
+            if p in ours or (name == "log_std" and self.protects_log_std)
+        )
 
 
 def _forward(policy: nn.Module, observations: Observation) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 from nsrl.rl.passes import GraphPasses, LayerPasses, Passes, Stage, is_plain, linear_chain
-from nsrl.rl.policies import Observation
+from nsrl.rl.policies import CRITIC, Observation
+
+#: States that are differentiated at once where parameters are looked for.
+PROBED = 256
 
 
 @dataclass(frozen=True)
@@ -99,16 +102,37 @@ def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, 
     return Head(lambda inputs: top(body(inputs)), features, tuple(parameters), stages)
 
 
-def reached_parameters(policy: ActorCriticPolicy, outputs: Tensor) -> list[nn.Parameter]:
-    """Trainable parameters that a policy's outputs depend on, in `named_parameters()` order: by autograd, not by name.
+def reached_parameters(policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int,
+                       wanted: Set[nn.Parameter]) -> list[nn.Parameter]:  # fmt: skip
+    """Trainable parameters that a function of states depends on, in order: found by autograd, not by name.
+
+    Which those are may depend on the state (a mixture of experts), so one state after the other is asked until all that
+    are wanted have been found: two are enough for most policies.
 
     Args:
         policy: the policy.
-        outputs: anything that it computed, with its graph.
+        function: of rows, as a slice, to anything that the policy computes from them, with its graph.
+        count: number of rows.
+        wanted: parameters worth looking for.
     """
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    grads = torch.autograd.grad(outputs.sum(), trainable, allow_unused=True)
-    return [parameter for parameter, grad in zip(trainable, grads, strict=True) if grad is not None]
+    found: set[nn.Parameter] = set()
+    for rows in (slice(0, 2), *(slice(start, start + PROBED) for start in range(0, count, PROBED))):
+        with torch.enable_grad():
+            total = function(rows).sum()
+        grads = torch.autograd.grad(total, trainable, allow_unused=True) if total.requires_grad else ()
+        found |= {parameter for parameter, grad in zip(trainable, grads, strict=False) if grad is not None}
+        if wanted <= found:
+            break
+    return [parameter for parameter in trainable if parameter in found]
+
+
+def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:
+    """Trainable parameters that are not known to be the critic's, but for a state-independent spread."""
+    return {
+        parameter for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and name != "log_std" and not name.startswith(CRITIC)
+    }  # fmt: skip
 
 
 def select(inputs: Observation, indices: Tensor | slice) -> Observation:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.heads import actor_head, reached_parameters, select
+from nsrl.rl.heads import actor_candidates, actor_head, reached_parameters, select
 from nsrl.rl.natural import PolicyJacobian
 from nsrl.rl.policies import action_family, policy_outputs
 
@@ -24,12 +25,14 @@ class Surrogate:
         policy: the policy that made the rollout, not moved since.
         samples: observations, actions, old_log_prob and advantages, one row a state, as SB3's buffers give them.
         normalize: centre the advantages and divide them by their standard deviation.
+        besides: parameters that are to be moved too, although the rollout may not depend on them.
 
     Attributes:
-        parameters: all that the action distribution depends on, found by autograd, as one flat vector.
+        parameters: those, and all that the action distribution depends on, found by autograd, as one flat vector.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True):
+    def __init__(self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True,
+                 besides: Iterable[nn.Parameter] = ()):  # fmt: skip
         self.policy = policy
         self._actions = samples.actions
         if isinstance(policy.action_space, spaces.Discrete):
@@ -37,10 +40,12 @@ class Surrogate:
         self._old_log_prob = samples.old_log_prob
         advantages = samples.advantages
         self._advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if normalize else advantages
-        few = slice(0, 2)
-        with torch.enable_grad():
-            outputs = policy_outputs(policy, select(samples.observations, few))
-            moved = reached_parameters(policy, self._log_prob(outputs, self._actions[few]))
+
+        def log_prob(rows: slice) -> Tensor:
+            return self._log_prob(policy_outputs(policy, select(samples.observations, rows)), self._actions[rows])
+
+        reached = {*reached_parameters(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
+        moved = [parameter for parameter in policy.parameters() if parameter in reached]
         self.parameters = FlatParameters(moved)
         self._log_std = next((p for p in moved if p is getattr(policy, "log_std", None)), None)
         self._head = actor_head(policy, samples.observations, [p for p in moved if p is not self._log_std])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.utils import explained_variance
+from torch import nn
 
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
@@ -94,10 +96,14 @@ class NaturalTRPO(TRPO):
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         samples: Any = next(iter(self.rollout_buffer.get(batch_size=None)))
-        surrogate = Surrogate(self.policy, samples, self.normalize_advantage)
+        surrogate = Surrogate(self.policy, samples, self.normalize_advantage, self._held())
         self._record(self._improve(surrogate))
         actor = set(surrogate.parameters.parameters)
-        reached = reached_parameters(self.policy, self.policy.predict_values(select(samples.observations, slice(0, 2))))
+        others = {parameter for parameter in self.policy.parameters() if parameter.requires_grad} - actor
+        reached = reached_parameters(
+            self.policy, lambda rows: self.policy.predict_values(select(samples.observations, rows)),
+            len(samples.returns), others,
+        )  # fmt: skip
         loss = fit_values(
             self.policy, samples.observations, samples.returns, [p for p in reached if p not in actor],
             epochs=self.n_critic_updates, batch_size=self.batch_size,
@@ -127,6 +133,10 @@ class NaturalTRPO(TRPO):
             length *= self._shrinkage(kl / self.target_kl, outside)
         surrogate.parameters.write(start)
         return Update(step, before, 0.0, 0.0)
+
+    def _held(self) -> Sequence[nn.Parameter]:
+        """Parameters that the policy's step has to move, whatever the rollout depends on."""
+        return ()
 
     def _step(self, local: LocalModel, surrogate: Surrogate) -> Step:
         return local.step()
@@ -197,6 +207,9 @@ class NullSpaceTRPO(PretrainedMixin, NaturalTRPO):
         if engine is not None and engine.updates < engine.config.critic_warmup:
             return None
         return super()._improve(surrogate)
+
+    def _held(self) -> Sequence[nn.Parameter]:
+        return () if self.retention is None else self.retention.constraint.parameters.parameters
 
     def _step(self, local: LocalModel, surrogate: Surrogate) -> Step:
         if isinstance(self.retention, RetentionRegion | PenalisedRegion):

@@ -45,14 +45,16 @@ class Moments:
         products: E[phi phi'].
         slopes: E[phi_dot phi_dot'].
         left, right: E[phi^2], E[phi'^2].
-        gap: sqrt(left right) - products, which is 0 where the two are one.
+        short, long: sqrt(left right) - products and sqrt(left right) + products, of which one is 0 where the angle is 0
+            or pi.
     """
 
     products: Tensor
     slopes: Tensor
     left: Tensor
     right: Tensor
-    gap: Tensor
+    short: Tensor
+    long: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,14 @@ class InfiniteNetwork:
     def _behind(self, found: Moments) -> Covariance:
         """That of the next layer's outputs."""
         left, right = self._affine(found.left), self._affine(found.right)
-        cross, norms = self._affine(found.products), (left * right).sqrt()
-        # norms - cross as a sum of what is not negative: subtracting them would cancel where the angle is small
-        biased = self._affine((found.left * found.right).sqrt())
+        norms, means = (left * right).sqrt(), (found.left * found.right).sqrt()
+        # sqrt(left right) -+ cross as sums of what is not negative: where one of them is small, it would be left of a
+        # subtraction
         spread = self.weight_variance * self.bias_variance * (found.left.sqrt() - found.right.sqrt()).square()
-        short = spread / (norms + biased).clamp_min(_TINY) + self.weight_variance * found.gap
-        return Covariance(cross, left, right, 2.0 * torch.atan2(short.sqrt(), (norms + cross).clamp_min(0.0).sqrt()))
+        spread = spread / (norms + self._affine(means)).clamp_min(_TINY)
+        short = spread + self.weight_variance * found.short
+        long = spread + self.weight_variance * found.long + 2.0 * self.bias_variance
+        return Covariance(self._affine(found.products), left, right, 2.0 * torch.atan2(short.sqrt(), long.sqrt()))
 
     def _affine(self, kernel: Tensor) -> Tensor:
         return self.weight_variance * kernel + self.bias_variance
@@ -191,10 +195,9 @@ def _relu_moments(covariance: Covariance) -> Moments:
     # An input of zero has no angle; its products vanish whatever the angle.
     angle, norms = covariance.angle, (covariance.left * covariance.right).sqrt()
     products = norms * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
-    short = 2.0 * (angle / 2).sin().square() - _sine_less_cosine(angle) / math.pi
-    return Moments(
-        products, (math.pi - angle) / (2 * math.pi), covariance.left / 2, covariance.right / 2, norms / 2 * short
-    )
+    short = norms / 2 * (2.0 * (angle / 2).sin().square() - _sine_less_cosine(angle) / math.pi)
+    return Moments(products, (math.pi - angle) / (2 * math.pi), covariance.left / 2, covariance.right / 2, short,
+                   norms / 2 + products)  # fmt: skip
 
 
 def _sine_less_cosine(angle: Tensor) -> Tensor:
@@ -208,11 +211,31 @@ def _sine_less_cosine(angle: Tensor) -> Tensor:
 def _erf_moments(covariance: Covariance) -> Moments:
     cross, left, right = covariance.cross, covariance.left, covariance.right
     # (1 + 2 l) (1 + 2 r) - 4 k^2 with l r - k^2 from the angle, since large l r and k^2 are nearly equal
-    root = (1 + 2 * left + 2 * right + 4 * left * right * covariance.angle.sin().square()).sqrt()
-    products = 2 / math.pi * torch.atan2(2 * cross, root)
-    own_left, own_right = (2 / math.pi * torch.atan2(2 * own, (1 + 4 * own).sqrt()) for own in (left, right))
-    gap = ((own_left * own_right).sqrt() - products).clamp_min(0.0)
-    return Moments(products, 4 / math.pi / root, own_left, own_right, gap)
+    apart = covariance.angle.sin().square()
+    root = (1 + 2 * left + 2 * right + 4 * left * right * apart).sqrt()
+    own_left, own_right = (torch.atan2(2 * own, (1 + 4 * own).sqrt()) for own in (left, right))
+    both = torch.atan2(2 * cross, root)
+    means = (own_left * own_right).sqrt()
+    # sqrt(a b) - c as half of (a - c) + (b - c) less what the two means of a and b differ by; erf is odd, so what holds
+    # for k > 0 holds for -k
+    size = cross.abs()
+    beyond = _beyond(size, left, right, apart, root) + _beyond(size, right, left, apart, root)
+    small = ((beyond - (own_left.sqrt() - own_right.sqrt()).square()) / 2).clamp_min(0.0)
+    short, long = (torch.where(sign * cross > 0.0, small, means - sign * both) for sign in (1.0, -1.0))
+    products, slopes, own_left, own_right, short, long = (
+        2 / math.pi * value for value in (both, 2 / root, own_left, own_right, short, long)
+    )
+    return Moments(products, slopes, own_left, own_right, short, long)
+
+
+def _beyond(cross: Tensor, own: Tensor, other: Tensor, apart: Tensor, root: Tensor) -> Tensor:
+    """Arc sine of 2 l / (1 + 2 l) less that of 2 k / sqrt((1 + 2 l) (1 + 2 r)), for k > 0.
+
+    By the sine of a difference, in which what cancels has been taken out by hand: k^2 = l r (1 - sin^2).
+    """
+    rise = 2 * own * ((own - other) + other * apart * (1 + 2 * own))
+    run = (own * root + cross * (1 + 4 * own).sqrt()) * ((1 + 2 * own) * (1 + 2 * other)).sqrt()
+    return torch.arcsin((rise / run.clamp_min(_TINY)).clamp(-1.0, 1.0))
 
 
 _TINY = torch.finfo(torch.float64).tiny

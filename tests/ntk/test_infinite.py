@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,62 @@ def recursion(network: InfiniteNetwork, x: np.ndarray, y: np.ndarray) -> tuple[f
         kernel = network.weight_variance * products + network.bias_variance
         tangent = kernel[0, 1] + network.weight_variance * slope * tangent
     return float(kernel[0, 1]), float(tangent)
+
+
+def exact(network: InfiniteNetwork, x: torch.Tensor, y: torch.Tensor) -> tuple[mp.mpf, mp.mpf]:
+    """NNGP and NTK of two inputs by the closed forms, in 50 digits."""
+    with mp.workdps(50):
+        weight, bias = mp.mpf(network.weight_variance), mp.mpf(network.bias_variance)
+        x, y = ([mp.mpf(entry) for entry in vector.tolist()] for vector in (x, y))
+
+        def inner(u, v):
+            return weight * mp.fdot(u, v) / len(u) + bias
+
+        cross, left, right = inner(x, y), inner(x, x), inner(y, y)
+        tangent = cross
+        for _ in range(network.hidden_layers):
+            if network.activation == "relu":
+                norms = mp.sqrt(left * right)
+                angle = mp.acos(min(mp.mpf(1), max(mp.mpf(-1), cross / norms)))
+                products = norms * (mp.sin(angle) + (mp.pi - angle) * mp.cos(angle)) / (2 * mp.pi)
+                slopes, left, right = (mp.pi - angle) / (2 * mp.pi), left / 2, right / 2
+            else:
+                spread = (1 + 2 * left) * (1 + 2 * right)
+                products, slopes = mp.asin(2 * cross / mp.sqrt(spread)), 4 / mp.pi / mp.sqrt(spread - 4 * cross**2)
+                products, left, right = (
+                    2 / mp.pi * value
+                    for value in (products, mp.asin(2 * left / (1 + 2 * left)), mp.asin(2 * right / (1 + 2 * right)))
+                )
+            cross, left, right = weight * products + bias, weight * left + bias, weight * right + bias
+            tangent = cross + weight * slopes * tangent
+        return cross, tangent
+
+
+@activations
+@pytest.mark.parametrize("layers", [1, 2, 6])
+@pytest.mark.parametrize(("weight", "bias"), [(2.0, 0.0), (1.7, 0.3), (2.0, 1e-8), (300.0, 0.0)])
+def test_nearly_parallel_inputs_keep_all_digits(activation, layers, weight, bias):
+    """The arc cosine of a correlation that is 1 up to round-off has half of them, and so had the diagonal."""
+    network = InfiniteNetwork(layers, activation, weight, bias)
+    x, other, way = normal(1, 7), normal(1, 7, seed=1), normal(1, 7, seed=2)
+    inputs = torch.cat([x, other, (1 + 1e-9) * x, x + 1e-5 * way, x + 1e-11 * way, 2 * x, -x, -3 * other,
+                        1e-7 * way - other])  # fmt: skip
+    for kernel, which in ((network.nngp(inputs), 0), (network.ntk(inputs), 1)):
+        for i in range(len(inputs)):
+            for j in range(i, len(inputs)):
+                expected = exact(network, inputs[i], inputs[j])[which]
+                error = abs(mp.mpf(float(kernel[i, j])) - expected)
+                # a chain of some ten operations a layer; antiparallel inputs have tiny products of order-one terms
+                assert error <= 100 * layers * 2.3e-16 * max(abs(expected), 1e-2 * float(kernel.abs().max()))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 8])
+def test_the_diagonal_of_the_relu_kernel(layers):
+    """With He's variance every layer keeps the norm and adds it once: (layers + 1) 2 |x|^2 / d, to the last digits."""
+    x = normal(20, 6)
+    expected = (layers + 1) * 2 * x.square().mean(1)
+    torch.testing.assert_close(InfiniteNetwork(layers).ntk(x).diagonal(), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(InfiniteNetwork(layers).ntk(x, x.clone()).diagonal(), expected, rtol=1e-14, atol=0)
 
 
 @activations

@@ -16,7 +16,7 @@ from nsrl.projection import JacobianError, jacobian
 from nsrl.rl.policies import policy_outputs
 from tests.projection.architecture import Architecture
 from tests.projection.architectures import ARCHITECTURES
-from tests.projection.builders import Net, jacrev_matrix, mlp, normal
+from tests.projection.builders import Net, jacrev_matrix, mlp, normal, rows_matrix
 
 ODD = (
     "one linear used twice", "tied weights", "free parameters", "positions before samples", "embedding", "attention",
@@ -189,3 +189,48 @@ def test_a_kernel_that_does_not_fit_is_refused_with_its_size(monkeypatch):
 def test_free_memory_is_known_here():
     assert kernels.available_bytes(torch.device("cpu")) > 10**6
     assert kernels.available_bytes(torch.device("meta")) is None
+
+
+# -- the use of a weight depends on the batch -------------------------------------------------------------------------
+
+
+def sorted_by_size(net: Net, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort()
+    return net.b(torch.tanh(net.a(x[order])))[order.argsort()]
+
+
+def to_experts(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), 2, dtype=x.dtype)
+    for expert, rows in ((net.a, x[:, 0] <= 0.3), (net.c, x[:, 0] > 0.3)):
+        if rows.any():
+            out = out.index_put((rows.nonzero().flatten(),), expert(x[rows])[:, :2])
+    return out
+
+
+def outside_now_and_then(net: Net, x: Tensor) -> Tensor:
+    return net.b(torch.tanh(net.a(x))) + torch.where(x[:, :1] > 0.5, x.sin() @ net.b.weight[:, :4].T, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["full", "trace", "diagonal"])
+@pytest.mark.parametrize("function", [sorted_by_size, to_experts, outside_now_and_then])
+def test_models_that_use_a_layer_differently_on_later_batches(function, kind):
+    """The first batches are in order, below every threshold: what they say of a layer does not hold for the others."""
+    torch.manual_seed(0)
+    model = Net(function, a=nn.Linear(4, 5), b=nn.Linear(5, 2), c=nn.Linear(4, 2)).double()
+    x = normal(17, 4, seed=3)
+    x[:8, 0] = torch.linspace(-2.0, -1.0, 8, dtype=torch.float64)
+    rows = rows_matrix(model, x)
+    full = (rows @ rows.T).view(17, 2, 17, 2)
+    expected = {"full": full.reshape(34, 34), "trace": torch.einsum("nomo->nm", full),
+                "diagonal": torch.einsum("nomo->onm", full)}[kind]  # fmt: skip
+    torch.testing.assert_close(empirical_ntk(model, x, None, kind, batch_size=4), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_later_batch_whose_samples_meet_is_refused():
+    def meeting(net, x):
+        return net.a(x - x.mean(0)) if bool((x[:, 0] > 1.0).any()) else net.a(x)
+
+    model, x = Net(meeting, a=nn.Linear(4, 2)).double(), normal(12, 4)
+    x[:, 0] = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64)
+    with pytest.raises(JacobianError, match="other samples"):
+        empirical_ntk(model, x, batch_size=4)

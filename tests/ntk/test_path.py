@@ -1,5 +1,6 @@
 """Path kernels against training itself: the model is trained, and its predictions rebuilt from the path."""
 
+import copy
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from nsrl.ntk.path import (
 )
 from nsrl.ntk.slopes import fit_slope
 from nsrl.projection import JacobianError
+from tests.projection.builders import normal
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).unsqueeze(1)
 Y = torch.cat([torch.sin(3 * X), X**2], 1)
@@ -389,3 +391,40 @@ def test_the_monitors_kappa_is_in_the_parameters_asked_for():
     """In its last layer alone a network is linear."""
     assert KernelMonitor(net(), X, targets=Y, parameters=("2.weight", "2.bias")).measure().kappa == 0.0
     assert KernelMonitor(net(), X, targets=Y).measure().kappa > 1e-3
+
+
+class Switching(nn.Module):
+    """Samples are put in order by their first hidden unit, so the order changes while the module learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(inputs))
+        order = hidden[:, 0].argsort()
+        return self.b(hidden[order])[order.argsort()]
+
+
+def test_a_module_that_uses_its_layers_differently_from_step_to_step():
+    """What the first linearisation found does not hold later: contributions and path are those of a plain MLP."""
+    torch.manual_seed(0)
+    switching = Switching().double()
+    plain = nn.Sequential(copy.deepcopy(switching.a), nn.Tanh(), copy.deepcopy(switching.b))
+    x, y, queries = normal(6, 3), normal(6, 2, seed=1), normal(4, 3, seed=2)
+    # the first batch of either kind is in order already
+    x = x[torch.tanh(switching.a(x))[:, 0].argsort()]
+    queries = queries[torch.tanh(switching.a(queries))[:, 0].argsort()]
+    found = []
+    for module in (switching, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+        recorder = PathRecorder(module, optimizer, queries, samples=len(x))
+        for step in range(6):
+            optimizer.zero_grad()
+            order = torch.arange(6) if step == 0 else torch.randperm(6, generator=torch.Generator().manual_seed(step))
+            recorder.expect(order)
+            half_sum(module(x[order]), y[order]).backward()
+            optimizer.step()
+        found.append(recorder.result())
+    torch.testing.assert_close(found[0].predicted, found[1].predicted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[0].contributions, found[1].contributions, rtol=1e-9, atol=1e-9)

@@ -295,3 +295,12 @@ def test_surgery_that_changes_the_function_is_not_returned(monkeypatch: pytest.M
     monkeypatch.setattr(surgery, "feature_columns", lambda *_: np.array([1, 2, 3, 4]))
     with pytest.raises(NsrlError, match="surgery changed the 3 outputs or the values by"):
         surgery.add_context(build(), 1)
+
+
+@pytest.mark.parametrize("head", ["action_net", "value_net"])
+def test_an_agent_that_has_diverged_is_not_widened(head: str) -> None:
+    """NaN differs from NaN by NaN, which is not within any bound, wherever in a list it stands."""
+    model = build()
+    getattr(model.policy, head).bias.data[0] = torch.nan
+    with pytest.raises(NsrlError, match="by nan on random inputs"):
+        surgery.add_context(model, 2)

@@ -134,6 +134,8 @@ class _Lineariser:
         if batch_size is not None and batch_size < 1:
             raise NsrlError(f"batch_size must be at least 1, not {batch_size}")
         self._model, self._forward = model, forward
+        # Batches that are known to be of single samples: a kernel comes back to each of them.
+        self._seen: set[tuple[int, int, int]] = set()
         few = min(count_samples(inputs), PROBE)
         probe = self(inputs, 0, few)
         if probe.outputs.shape[0] != few:
@@ -148,9 +150,13 @@ class _Lineariser:
         def pick(outputs: Tensor) -> Tensor:
             return torch.eye(self.outputs).to(outputs)[output].expand(outputs.shape[0], 1, -1)
 
-        return jacobian(
-            self._model, take_samples(inputs, start, stop), forward=self._forward, seed=None if output is None else pick
-        )
+        batch = id(inputs), start, stop
+        result = jacobian(
+            self._model, take_samples(inputs, start, stop), forward=self._forward,
+            seed=None if output is None else pick, check=batch not in self._seen,
+        )  # fmt: skip
+        self._seen.add(batch)
+        return result
 
 
 def _tiles(linearise: _Lineariser, x1: Any, x2: Any, precision: torch.dtype, output: int | None) -> Iterator[Tile]:

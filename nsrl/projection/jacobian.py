@@ -71,13 +71,13 @@ def jacobian(
     with differentiable(module):
         capture = Capture(module, _copied(inputs), forward, columns, seed, frozenset(dense))
         blocks, recomputed = _verified(module, inputs, forward, evaluate, columns, capture)
+        outputs, rows, precision = capture.outputs.detach(), capture.seeds.shape[1], capture.precision
+        del capture  # and the graph with it: the next evaluations make their own
         if check:
-            refuse_dependence(evaluate, inputs, capture.outputs.detach(), capture.precision)
+            refuse_dependence(evaluate, inputs, outputs, precision)
     if scale != 1.0:
         blocks = [block.multiplied(scale) for block in blocks]
-    rows = capture.seeds.shape[1]
-    outputs = capture.outputs.detach().to(capture.precision)
-    result = FactoredJacobian(blocks, (len(outputs) * rows, width), rows, names, outputs)
+    result = FactoredJacobian(blocks, (len(outputs) * rows, width), rows, names, outputs.to(precision))
     result.recomputed = tuple(sorted({*dense, *recomputed}))
     return result
 

@@ -67,8 +67,8 @@ class Site:
 
 def find_builder(layer: nn.Module) -> Callable[[Site], Sequence[Block]]:
     """The cheapest builder that is right for a layer; the last resort is `vmap(vjp)` of the layer."""
-    if not {name for name, _ in layer.named_parameters()} <= {"weight", "bias"}:
-        return differentiated_blocks  # its weight is made of others: torch.nn.utils.weight_norm, an added parameter
+    if not layer._parameters.keys() <= {"weight", "bias"} or layer._modules:
+        return differentiated_blocks  # its weight is made of others (weight norm, parametrizations), or is not all
     if type(layer) is nn.Linear:
         return linear_blocks
     if is_convolution(layer) and layer.groups <= GROUPS:  # type: ignore[operator]

@@ -8,7 +8,7 @@ zero, and two more evaluations in which half of the samples are exchanged for ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Probe:
         }
         self.reached = tuple(self._answers)
         self._width = max(stop for _, stop in columns.values())
-        norms = {name: float(answer.norm()) for name, answer in self._answers.items()}
+        norms = dict(zip(self._answers, _norms(list(self._answers.values())), strict=True))
         broken = [name for name, norm in norms.items() if not norm < float("inf")]
         if broken:
             raise JacobianError(
@@ -69,15 +69,19 @@ class Probe:
         ours = self._rows.new_zeros(self._width)
         for block in blocks:
             block.rmatvec_into(self._rows, ours)
-        wrong = []
-        for name in names:
-            part = ours[slice(*self._columns[name])]
-            expected = self._answers.get(name)
-            error = float((part if expected is None else part - expected).norm())
-            allowed = self._share * self._norms.get(name, 0.0) + self._floor * self._largest
-            if not error <= allowed:  # NaN is wrong
-                wrong.append(name)
-        return wrong
+        names = list(names)
+        parts = [ours[slice(*self._columns[name])] for name in names]
+        errors = _norms([
+            part - self._answers[name] if name in self._answers else part
+            for name, part in zip(names, parts, strict=True)
+        ])  # fmt: skip
+        allowed = [self._share * self._norms.get(name, 0.0) + self._floor * self._largest for name in names]
+        return [name for name, error, most in zip(names, errors, allowed, strict=True) if not error <= most]  # NaN is
+
+
+def _norms(vectors: Sequence[Tensor]) -> list[float]:
+    """Norms of vectors, with one look at the device."""
+    return torch.stack([torch.linalg.vector_norm(vector) for vector in vectors]).tolist() if vectors else []
 
 
 #: Error that a parameter's part of J^T u may have, as a share of itself and of the largest part beside it. Two ways of

@@ -183,7 +183,7 @@ LAYERS = [
         54, nn.ConvTranspose3d(2, 2, (2, 2, 2), padding=(0, 0, 0), bias=False)), 1,
         lambda samples, seed: normal(samples, 2, 2, 2, 2, seed=seed)),
     Architecture("group norm of vectors", lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.GroupNorm(3, 6), nn.Tanh(), nn.Linear(6, 2)), 2),
+        nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2)), 2),
     Architecture("group norm of one group", lambda: flattened(100, nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), 2, images),
     Architecture("group norm of sequences", lambda: flattened(12, nn.GroupNorm(2, 4)), 2, positions_last),
     Architecture("instance norm of sequences", lambda: flattened(

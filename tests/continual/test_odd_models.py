@@ -60,8 +60,8 @@ def build_model(name: str) -> nn.Module:
 
 
 every_model = pytest.mark.parametrize("name", ["outside", "experts", "hook", "weight norm", "logit scale"])
-pytestmark = pytest.mark.filterwarnings("ignore:.*no constraint covers",
-                                        "ignore:.*no layer features cover")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    ".*weight_norm", ".*no constraint covers", ".*no layer features cover", "There is a performance drop")]  # fmt: skip
 
 
 def whitened(model: nn.Module, inputs: Tensor) -> Tensor:

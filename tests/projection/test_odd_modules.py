@@ -51,6 +51,7 @@ def test_a_layer_called_on_single_rows(width):
     near(module, normal(4, width))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_padding_in_a_transformer_encoder():
     """Without gradients torch takes another path, which makes zeros of the padding: the module is not random."""
     torch.manual_seed(0)

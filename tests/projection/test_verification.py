@@ -168,6 +168,7 @@ def test_nan_in_factors_is_wrong():
         assert probe.wrong([DenseBlock(changed, (0, 15))], ["weight", "bias"]) == ["bias"]
 
 
+@pytest.mark.filterwarnings("ignore:std.. degrees of freedom")
 def test_samples_mixed_in_a_way_that_is_nan_for_one_alone():
     """The standard deviation of one sample is NaN, so that half of the Jacobian was."""
     torch.manual_seed(0)

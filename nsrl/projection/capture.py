@@ -9,7 +9,7 @@ it against autograd.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -258,6 +258,24 @@ def _recorder(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     return record
 
 
+def gradients(outputs: Tensor, targets: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the outputs, (N, O), times cotangents of their shape; None where they do not depend on a target.
+
+    Raises:
+        JacobianError: autograd cannot differentiate the outputs, or not as often as there are rows.
+    """
+    try:
+        return torch.autograd.grad(outputs, targets, cotangents, retain_graph=True, allow_unused=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise JacobianError(
+            f"autograd cannot differentiate the outputs: {reason}; the module has to allow backward passes with "
+            "retain_graph=True"
+        ) from error
+
+
 def _differentiate(outputs: Tensor, seeds: Tensor, usages: list[Usage]) -> None:
     """Fill in `grad`, shape (N, R, *output shape): one backward pass a row of S, all samples at once."""
     if not usages:
@@ -266,7 +284,7 @@ def _differentiate(outputs: Tensor, seeds: Tensor, usages: list[Usage]) -> None:
     rows = seeds.shape[1]
     stacks = [target.new_zeros(target.shape[0], rows, *target.shape[1:]) for target in targets]
     for row in range(rows):
-        grads = torch.autograd.grad(outputs, targets, seeds[:, row], retain_graph=True, allow_unused=True)
+        grads = gradients(outputs, targets, seeds[:, row])
         for stack, grad in zip(stacks, grads, strict=True):
             if grad is not None:
                 stack[:, row] = grad

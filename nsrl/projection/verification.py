@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from nsrl.projection.blocks import Block, Range
-from nsrl.projection.capture import JacobianError
+from nsrl.projection.capture import JacobianError, gradients
 from nsrl.projection.fallback import flat
 
 Evaluate = Callable[[Any], Tensor]
@@ -46,8 +46,7 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(seeds.shape[:2], generator=generator, dtype=torch.float64).to(outputs)
         cotangent = torch.einsum("nr,nro->no", rows, seeds)
-        grads = torch.autograd.grad(outputs, list(parameters.values()), cotangent, retain_graph=True,
-                                    allow_unused=True)  # fmt: skip
+        grads = gradients(outputs, list(parameters.values()), cotangent)
         self._rows = rows.to(precision)
         self._answers = {
             name: flat(grad).to(precision) for name, grad in zip(parameters, grads, strict=True) if grad is not None
@@ -139,7 +138,7 @@ def _evaluated(evaluate: Evaluate, inputs: Any, changed: Tensor) -> Tensor:
     """Outputs at inputs whose changed samples are copies of others."""
     kept = (~changed).nonzero().flatten()
     far = torch.arange(len(changed))
-    far[changed] = kept.roll(len(kept) // 2).repeat(len(changed))[: int(changed.sum())]
+    far[changed] = kept[(torch.arange(int(changed.sum())) + len(kept) // 2) % len(kept)]
     # The sample before it, or the first: an order of the samples (descending lengths) stays one.
     near = kept[(torch.searchsorted(kept, torch.arange(len(changed)), right=True) - 1).clamp_min(0)]
     for sources in (far, near):

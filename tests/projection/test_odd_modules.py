@@ -224,3 +224,24 @@ def test_weights_of_a_layer_that_are_computed_by_the_module():
     """A fast weight that happens to be the layer's own twice over: only the numbers tell."""
     module = Net(lambda net, x: functional_call(net.a, {"weight": 2.0 * net.a.weight}, (x,)), a=nn.Linear(4, 3))
     near(module.double(), inputs())
+
+
+class OnlyOnce(torch.autograd.Function):
+    """Frees what it needs, as fused kernels with donated buffers do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.left = 1
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        if not ctx.left:
+            raise RuntimeError("the buffers of this backward pass are gone\nand more lines of explanation")
+        ctx.left -= 1
+        return slope
+
+
+def test_a_backward_pass_that_works_once():
+    module = Net(lambda net, x: OnlyOnce.apply(net.a(x)), a=nn.Linear(4, 3)).double()
+    refuse(module, inputs(), "cannot differentiate the outputs: the buffers .* are gone; .*retain_graph=True")

@@ -84,7 +84,10 @@ class Capture:
     def __init__(self, module: nn.Module, inputs: Any, forward: Forward, columns: Mapping[str, Range],
                  seed: Callable[[Tensor], Tensor] | None, dense: frozenset[str] = frozenset()):  # fmt: skip
         self._sites, attentions = _sites(module, {name: place for name, place in columns.items() if name not in dense})
-        handles = [site.layer.register_forward_hook(_recorder(site), with_kwargs=True) for site in self._sites]
+        # Ahead of the user's hooks: what they make of the output is no longer the layer's.
+        handles = [
+            site.layer.register_forward_hook(_recorder(site), prepend=True, with_kwargs=True) for site in self._sites
+        ]
         try:
             with shown(attentions):
                 outputs = forward(module, inputs)

@@ -8,16 +8,16 @@ layers, however far the weights move (Adam-NSCL, arXiv 2103.07113, lemma 1; GPM,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nsrl.projection.blocks import Range
+from nsrl.projection.blocks import Range, overlap
+from nsrl.projection.calls import LayerCalls
 from nsrl.projection.capture import Forward, refuse_sample_mixing
 from nsrl.projection.columns import LayerColumns, parameter_columns
 from nsrl.projection.constraint import Constraint, Eigenspace
@@ -25,6 +25,7 @@ from nsrl.projection.filters import Hard
 from nsrl.projection.layers import is_transposed_linear
 from nsrl.projection.moments import LayerMoments
 from nsrl.projection.patches import is_convolution, patches
+from nsrl.projection.state import differentiable
 from nsrl.projection.subspace import Subspace
 
 
@@ -56,10 +57,10 @@ class FeatureConstraint(Constraint):
         owners = _owners(module)
         for name, layer in module.named_modules():
             owned = {local: full for local, full in owners.get(layer, {}).items() if full in self.columns}
-            if owned and _is_linear(layer):
-                weight, bias = (self.columns.get(owned.get(local, "")) for local in ("weight", "bias"))
+            weight, bias = (self.columns.get(owned.get(local, "")) for local in ("weight", "bias"))
+            if (weight or bias) and _is_linear(layer):
                 self._layers[name] = _moments_of(name, layer, weight, bias)
-        self._checked = False
+        self._begun = False
 
     def update(
         self,
@@ -67,38 +68,37 @@ class FeatureConstraint(Constraint):
         inputs: Any,
         forward: Forward | None = None,
         mask: Tensor | None = None,
-        check: bool = True,
     ) -> None:
         """Add the features of a batch of retained inputs to the task at hand.
+
+        Parameters that act outside their own layer become uncovered at the first batch; at later ones they could only
+        lose what is protected, and are refused.
 
         Args:
             module: the module of the constructor.
             inputs: what it is called with.
             forward: function (module, inputs) -> outputs; default `module(inputs)`.
             mask: True for real positions, shape (N,) or (N, T); padding is left out of the moments.
-            check: run with gradients to find parameters that are used outside their own layer. At the first batch they
-                become uncovered; later ones could only lose what is protected, and are refused. Without the check the
-                caller answers for there being none.
 
         Raises:
             JacobianError: batch normalisation or dropout in train mode.
-            ValueError: a mask that does not fit a layer's input, features that are NaN or infinite, or parameters that
-                are used outside their own layer on this batch and were not on the first.
+            ValueError: a mask that does not fit a layer's input, features that are NaN or infinite, outputs without
+                gradients, or parameters that act outside their own layer on this batch and did not on the first.
         """
         refuse_sample_mixing(module)
-        modules = dict(module.named_modules())
-        with ExitStack() as stack:
-            # with gradients in any case: TransformerEncoder takes another path without
-            stack.enter_context(torch.enable_grad())
-            for name, parts in self._layers.items():
-                layer = modules[name]
-                stack.callback(layer.register_forward_pre_hook(_recorder(name, parts, mask), with_kwargs=True).remove)
-                if check:
-                    _hide_parameters(layer, stack)
-            outputs = (forward or (lambda module, inputs: module(inputs)))(module, inputs)
-        if check:
-            self._uncover(module, outputs)
-            self._checked = True
+        modules, named = dict(module.named_modules()), dict(module.named_parameters())
+        calls = LayerCalls({
+            name: (modules[name], [named[full] for full in _held(parts, self.columns)])
+            for name, parts in self._layers.items()
+        })  # fmt: skip
+        with differentiable(module):
+            with ExitStack() as stack:
+                stack.enter_context(calls.recorded())
+                for name, parts in self._layers.items():
+                    record = _recorder(name, parts, mask)
+                    stack.callback(modules[name].register_forward_pre_hook(record, with_kwargs=True).remove)
+                outputs = (forward or (lambda module, inputs: module(inputs)))(module, inputs)
+            self._uncover(calls.unaccounted(outputs))
 
     def consolidate(self, filter: Hard | None = None) -> dict[str, int]:
         """Protect the task at hand for good; returns the number of new directions by layer.
@@ -197,22 +197,14 @@ class FeatureConstraint(Constraint):
         if not any(part.protected.rank or part.moment is not None for part in self._parts()):
             raise ValueError("the constraint holds no features yet; call update with retained inputs first")
 
-    def _uncover(self, module: nn.Module, outputs: Any) -> None:
+    def _uncover(self, outside: list[str]) -> None:
         """Drop layers whose parameters reach the outputs by another way than through the layer."""
-        leaves = [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-        if not leaves:
-            return
-        modules = dict(module.named_modules())
-        total = torch.stack([leaf.sum() for leaf in leaves]).sum()
-        owned = {name: [p for p in modules[name].parameters(recurse=False) if p.requires_grad] for name in self._layers}
-        flat = [parameter for own in owned.values() for parameter in own]
-        grads = iter(torch.autograd.grad(total, flat, allow_unused=True) if flat else ())
-        outside = [name for name, own in owned.items() if [g for g in islice(grads, len(own)) if g is not None]]
-        if outside and self._checked:
+        if outside and self._begun:
             raise ValueError(
                 f"the parameters of {', '.join(outside)} are used outside their own layer on this batch, but not on "
                 "the first, so its features do not protect them; leave them out (parameters=...) and freeze them"
             )
+        self._begun = True
         for name in outside:
             del self._layers[name]
 
@@ -254,6 +246,12 @@ def _moments_of(name: str, layer: nn.Module, weight: Range | None, bias: Range |
     return parts
 
 
+def _held(parts: list[LayerMoments], columns: Mapping[str, Range]) -> list[str]:
+    """Names of the parameters that the layer's features protect."""
+    ends = [ends for part in parts for ends in (part.layer.weight, part.layer.bias) if ends is not None]
+    return [name for name, owned in columns.items() if any(overlap(owned, ends) for ends in ends)]
+
+
 def _part(columns: Range | None, index: int, count: int) -> Range | None:
     if columns is None:
         return None
@@ -289,16 +287,3 @@ def _real(features: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if len(lead) < mask.dim() and lead[:1] == mask.shape[:1]:  # pooled over positions
         return features[mask.flatten(1).any(1)]
     raise ValueError(f"{name}: its input has positions {tuple(lead)}, which a mask {tuple(mask.shape)} does not fit")
-
-
-def _hide_parameters(layer: nn.Module, stack: ExitStack) -> None:
-    """Inside its own layer a parameter counts as a constant: if the outputs depend on it, others use it too."""
-    own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-
-    def switch(requires_grad: bool) -> None:
-        for parameter in own:
-            parameter.requires_grad_(requires_grad)
-
-    stack.callback(layer.register_forward_pre_hook(lambda *_: switch(False)).remove)
-    stack.callback(layer.register_forward_hook(lambda *_: switch(True)).remove)
-    stack.callback(switch, True)

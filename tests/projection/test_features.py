@@ -226,18 +226,16 @@ def test_a_weight_that_other_code_uses_is_found_out():
     constraint = trained(net, normal(3, 6, dtype=torch.float32))
     assert constraint.uncovered == ("b.weight", "b.bias")
     assert all(p.requires_grad for p in net.parameters())
-    unchecked = trained(net, normal(3, 6, dtype=torch.float32), check=False)
-    assert unchecked.uncovered == ()
 
 
 def test_attention_behind_a_fast_path():
     """Modules that read their layers' weights without calling them: nothing is claimed that was not seen."""
     net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     inputs = normal(2, 3, 8, dtype=torch.float32)
-    for check in (True, False):
-        constraint = trained(net, inputs, check=check)
-        assert set(constraint.covered) == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
-        assert all(space.values.numel() == 6 for space in constraint.eigenspaces)
+    with torch.no_grad():
+        constraint = trained(net, inputs)
+    assert set(constraint.covered) == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
+    assert all(space.values.numel() == 6 for space in constraint.eigenspaces)
 
 
 def test_a_head_that_the_retained_inputs_do_not_use_is_free():
@@ -418,3 +416,77 @@ def test_the_module_is_left_as_it_was():
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert torch.equal(net(inputs), twin(inputs))
+
+
+# -- uses of a weight that its layer's features do not see ------------------------------------------------------------
+
+
+def by_hand(net: Net, x: Tensor) -> Tensor:
+    return net.b(torch.tanh(net.a(x))) + F.linear(x.sin(), net.a.weight)[:, :2]
+
+
+def under_other_weights(net: Net, x: Tensor) -> Tensor:
+    return net.b(torch.func.functional_call(net.a, {"weight": net.a.weight.tanh()}, (x,)))
+
+
+def in_a_backward_pass(net: Net, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad(net.b(torch.tanh(net.a(x))).square().sum(), x, create_graph=True)[0]
+
+
+def after_an_inner_step(net: Net, x: Tensor) -> Tensor:
+    slope = torch.autograd.grad(net.a(x.sin()).square().mean(), net.a.weight, create_graph=True)[0]
+    return net.b(F.linear(x, net.a.weight - slope, net.a.bias))
+
+
+@pytest.mark.parametrize("function", [by_hand, under_other_weights, in_a_backward_pass, after_an_inner_step])
+def test_features_cover_what_acts_through_its_layer_only(function):
+    """Whatever is covered may move by any step: the outputs stay."""
+    net = Net(function, a=nn.Linear(9, 5), b=nn.Linear(5, 2)).double()
+    inputs = normal(3, 9)
+    constraint = trained(net, inputs)
+    assert "a.weight" in constraint.uncovered
+    before = net(inputs).detach()
+    step = torch.zeros(constraint.width).double()
+    if constraint.covered:
+        step = constraint.project(5.0 * normal(constraint.width)).displacement
+        for name in constraint.uncovered:
+            step[slice(*constraint.columns[name])] = 0.0
+    move(net, step)
+    torch.testing.assert_close(net(inputs).detach(), before, rtol=0, atol=1e-9)
+
+
+def test_hooks_of_the_user_leave_features_as_they_are():
+    net, inputs = mlp(12, 20, 3).double(), normal(5, 12)
+    net[0].register_forward_hook(lambda layer, args, output: 2.0 * output)
+    constraint, before = trained(net, inputs), net(inputs).detach()
+    assert constraint.uncovered == ()
+    move(net, constraint.project(3.0 * normal(constraint.width)).displacement)
+    torch.testing.assert_close(net(inputs).detach(), before, rtol=0, atol=1e-9)
+
+
+def test_a_use_outside_that_comes_later_is_refused():
+    def late(net, x):
+        out = net.b(torch.tanh(net.a(x)))
+        return out + F.linear(x, net.a.weight)[:, :2] if len(x) > 4 else out
+
+    net = Net(late, a=nn.Linear(9, 5), b=nn.Linear(5, 2)).double()
+    constraint = trained(net, normal(3, 9))
+    constraint.update(net, normal(4, 9, seed=1))
+    with pytest.raises(ValueError, match=r"parameters of a are used outside .*freeze them"):
+        constraint.update(net, normal(5, 9, seed=2))
+
+
+def test_outputs_without_gradients_are_refused():
+    net = mlp(12, 20, 3)
+    for forward in (lambda net, x: net(x).argmax(-1), torch.no_grad()(lambda net, x: net(x)),
+                    lambda net, x: [None for _ in net(x)]):  # fmt: skip
+        with pytest.raises(ValueError, match="carry no gradients"):
+            trained(net, normal(5, 12, dtype=torch.float32), forward=forward)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_layer_with_nothing_to_cover():
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(9, 5, bias=False)), nn.Tanh(), nn.Linear(5, 2)).double()
+    constraint = trained(net, normal(3, 9))
+    assert constraint.uncovered == ("0.weight_g", "0.weight_v")

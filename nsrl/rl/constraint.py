@@ -20,7 +20,7 @@ from nsrl.projection.blocks import DenseBlock
 from nsrl.projection.jacobian import FactoredJacobian, Jacobian, StackedJacobian, jacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.heads import Head, actor_candidates, actor_head, reached_parameters, select
+from nsrl.rl.heads import Head, actor_candidates, actor_head, reached_at_any, select
 from nsrl.rl.masking import MaskedCategorical, is_maskable, valid_actions
 from nsrl.rl.measurement import Measurement
 from nsrl.rl.natural import PolicyJacobian
@@ -277,11 +277,11 @@ class RetentionConstraint:
                 f"{outputs.shape[1]}; collect the buffer from an agent with the same action space"
             )
         policy, count, wanted = self.policy, len(self.reference), actor_candidates(self.policy)
-        ours = set(reached_parameters(
+        ours = set(reached_at_any(
             policy, lambda rows: policy_outputs(policy, select(self.inputs, rows)), count, wanted
         ))  # fmt: skip
         if wanted - ours:
-            ours |= wanted.difference(reached_parameters(
+            ours |= wanted.difference(reached_at_any(
                 policy, lambda rows: policy.predict_values(select(self.inputs, rows)), count, wanted - ours
             ))  # fmt: skip
         return tuple(

@@ -102,12 +102,26 @@ def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, 
     return Head(lambda inputs: top(body(inputs)), features, tuple(parameters), stages)
 
 
-def reached_parameters(policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int,
-                       wanted: Set[nn.Parameter]) -> list[nn.Parameter]:  # fmt: skip
-    """Trainable parameters that a function of states depends on, in order: found by autograd, not by name.
+def reached_parameters(policy: ActorCriticPolicy, outputs: Tensor) -> list[nn.Parameter]:
+    """Trainable parameters that a policy's outputs depend on, in `named_parameters()` order: by autograd, not by name.
 
-    Which those are may depend on the state (a mixture of experts), so one state after the other is asked until all that
-    are wanted have been found: two are enough for most policies.
+    Args:
+        policy: the policy.
+        outputs: anything that it computed, with its graph.
+    """
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not outputs.requires_grad:
+        return []
+    grads = torch.autograd.grad(outputs.sum(), trainable, allow_unused=True)
+    return [parameter for parameter, grad in zip(trainable, grads, strict=True) if grad is not None]
+
+
+def reached_at_any(policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int,
+                   wanted: Set[nn.Parameter]) -> list[nn.Parameter]:  # fmt: skip
+    """Trainable parameters that a function of states depends on at one of them at least, as `reached_parameters`.
+
+    Which those are may differ from state to state (a mixture of experts), so one after the other is asked until all
+    that are wanted have been found: two are enough for most policies.
 
     Args:
         policy: the policy.
@@ -115,16 +129,13 @@ def reached_parameters(policy: ActorCriticPolicy, function: Callable[[slice], Te
         count: number of rows.
         wanted: parameters worth looking for.
     """
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     found: set[nn.Parameter] = set()
     for rows in (slice(0, 2), *(slice(start, start + PROBED) for start in range(0, count, PROBED))):
         with torch.enable_grad():
-            total = function(rows).sum()
-        grads = torch.autograd.grad(total, trainable, allow_unused=True) if total.requires_grad else ()
-        found |= {parameter for parameter, grad in zip(trainable, grads, strict=False) if grad is not None}
+            found.update(reached_parameters(policy, function(rows)))
         if wanted <= found:
             break
-    return [parameter for parameter in trainable if parameter in found]
+    return [parameter for parameter in policy.parameters() if parameter in found]
 
 
 def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:

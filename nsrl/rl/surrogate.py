@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.heads import actor_candidates, actor_head, reached_parameters, select
+from nsrl.rl.heads import actor_candidates, actor_head, reached_at_any, select
 from nsrl.rl.natural import PolicyJacobian
 from nsrl.rl.policies import action_family, policy_outputs
 
@@ -44,7 +44,7 @@ class Surrogate:
         def log_prob(rows: slice) -> Tensor:
             return self._log_prob(policy_outputs(policy, select(samples.observations, rows)), self._actions[rows])
 
-        reached = {*reached_parameters(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
+        reached = {*reached_at_any(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
         moved = [parameter for parameter in policy.parameters() if parameter in reached]
         self.parameters = FlatParameters(moved)
         self._log_std = next((p for p in moved if p is getattr(policy, "log_std", None)), None)

@@ -16,7 +16,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.critic import fit_values
-from nsrl.rl.heads import reached_parameters, select
+from nsrl.rl.heads import reached_at_any, select
 from nsrl.rl.natural import LocalModel, Step
 from nsrl.rl.policies import action_family
 from nsrl.rl.pretrained import PretrainedMixin, without_optimizer
@@ -100,7 +100,7 @@ class NaturalTRPO(TRPO):
         self._record(self._improve(surrogate))
         actor = set(surrogate.parameters.parameters)
         others = {parameter for parameter in self.policy.parameters() if parameter.requires_grad} - actor
-        reached = reached_parameters(
+        reached = reached_at_any(
             self.policy, lambda rows: self.policy.predict_values(select(samples.observations, rows)),
             len(samples.returns), others,
         )  # fmt: skip

@@ -112,8 +112,8 @@ def _verified(module: nn.Module, inputs: Any, forward: Forward, evaluate: Callab
         if left:
             raise JacobianError(
                 f"the rows of the Jacobian in {', '.join(left)} do not add up to the gradient that autograd gives; a "
-                "backward pass that is not linear (a hook that clips gradients, a custom autograd.Function) has no "
-                "Jacobian"
+                "backward pass that is not linear (a hook that clips gradients, half precision inside, a custom "
+                "autograd.Function) has no Jacobian"
             )
         found += rows
     return capture.blocks + found, set(wrong)

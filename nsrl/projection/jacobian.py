@@ -61,6 +61,7 @@ def jacobian(
     forward = forward or (lambda module, inputs: module(inputs))
     if not math.isfinite(scale):
         raise JacobianError(f"the scale of the rows must be a finite number, not {scale}")
+    known = frozenset(dense)
     columns, names = _columns(module, parameters)
     width = sum(stop - start for start, stop in columns.values())
     refuse_sample_mixing(module)
@@ -69,7 +70,7 @@ def jacobian(
         return forward(module, _copied(inputs))  # a module may write into what it is given
 
     with differentiable(module):
-        capture = Capture(module, _copied(inputs), forward, columns, seed, frozenset(dense))
+        capture = Capture(module, _copied(inputs), forward, columns, seed, known)
         blocks, recomputed = _verified(module, inputs, forward, evaluate, columns, capture)
         outputs, rows, precision = capture.outputs.detach(), capture.seeds.shape[1], capture.precision
         del capture  # and the graph with it: the next evaluations make their own
@@ -78,7 +79,7 @@ def jacobian(
     if scale != 1.0:
         blocks = [block.multiplied(scale) for block in blocks]
     result = FactoredJacobian(blocks, (len(outputs) * rows, width), rows, names, outputs.to(precision))
-    result.recomputed = tuple(sorted({*dense, *recomputed}))
+    result.recomputed = tuple(sorted(known | recomputed))
     return result
 
 

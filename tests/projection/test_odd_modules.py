@@ -245,3 +245,10 @@ class OnlyOnce(torch.autograd.Function):
 def test_a_backward_pass_that_works_once():
     module = Net(lambda net, x: OnlyOnce.apply(net.a(x)), a=nn.Linear(4, 3)).double()
     refuse(module, inputs(), "cannot differentiate the outputs: the buffers .* are gone; .*retain_graph=True")
+
+
+def test_parameters_that_are_known_to_be_dense():
+    module = mlp(4, 5, 2).double()
+    result = jacobian(module, inputs(), dense=iter(["2.weight"]))
+    assert result.recomputed == ("2.weight",)
+    torch.testing.assert_close(result.dense(), jacrev_matrix(module, inputs()), **EXACT)

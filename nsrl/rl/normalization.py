@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,14 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from nsrl.errors import NsrlError
+from nsrl.reading.arrays import read_arrays
+from nsrl.reading.limits import STATISTICS, Expansion, opened
 from nsrl.rl.archive import written_atomically
-from nsrl.rl.unpickling import read_pickle
+from nsrl.rl.unpickling import Statistic, read_statistics
 
-Statistic = np.ndarray | dict[str, np.ndarray]
+#: How a zip, which an npz is, begins.
+ZIP = b"PK\x03\x04"
+OF_STATISTICS = Expansion(STATISTICS, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class ObservationNormalizer:
             raise NsrlError("the observation statistics contain NaN or infinity; use those of an earlier checkpoint")
         if any((array < 0).any() for array in var.values()):
             raise NsrlError("the observation statistics contain a negative variance; save them again")
-        if not (self.epsilon >= 0 and self.clip_obs > 0 and self.count > 0):
+        if not (0 <= self.epsilon < np.inf and self.clip_obs > 0 and 0 < self.count < np.inf):
             raise NsrlError(
                 f"epsilon={self.epsilon}, clip_obs={self.clip_obs} and count={self.count} of the observation "
                 "statistics must be positive"
@@ -102,10 +105,12 @@ class ObservationNormalizer:
                 statistics[name] = keyed or arrays[name]
             statistics |= {name: float(arrays[name]) for name in ("epsilon", "clip_obs", "count")}
             return cls(**statistics)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise NsrlError(
                 f"observation statistics lack {error}; expected mean, var, epsilon, clip_obs, count"
             ) from error
+        except TypeError as error:
+            raise NsrlError("epsilon, clip_obs and count of observation statistics must be one number each") from error
 
     @classmethod
     def from_vec_normalize(cls, vec_normalize: VecNormalize) -> ObservationNormalizer | None:
@@ -139,21 +144,19 @@ class ObservationNormalizer:
         """
         path = Path(path)
         try:
-            if path.suffix == ".npz" or zipfile.is_zipfile(path):
-                with np.load(path, allow_pickle=False) as arrays:
-                    return cls.from_arrays(dict(arrays))
-            if trust:
-                with path.open("rb") as file:
+            with opened(path) as file:
+                if file.read(4) == ZIP or path.suffix == ".npz":
+                    return cls.from_arrays(read_arrays(file, OF_STATISTICS))
+                if trust:
+                    file.seek(0)
                     return cls.from_vec_normalize(pickle.load(file))
-            record = read_pickle(path)
-            if "VecNormalize" not in type(record).__name__:
-                raise NsrlError("it holds no VecNormalize")
-            return cls.from_vec_normalize(record)
+            saved = read_statistics(path)
+            return None if saved is None else cls(**vars(saved))
         except FileNotFoundError as error:
             raise NsrlError(f"no observation statistics at {path}; expected an npz or a VecNormalize pickle") from error
         except NsrlError as error:
             raise error if str(path) in str(error) else NsrlError(f"cannot use {path}: {error}") from error
-        except Exception as error:  # numpy and pickle answer damage with a dozen types
+        except Exception as error:  # trusted pickles can raise anything
             raise NsrlError(
                 f"{path} holds no observation statistics or is damaged ({error}); save them again"
             ) from error

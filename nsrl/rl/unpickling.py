@@ -1,125 +1,188 @@
-"""Reading a pickle as data: every class in it is replaced by an inert stand-in, and unknown ones are refused.
+"""The observation statistics in a pickle of VecNormalize, read as data: see `nsrl.reading.pickles`.
 
-A pickle is a program that imports and calls. Here it can import nothing: the few names on the allow list
-stand for classes of this file that only record what they are given, numbers are read with `numpy.frombuffer`
-from the raw bytes, and numpy's own reconstruction code, which trusts its input, is never reached.
+Of each class on the list the attributes named here are kept and no others, and only exact numbers, texts, mappings and
+arrays get any further: numpy takes an instance with an attribute such as `__array_interface__` for an array, at the
+address that it says.
 """
 
 from __future__ import annotations
 
-import pickle
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from nsrl.errors import NsrlError
+from nsrl.reading.arrays import checked_shape, number_type
+from nsrl.reading.limits import STATISTICS, Unreadable, read_bytes, shown
+from nsrl.reading.pickles import BUILTINS, ForeignName, Names, Part, parse_pickle
+
+Statistic = np.ndarray | dict[str, np.ndarray]
+#: The modules that `RetainingVecNormalize` and `FrozenMeanStd` have lived in. Pickles name the one that they were saved
+#: from: when they move, add the new name, and never take one away.
+OUR_HOMES = ("nsrl.rl.normalization", "nsrl.rl.agents.normalization")
 
 
-class Sealed(type):
-    """Metaclass that refuses assignment: a pickle can set attributes of whatever it names, classes too."""
+@dataclass(frozen=True)
+class SavedStatistics:
+    """What a VecNormalize that normalises observations holds.
 
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise TypeError(f"{cls.__name__} is sealed")
+    Attributes:
+        mean, var: float64, of the shape of one observation; by key for Dict observations.
+        epsilon, clip_obs, count: as in `nsrl.rl.normalization.ObservationNormalizer`.
+    """
 
-
-class Record(metaclass=Sealed):
-    """Stand-in for an object: inert, with the attributes that its state names."""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+    mean: Statistic
+    var: Statistic
+    epsilon: float
+    clip_obs: float
+    count: float
 
 
-class NumberType(metaclass=Sealed):
-    """Stand-in for `numpy.dtype`: a code such as "f8" and, from its state, the byte order."""
+class Record(Part):
+    """An object of which some attributes are kept."""
 
-    def __init__(self, code: str, *flags: Any) -> None:
-        self.code, self.order = str(code), "="
+    kept: ClassVar[tuple[str, ...]] = ()
 
-    def __setstate__(self, state: Any) -> None:
-        self.order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
 
-    def numeric(self) -> np.dtype | None:
-        """The dtype, None for what is no number: objects, text, dates, structures."""
-        if self.code[:1] not in "fiub" or not self.code[1:].isdigit():
-            return None
-        return np.dtype(self.order + self.code)
+    def take(self, state: Any) -> None:
+        """Keep what is on the list."""
+        if type(state) is dict:
+            self.attributes |= {name: state[name] for name in self.kept if name in state}
 
+    def given(self, name: str) -> Any:
+        """An attribute.
 
-class Array(metaclass=Sealed):
-    """Stand-in for a numpy array, which numpy can read where its elements are numbers."""
-
-    values: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, number_type, fortran, raw = state
-        self.values = numbers(raw, number_type, shape, "F" if fortran else "C")
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.values is None:
-            raise TypeError("an array does not hold numbers")
-        return np.array(self.values, dtype=dtype)
+        Raises:
+            Unreadable: the file does not give it.
+        """
+        if name not in self.attributes:
+            raise Unreadable(f"it lacks {name}")
+        return self.attributes[name]
 
 
-class Reconstructed(metaclass=Sealed):
-    """Stand-in for numpy's `_reconstruct`, which makes an empty array for its state to fill."""
+class Normalizer(Record):
+    """A VecNormalize."""
 
-    def __new__(cls, *arguments: Any) -> Any:
-        """An array without values yet."""
+    kept = ("norm_obs", "obs_rms", "epsilon", "clip_obs")
+
+
+class Running(Record):
+    """A RunningMeanStd."""
+
+    kept = ("mean", "var", "count")
+
+
+class NumberType(Part):
+    """A dtype: a code such as "f8" and, from its state, the byte order."""
+
+    def __init__(self, code: Any = "", order: Any = "="):
+        self.code, self.order = code, order
+
+    @classmethod
+    def made(cls, *arguments: Any) -> NumberType:
+        """The dtype of a code."""
+        return cls(*arguments[:1])
+
+    def take(self, state: Any) -> None:
+        """Take the byte order; what has fields or sub-arrays is no number."""
+        if type(state) is not tuple or not 5 <= len(state) <= 9:
+            raise Unreadable("the state of a dtype is damaged")
+        plain = all(part is None for part in state[2:5])
+        self.order = state[1] if plain and state[1] in ("<", ">", "|", "=") else None
+
+    def numeric(self) -> np.dtype:
+        """The dtype.
+
+        Raises:
+            Unreadable: it is of something other than numbers.
+        """
+        return number_type(f"{self.order}{self.code}" if type(self.order) is type(self.code) is str else None)
+
+
+class Array(Part):
+    """An array, of which nothing has been looked at yet."""
+
+    def __init__(self, raw: Any = None, number: Any = None, shape: Any = None, order: Any = None):
+        self.raw, self.number, self.shape, self.order = raw, number, shape, order
+
+    def take(self, state: Any) -> None:
+        """Take version, shape, dtype, whether it is in Fortran's order, and bytes."""
+        if type(state) is not tuple or len(state) != 5:
+            raise Unreadable("the state of an array is damaged")
+        _, self.shape, self.number, fortran, self.raw = state
+        self.order = "F" if fortran is True else "C"
+
+    def values(self) -> np.ndarray:
+        """The numbers, as numpy would have read them.
+
+        Raises:
+            Unreadable: it holds something else, or its size does not fit its shape.
+        """
+        if type(self.number) is not NumberType or type(self.raw) is not memoryview or self.order not in ("C", "F"):
+            raise Unreadable("an array does not hold numbers")
+        dtype, shape = self.number.numeric(), checked_shape(self.shape)
+        if math.prod(shape) * dtype.itemsize != len(self.raw):
+            raise Unreadable(f"an array of shape {shape} and type {dtype} has {len(self.raw)} bytes")
+        return np.frombuffer(self.raw, dtype=dtype).reshape(shape, order=self.order)
+
+
+class Reconstructed(Part):
+    """numpy's `_reconstruct`: an empty array for its state to fill."""
+
+    @classmethod
+    def made(cls, *arguments: Any) -> Array:
+        """An array without content as yet."""
         return Array()
 
 
-class FromBuffer(metaclass=Sealed):
-    """Stand-in for numpy's `_frombuffer`, the form of arrays in pickle protocol 5."""
+class FromBuffer(Part):
+    """numpy's `_frombuffer`, the form of arrays in protocol 5: bytes, dtype, shape, order."""
 
-    def __new__(cls, raw: Any, number_type: Any, shape: Any, order: str = "C", *axes: Any) -> Any:
-        """The whole array."""
-        array = Array()
-        # In orders other than C and F the buffer's axes are permuted; SB3's statistics never are.
-        array.values = numbers(raw, number_type, shape, order) if order in ("C", "F") else None
-        return array
+    @classmethod
+    def made(cls, *arguments: Any) -> Array:
+        """The array. In orders other than C and F its axes are permuted, which those of SB3 never are."""
+        return Array(*arguments[:4]) if len(arguments) in (4, 5) else Array()
 
 
-class Scalar(metaclass=Sealed):
-    """Stand-in for numpy's `scalar`: gives a plain Python number, or None for what is no number."""
+class Scalar(Part):
+    """numpy's `scalar`: dtype and bytes."""
 
-    def __new__(cls, number_type: Any, raw: Any = b"") -> Any:
-        """The number itself."""
-        values = numbers(raw, number_type, (), "C")
-        return None if values is None else values.item()
-
-
-def numbers(raw: Any, number_type: Any, shape: Any, order: str) -> np.ndarray | None:
-    """Array from the raw bytes, None where the elements are no numbers."""
-    dtype = number_type.numeric()
-    if dtype is None:
-        return None
-    flat = np.frombuffer(bytes(raw), dtype=dtype)
-    return flat.reshape(tuple(int(size) for size in shape), order="F" if order == "F" else "C")
+    @classmethod
+    def made(cls, *arguments: Any) -> Any:
+        """A plain number; None for what is none."""
+        number, raw = arguments if len(arguments) == 2 else (None, None)
+        try:
+            return Array(raw, number, (), "C").values().item()
+        except Unreadable:  # an info may hold a date: nothing that is looked at
+            return None
 
 
-def _records(names: dict[str, str]) -> dict[tuple[str, str], type]:
-    return {(module, name): Sealed(name, (Record,), {}) for module, listed in names.items() for name in listed.split()}
+def _names(kind: type[Part], names: dict[str, str]) -> Names:
+    return {(module, name): kind for module, listed in names.items() for name in listed.split()}
 
 
-VEC_NORMALIZE = ("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
 GYMS = ("gymnasium", "gym")
-ALLOWED: dict[tuple[str, str], Any] = {
-    **_records({VEC_NORMALIZE[0]: VEC_NORMALIZE[1], "stable_baselines3.common.running_mean_std": "RunningMeanStd"}),
-    **_records({"nsrl.rl.normalization": "RetainingVecNormalize FrozenMeanStd"}),
-    **_records({f"{gym}.spaces.box": "Box" for gym in GYMS}),
-    **_records({f"{gym}.spaces.dict": "Dict" for gym in GYMS}),
-    **_records({f"{gym}.spaces.discrete": "Discrete" for gym in GYMS}),
-    **_records({f"{gym}.spaces.multi_discrete": "MultiDiscrete" for gym in GYMS}),
-    **_records({f"{gym}.spaces.multi_binary": "MultiBinary" for gym in GYMS}),
-    **_records({"gym.utils.seeding": "RandomNumberGenerator RandomNumberGenerator._generator_ctor"}),
-    # Random generators that spaces carry.
-    **_records(
+ALLOWED: Names = {
+    **BUILTINS,
+    **_names(Normalizer, {"stable_baselines3.common.vec_env.vec_normalize": "VecNormalize"}),
+    **_names(Running, {"stable_baselines3.common.running_mean_std": "RunningMeanStd"}),
+    **_names(Normalizer, dict.fromkeys(OUR_HOMES, "RetainingVecNormalize")),
+    **_names(Running, dict.fromkeys(OUR_HOMES, "FrozenMeanStd")),
+    # Spaces, and the random generators that they carry: read over.
+    **_names(
+        Record,
         {
+            **{f"{gym}.spaces.box": "Box" for gym in GYMS},
+            **{f"{gym}.spaces.dict": "Dict" for gym in GYMS},
+            **{f"{gym}.spaces.discrete": "Discrete" for gym in GYMS},
+            **{f"{gym}.spaces.multi_discrete": "MultiDiscrete" for gym in GYMS},
+            **{f"{gym}.spaces.multi_binary": "MultiBinary" for gym in GYMS},
+            "gym.utils.seeding": "RandomNumberGenerator RandomNumberGenerator._generator_ctor",
             "numpy.random._pickle": "__generator_ctor __bit_generator_ctor __randomstate_ctor",
             "numpy.random._pcg64": "PCG64 PCG64DXSM",
             "numpy.random._mt19937": "MT19937",
@@ -127,12 +190,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
             "numpy.random._sfc64": "SFC64",
             "numpy.random._generator": "Generator",
             "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
-        }
+        },
     ),
     ("numpy", "dtype"): NumberType,
     ("numpy", "ndarray"): Array,
-    ("collections", "OrderedDict"): dict,
-    **{("builtins", kind.__name__): kind for kind in (bytearray, dict, frozenset, list, set, tuple)},
     # numpy 1 and 2 differ in the module's name only.
     **{(f"numpy.{core}.multiarray", "_reconstruct"): Reconstructed for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): Scalar for core in ("core", "_core")},
@@ -140,33 +201,61 @@ ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _InertUnpickler(pickle.Unpickler):
-    path: Path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise NsrlError(
-                f"{self.path} asks to import {module}.{name}, which observation statistics do not need; if "
-                "you trust whoever made the file, trust=True (--trust) would import and run it"
-            )
-        return ALLOWED[module, name]
-
-
-def read_pickle(path: str | Path) -> Any:
-    """The object in a pickle, with `Record`, `Array` and plain values in place of its classes.
+def read_statistics(path: str | Path) -> SavedStatistics | None:
+    """The observation statistics in the pickle of a VecNormalize; None where it normalises rewards only.
 
     Raises:
-        NsrlError: the file is missing, damaged, or names a class or function that is not on the allow list.
+        NsrlError: the file is missing, damaged or too large, holds something else, or names a class or function that is
+            not on the list.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            unpickler = _InertUnpickler(file)
-            unpickler.path = path
-            return unpickler.load()
-    except NsrlError:
-        raise
+        value, _ = parse_pickle(memoryview(read_bytes(path, STATISTICS)), ALLOWED)
+        if type(value) is not Normalizer:
+            raise NsrlError(f"cannot use {path}: it holds no VecNormalize")
+        return _statistics(value)
+    except ForeignName as error:
+        raise NsrlError(
+            f"{path} asks to import {error.name}, which observation statistics do not need; if you trust whoever made "
+            "the file, trust=True (--trust) would import and run it"
+        ) from error
+    except Unreadable as error:
+        raise NsrlError(f"{path} holds no observation statistics or is damaged: {error}; save them again") from error
     except OSError as error:
         raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise NsrlError(f"{path} is not a pickle or is damaged ({error}); save the statistics again") from error
+
+
+def _statistics(value: Normalizer) -> SavedStatistics | None:
+    if type(value.given("norm_obs")) not in (bool, int):
+        raise Unreadable(f"norm_obs is {shown(value.given('norm_obs'))}, not true or false")
+    if not value.given("norm_obs"):
+        return None
+    running = value.given("obs_rms")
+    parts = running if type(running) is dict else {"": running}
+    if not parts or any(type(key) is not str or type(part) is not Running for key, part in parts.items()):
+        raise Unreadable("obs_rms is no RunningMeanStd")
+    mean, var = ({key: _numbers(part.given(name), name) for key, part in parts.items()} for name in ("mean", "var"))
+    return SavedStatistics(
+        mean=mean if type(running) is dict else mean[""],
+        var=var if type(running) is dict else var[""],
+        epsilon=_number(value.given("epsilon"), "epsilon"),
+        clip_obs=_number(value.given("clip_obs"), "clip_obs"),
+        count=max(_number(part.given("count"), "count") for part in parts.values()),
+    )
+
+
+def _number(value: Any, name: str) -> float:
+    value = value.values().item() if type(value) is Array and value.shape == () else value
+    if type(value) not in (int, float):
+        raise Unreadable(f"{name} is {shown(value)}, not a number")
+    return float(value)
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+    """Float64, from an array, a number, or a list of numbers."""
+    if type(value) is Array:
+        return value.values().astype(np.float64)
+    values = value if type(value) in (list, tuple) else [value]
+    if any(type(entry) not in (int, float) for entry in values):
+        raise Unreadable(f"{name} is {shown(value)}, not an array of numbers")
+    array = np.array(values, dtype=np.float64)
+    return array if values is value else array.reshape(())

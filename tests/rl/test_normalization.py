@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from nsrl.errors import NsrlError
 from nsrl.rl.normalization import ObservationNormalizer, RetainingVecNormalize
+from nsrl.rl.unpickling import OUR_HOMES
 
 ROWS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 DICT = spaces.Dict([("z", ROWS), ("a", spaces.Box(-1.0, 1.0, (2, 2), np.float64)), ("d", spaces.Discrete(4))])
@@ -147,6 +148,28 @@ def test_pickles_and_npz_read_back_equal(space, protocol, tmp_path, monkeypatch)
     again = ObservationNormalizer.load(tmp_path / "ours.npz")
     expected = ObservationNormalizer.from_vec_normalize(env)
     assert same(read.to_arrays(), expected.to_arrays()) and same(again.to_arrays(), expected.to_arrays())
+
+
+@pytest.mark.parametrize("home", OUR_HOMES)
+def test_pickles_name_the_module_that_they_were_saved_from(home, tmp_path):
+    statistics = normalizer(mean=np.arange(3.0))
+    env = RetainingVecNormalize(vec_env(), statistics)
+    env.reset_infos = []
+    content = pickle.dumps(env, protocol=3)
+    now = type(env).__module__.encode()
+    assert content.count(now) == 2  # of RetainingVecNormalize and of FrozenMeanStd
+    (tmp_path / "a.pkl").write_bytes(content.replace(now, home.encode()))
+    assert same(ObservationNormalizer.load(tmp_path / "a.pkl").to_arrays(), statistics.to_arrays())
+
+
+def test_what_numpy_and_python_may_have_put_in_place_of_arrays(tmp_path):
+    env = trained()
+    env.reset_infos = []
+    env.obs_rms.mean, env.obs_rms.var = [0.0, 1, 2.5], np.asfortranarray(np.ones(3, dtype=">f4"))
+    env.obs_rms.count, env.epsilon, env.clip_obs = np.float32(7), np.array(1e-6), 5
+    env.save(tmp_path / "a.pkl")
+    expected = ObservationNormalizer.from_vec_normalize(env)
+    assert same(ObservationNormalizer.load(tmp_path / "a.pkl").to_arrays(), expected.to_arrays())
 
 
 def test_reward_only_normalisation_means_no_normaliser(tmp_path):

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nsrl.errors import NsrlError
+from nsrl.reading.arrays import read_arrays
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import OF_OBSERVATIONS, Unreadable, opened
+from nsrl.reading.values import mapping
 from nsrl.rl.archive import written_atomically
-
-# What NumPy, zipfile and zlib raise on files that are damaged, encrypted or something else altogether.
-UNREADABLE: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    MemoryError,
-    RuntimeError,
-)
-UNREADABLE += (SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 def write_npz(
     path: str | os.PathLike[str], arrays: dict[str, np.ndarray], header: dict[str, Any], version: int
 ) -> Path:
-    """Write a compressed npz; a file that is there survives until the new one is whole.
+    """Write an npz, compressed as far as `read_npz` follows; a file that is there survives until the new one is whole.
 
     Raises:
         NsrlError: when the file cannot be written.
     """
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    content: dict[str, np.ndarray] = {"format": np.asarray(np.int64(version)), "header": text, **arrays}
+    whole = sum(array.nbytes + 256 for array in content.values())  # with a header each
     with written_atomically(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, format=np.int64(version), header=text, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **content)  # type: ignore[arg-type]
+        if whole > OF_OBSERVATIONS.allowed(file.tell()):  # empty boards, say: no reader tells them from a bomb
+            file.seek(0)
+            np.savez(file, **content)  # type: ignore[arg-type]
     return Path(path)
 
 
@@ -50,16 +44,13 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
     """
     if not os.path.isfile(path):
         raise NsrlError(f"{path}: there is no such file; give the path of a file that was saved before")
-    key, arrays = "", {}
     try:
-        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-            for key in file.files:
-                arrays[key] = file[key]
-    except UNREADABLE as error:
-        raise NsrlError(
-            f"{path}: {f'key {key!r}' if key else 'the file'} is damaged or not in npz format without pickles"
-            "; make the file again"
-        ) from error
+        with opened(path) as content:
+            arrays = read_arrays(content, OF_OBSERVATIONS)
+    except OSError as error:
+        raise NsrlError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{path}: {error}; make the file again") from error
     for key in ("format", "header"):
         if key not in arrays:
             raise NsrlError(f"{path}: key {key!r} is missing; make the file again")
@@ -69,9 +60,6 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
     if found > version:
         raise NsrlError(f"{path}: format {found} is newer than this nsrl knows ({version}); upgrade nsrl")
     try:
-        header = json.loads(text.tobytes() if text.dtype == np.uint8 else b"")
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise NsrlError(f"{path}: key 'header' is not JSON text; make the file again") from error
-    return arrays, header
+        return arrays, mapping(parse_json(text.tobytes() if text.dtype == np.uint8 else b""), "it")
+    except Unreadable as error:
+        raise NsrlError(f"{path}: key 'header' is not JSON text of an object ({error}); make the file again") from error

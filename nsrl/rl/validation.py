@@ -10,6 +10,7 @@ import numpy as np
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
 from nsrl.rl.agents import fingerprint
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.policies import FAMILIES
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 SAME_POLICY = 1e-4
 #: The same for other weights: float32 rounding, far below the KL of two untrained policies.
 SAME_FUNCTION = 1e-8
+#: Buffers that one may be merged from, and characters of a name in its provenance; a merged one's joins theirs.
+MOST_SOURCES, LONGEST_NAME = 10_000, 10_000
 
 
 def check_content(buffer: RetentionBuffer) -> None:
@@ -43,6 +46,15 @@ def check_content(buffer: RetentionBuffer) -> None:
     origins = buffer.provenance.get("sources", [])
     if not isinstance(origins, list) or not all(isinstance(origin, dict) for origin in origins):
         raise NsrlError("the sources in the provenance must be a list of the merged buffers' provenances")
+    if len(origins) > MOST_SOURCES:
+        raise NsrlError(f"the provenance lists {len(origins)} sources, the limit is {MOST_SOURCES}; merge fewer")
+    for origin in (buffer.provenance, *origins):  # the names go into tags, tables and sentences
+        for key in ("task", "fingerprint"):
+            text = origin.get(key)
+            if text is not None and not (isinstance(text, str) and len(text) <= LONGEST_NAME):
+                raise NsrlError(
+                    f"the {key} in the provenance is {shown(text)}, but must be text of up to {LONGEST_NAME} characters"
+                )
     if buffer.source.min() < 0 or buffer.source.max() >= len(buffer.origins):
         raise NsrlError(
             f"source has entries from {buffer.source.min()} to {buffer.source.max()}, but the provenance lists "

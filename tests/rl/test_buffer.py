@@ -20,6 +20,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Expansion
+from nsrl.rl import npz
 from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.collection import as_vec_env
 from nsrl.rl.normalization import ObservationNormalizer
@@ -603,7 +605,7 @@ def text(value):
         ({"outputs": np.zeros(20, dtype=np.float32)}, "outputs has shape"),
         ({"outputs": np.zeros((0, 2), dtype=np.float32)}, "empty"),
         ({"outputs": np.full((20, 2), np.nan, dtype=np.float32)}, "outputs holds NaN"),
-        ({"outputs": np.array(["a"])}, "outputs is <U1"),
+        ({"outputs": np.array(["a"])}, "'outputs' is damaged or no array of numbers"),
         ({"outputs": np.array([None])}, "key 'outputs' is damaged"),
         ({"observations": np.full((20, 4), np.inf)}, "observations holds NaN or infinity"),
         ({"observations": np.zeros((19, 4))}, r"observations has shape \(19, 4\)"),
@@ -637,6 +639,15 @@ def test_files_that_are_no_buffer(tmp_path):
     for name in ("array.npy", "text", "other.zip"):
         with pytest.raises(NsrlError, match=name.replace(".", r"\.")):
             RetentionBuffer.load(tmp_path / name)
+
+
+def test_what_compresses_too_well_to_be_told_from_a_bomb_is_stored_as_it_is(small, tmp_path, monkeypatch):
+    states = np.zeros((20, 4), dtype=np.float32)
+    blank = replace(small, observations=states, outputs=np.zeros_like(small.outputs))
+    monkeypatch.setattr(npz, "OF_OBSERVATIONS", Expansion(0, 1))
+    assert RetentionBuffer.load(blank.save(tmp_path / "b.npz")).digest() == blank.digest()
+    monkeypatch.undo()
+    assert RetentionBuffer.load(tmp_path / "b.npz").digest() == blank.digest()
 
 
 def test_a_failing_save_leaves_the_old_file(small, cartpole, tmp_path, monkeypatch):

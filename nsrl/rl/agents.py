@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from nsrl.errors import NsrlError
 from nsrl.rl import hub
 from nsrl.rl.archive import (
+    check_finite,
     policy_spaces,
     read_archive,
     read_members,
@@ -106,6 +107,7 @@ def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
             model = algorithm.load(path, device=device)
         except Exception as error:  # whatever the unpickled objects raise
             raise NsrlError(f"Stable-Baselines3 cannot load {path}: {type(error).__name__}: {error}") from error
+        check_finite(path, model.policy.state_dict())
     else:
         archive = read_archive(path, env)
         model, untrusted, vec_normalized = rebuilt(archive, device), archive.untrusted, archive.vec_normalized

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import json
+import math
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +19,11 @@ from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
+from nsrl.reading.pickles import ForeignName
+from nsrl.reading.tensors import read_tensors
+from nsrl.reading.zips import opened_zip
 from nsrl.rl.described_spaces import described_space
 from nsrl.rl.descriptions import (
     described_policy_class,
@@ -30,6 +32,18 @@ from nsrl.rl.descriptions import (
 )
 
 TRUST = "trust=True (--trust) would unpickle it, which can run any code in the file"
+VERSION = "_stable_baselines3_version"
+#: Tensors of a policy; a stock one has some twenty, and each becomes a module.
+MOST_TENSORS = 1000
+#: What the numbers of an algorithm may come to: beyond, a run would never end or not fit into any memory.
+LARGEST = {
+    "n_steps": 10**6, "batch_size": 10**8, "n_epochs": 10**5, "n_critic_updates": 10**5, "cg_max_steps": 10**5,
+    "line_search_max_iter": 10**5, "sub_sampling_factor": 10**7,
+}  # fmt: skip
+FRACTIONS = (
+    "learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm",
+    "target_kl", "cg_damping", "line_search_shrinking_factor",
+)  # fmt: skip
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
 #: Where the rollout buffers are that the algorithms choose by themselves.
 STOCK_BUFFERS = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
@@ -82,7 +96,8 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
             could rebuild.
     """
     path = Path(path)
-    data, state_dict, version = read_members(path)
+    data, weights, version = read_members(path)
+    state_dict = read_weights(path, weights)
     algorithm = stored_algorithm(path, data)
     if data.get("use_sde") is True or getattr(state_dict.get("log_std"), "ndim", 1) > 1:
         raise NsrlError(
@@ -91,7 +106,7 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
         )
     module, policy_class = described_policy_class(data.get("policy_class"))
     if (module, policy_class) not in POLICY_CLASSES:
-        raise NsrlError(f"{path} uses the custom policy class {module}.{policy_class}; {TRUST}")
+        raise NsrlError(f"{path} uses the custom policy class {shown(f'{module}.{policy_class}', 120)}; {TRUST}")
     env_spaces = policy_spaces(env) if env is not None else (None, None)
     rebuilt: dict[str, Any] = {}
     for key, env_space in zip(("observation_space", "action_space"), env_spaces, strict=True):
@@ -103,9 +118,12 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
     policy_kwargs, odd = described_policy_kwargs(data.get("policy_kwargs"))
     if odd:
         key, value = next(iter(odd.items()))
-        raise NsrlError(f"policy_kwargs[{key!r}] of {path} is {value!r}, which is not plain data; {TRUST}")
+        raise NsrlError(
+            f"policy_kwargs[{shown(key)!r}] of {path} is {shown(value)!r}, which is not plain data; {TRUST}"
+        )
     policy_kwargs |= _architecture(path, policy_kwargs, policy_class, state_dict)
     hyperparameters, untrusted = _hyperparameters(data)
+    _check_settings(path, hyperparameters)
     return Archive(
         path=path,
         algorithm=algorithm,
@@ -120,32 +138,29 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
     )
 
 
-def read_members(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
-    """The zip's JSON metadata, its policy weights and the SB3 version that wrote it."""
+def read_members(path: Path) -> tuple[dict[str, Any], bytes, str | None]:
+    """The zip's JSON metadata, its policy weights as `torch.save` wrote them, and the SB3 version that wrote it."""
     if path.is_dir() or not path.exists():
         raise NsrlError(f"no agent at {path}; expected the path of a zip saved by Stable-Baselines3")
     try:
-        with zipfile.ZipFile(path) as archive:
-            missing = {"data", "policy.pth"} - set(archive.namelist())
+        with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
+            missing = {"data", "policy.pth"} - members.sizes.keys()
             if missing:
                 raise NsrlError(
                     f"{path} is a zip without {' and '.join(sorted(missing))}; expected one saved by Stable-Baselines3"
                 )
             # Whole members, so that their checksums are verified before anything interprets them.
-            text, weights = archive.read("data"), archive.read("policy.pth")
-            version_file = "_stable_baselines3_version"
-            version = archive.read(version_file).decode().strip() if version_file in archive.namelist() else None
-    except NsrlError:
-        raise
-    except Exception as error:  # zipfile answers damage with a dozen types, zlib.error and RuntimeError too
+            text, weights = members.read("data", JSON), members.read("policy.pth")
+            version = members.read(VERSION, 100).decode("ascii", "replace").strip() if VERSION in members else None
+    except (Unreadable, OSError) as error:
         raise NsrlError(f"{path} is not a zip file or is damaged ({error}); copy or save the agent again") from error
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except Unreadable as error:
         raise NsrlError(f"the metadata of {path} is not JSON ({error}); save the agent again") from error
     if not isinstance(data, dict):
         raise NsrlError(f"the metadata of {path} is not a JSON object; expected a zip saved by Stable-Baselines3")
-    return data, _tensors(path, weights), version
+    return data, weights, version
 
 
 def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:
@@ -157,7 +172,8 @@ def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:
     module, policy_class = described_policy_class(data.get("policy_class"))
     if "learning_starts" in data or "buffer_size" in data or "delta_std" in data:
         raise NsrlError(
-            f"{path} is no on-policy agent ({policy_class}); only on-policy actor-critic agents can be fine-tuned"
+            f"{path} is no on-policy agent ({shown(policy_class)}); only on-policy actor-critic agents can be "
+            "fine-tuned"
         )
     if ".recurrent." in module:
         return "RecurrentPPO"
@@ -200,19 +216,31 @@ def _channels_first(space: spaces.Space) -> spaces.Space:
     return space
 
 
-def _tensors(path: Path, weights: bytes) -> dict[str, Tensor]:
+def read_weights(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """The tensors of `policy.pth`, by name.
+
+    Raises:
+        NsrlError: it is damaged, holds something else, or is not finite.
+    """
     try:
-        state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-        if not all(isinstance(name, str) for name in state):
-            raise TypeError("not named")
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
-    except pickle.UnpicklingError as error:
-        raise NsrlError(f"the weights of {path} hold something other than tensors; {TRUST}") from error
-    except Exception as error:  # torch answers damage with RuntimeError, EOFError, KeyError, ...
+        state = read_tensors(weights)
+        if type(state) is not dict or len(state) > MOST_TENSORS:
+            raise Unreadable(f"they are no mapping of at most {MOST_TENSORS} tensors")
+        strange = [name for name, weight in state.items() if type(name) is not str or type(weight) is not Tensor]
+        if strange:
+            raise Unreadable(f"{shown(strange[0])} is no tensor with a name")
+    except ForeignName as error:
+        raise NsrlError(f"the weights of {path} hold something other than tensors ({error}); {TRUST}") from error
+    except Unreadable as error:
         raise NsrlError(f"the weights of {path} cannot be read ({error}); save the agent again") from error
-    if not finite:
+    check_finite(path, state)
+    return state
+
+
+def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise NsrlError where weights are NaN or infinite."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise NsrlError(f"the weights of {path} contain NaN or infinity; the agent diverged, use an earlier checkpoint")
-    return dict(state)
 
 
 def _architecture(
@@ -260,3 +288,17 @@ def _hyperparameters(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
     if isinstance(rollout_buffer, dict) and rollout_buffer.get("__module__") not in STOCK_BUFFERS:
         untrusted.append("rollout_buffer_class")
     return plain, tuple(untrusted)
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    for name, largest in LARGEST.items():
+        value = settings.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            raise NsrlError(
+                f"the policy that {path} describes cannot be built: {name} is {shown(value)}, but must be a whole "
+                f"number from 1 to {largest}"
+            )
+    for name in FRACTIONS:
+        value = settings.get(name)
+        if isinstance(value, int | float) and (math.isnan(value) or (abs(value) > 1e30 and not math.isinf(value))):
+            raise NsrlError(f"the policy that {path} describes cannot be built: {name} is {shown(value)}")

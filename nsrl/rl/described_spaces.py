@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from gymnasium import spaces
 
 # OpenAI Gym's spaces, from which agents of SB3 before 2.0 were saved, describe themselves as gymnasium's do.
 SPACE_TYPE = re.compile(r"<class '(?:gym|gymnasium)\.spaces\.\w+\.(\w+)'>")
+# A key without bound would be looked for to the end of the text from each of its quotes.
 DICT_ENTRY = re.compile(
-    r"""(?P<key>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s*[:,]\s*(?P<space>\w+\((?:[^()]|\([^()]*\))*\))""",
+    r"""(?P<key>'(?:[^'\\]|\\.){0,100}'|"(?:[^"\\]|\\.){0,100}")\s*[:,]\s*(?P<space>\w+\((?:[^()]|\([^()]*\))*\))""",
     re.DOTALL,
 )
 BOX = re.compile(r"Box\((?P<low>[^,]+), (?P<high>[^,]+), \((?P<shape>[\d, ]*)\), (?P<dtype>\w+)\)", re.DOTALL)
@@ -24,8 +25,11 @@ COUNTED = re.compile(
     re.DOTALL,
 )
 DTYPES = {str(np.dtype(code)): np.dtype(code) for code in "bBhHiIlLefd?"}
-# Entries; a damaged or hostile file must not be able to ask for all memory.
-LARGEST = 10**8
+#: Entries of a space, characters of its text, spaces of a Dict: a damaged or hostile file must not be able to ask for
+#: all memory. numpy prints at most 1000 entries.
+LARGEST = 7 * 10**6
+LONGEST = 5 * 10**5
+MOST_SPACES = 1000
 
 
 def described_space(item: Any, env_space: spaces.Space | None = None) -> spaces.Space | None:
@@ -49,7 +53,7 @@ def described_space(item: Any, env_space: spaces.Space | None = None) -> spaces.
             low, high = (str(item.get(f"{side}_repr") or item[side]) for side in ("low", "high"))
             return _box(low, high, _shape(item), str(item["dtype"]), env_space)
         if match[1] == "MultiBinary":
-            return spaces.MultiBinary(item["n"] if isinstance(item["n"], list) else int(item["n"]))
+            return _binary(str(item["n"]))
         count = str(item["n" if match[1] == "Discrete" else "nvec"])
         return _counted(match[1], count, item.get("start"), item.get("dtype"), _shape(item))
     except (KeyError, TypeError, ValueError, AssertionError, OverflowError, MemoryError, SyntaxError):
@@ -57,12 +61,17 @@ def described_space(item: Any, env_space: spaces.Space | None = None) -> spaces.
 
 
 def _dict(text: str, env_space: spaces.Space | None) -> spaces.Dict | None:
+    if len(text) > LONGEST:
+        return None
     # Old versions print OrderedDict([('key', Space), ...]), new ones {'key': Space, ...}.
-    if re.search(r"\w", re.sub("OrderedDict|Dict", "", DICT_ENTRY.sub("", text))):
+    matches = list(DICT_ENTRY.finditer(text))
+    ends = [0, *(match.end() for match in matches)]
+    between = "".join(text[end:start] for end, start in zip(ends, [*(m.start() for m in matches), None], strict=True))
+    if len(matches) > MOST_SPACES or re.search(r"\w", re.sub("OrderedDict|Dict", "", between)):
         return None
     known = env_space.spaces if isinstance(env_space, spaces.Dict) else {}
     entries = []
-    for match in DICT_ENTRY.finditer(text):
+    for match in matches:
         key = ast.literal_eval(match["key"])
         space = _printed_space(match["space"], known.get(key))
         if space is None:
@@ -74,14 +83,22 @@ def _dict(text: str, env_space: spaces.Space | None) -> spaces.Dict | None:
 
 def _printed_space(text: str, env_space: spaces.Space | None) -> spaces.Space | None:
     if match := BOX.fullmatch(text):
-        shape = tuple(int(size) for size in re.findall(r"\d+", match["shape"]))
+        shape = tuple(int(size[:20]) for size in re.findall(r"\d+", match["shape"]))
+        if not _reasonable(shape):
+            return None
         return _box(match["low"], match["high"], shape, match["dtype"], env_space)
     if match := COUNTED.fullmatch(text):
         if match["kind"] == "MultiBinary":
-            count = ast.literal_eval(match["count"])
-            return spaces.MultiBinary(count if isinstance(count, int) else list(count))
+            return _binary(match["count"])
         return _counted(match["kind"], match["count"], match["start"], match["dtype"])
     return None
+
+
+def _binary(count: str) -> spaces.MultiBinary | None:
+    sizes = [int(entry) for entry in _entries(count)]
+    if not _reasonable(sizes):
+        return None
+    return spaces.MultiBinary(sizes if re.search(r"[\[(]", count) else sizes[0])
 
 
 def _counted(
@@ -117,16 +134,26 @@ def _box(low: str, high: str, shape: tuple[int, ...], dtype: str, env_space: spa
 
 
 def _shape(item: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in item.get("_shape", item.get("shape")) or ())
+    sizes = item.get("_shape", item.get("shape")) or ()
+    if not isinstance(sizes, list | tuple) or not _reasonable(sizes):
+        raise ValueError("no shape")
+    return tuple(int(size) for size in sizes)
+
+
+def _reasonable(sizes: Sequence[Any]) -> bool:
+    # The number of dimensions first: the product of many large numbers takes long.
+    return len(sizes) <= 32 and min(map(int, sizes), default=0) >= 0 and math.prod(map(int, sizes)) <= LARGEST
 
 
 def _entries(text: str) -> list[str]:
+    if len(text) > LONGEST:
+        raise ValueError("too long")
     return re.findall(r"[^\s\[\],()]+", text)
 
 
 def _array(text: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """Array from its printed form; None where it leaves out entries that may differ from those shown."""
-    if math.prod(shape) > LARGEST:
+    if not _reasonable(shape):
         return None
     entries = _entries(text)
     shown = [entry for entry in entries if entry != "..."]

@@ -8,6 +8,7 @@ is missing; the caller knows the file and words the error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from torch import nn, optim
 
 NUMBER = r"[-+0-9.eE]+"
 CONSTANT_SCHEDULE = re.compile(rf"ConstantSchedule\(val=({NUMBER})\)")
+#: Characters of a schedule's text; each layer around it is taken off by a copy.
+LONGEST = 1000
 LINEAR_SCHEDULE = re.compile(rf"LinearSchedule\(start=({NUMBER}), end=({NUMBER}), end_fraction=({NUMBER})\)")
 
 # The classes that a policy argument may name, by their text.
@@ -81,14 +84,17 @@ def described_schedule(item: Any) -> float | LinearSchedule | None:
     elif kind.endswith(".LinearSchedule'>"):
         ends = f"start={item.get('start')}, end={item.get('end')}"
         text = f"LinearSchedule({ends}, end_fraction={item.get('end_fraction')})"
+    if len(text) > LONGEST:
+        return None
     # Wrapping a FloatSchedule in another changes nothing.
     while text.startswith("FloatSchedule(") and text.endswith(")"):
         text = text.removeprefix("FloatSchedule(")[:-1]
     try:
-        if match := CONSTANT_SCHEDULE.fullmatch(text):
-            return float(match[1])
-        if match := LINEAR_SCHEDULE.fullmatch(text):
-            return LinearSchedule(*(float(number) for number in match.groups()))
+        if match := CONSTANT_SCHEDULE.fullmatch(text) or LINEAR_SCHEDULE.fullmatch(text):
+            numbers = [float(number) for number in match.groups()]
+            if not all(map(math.isfinite, numbers)):
+                return None
+            return numbers[0] if len(numbers) == 1 else LinearSchedule(*numbers)
     except ValueError:
         pass
     return None

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
 from nsrl.rl.layouts import STATISTICS
 
 PREFIX = "hf://"
@@ -107,4 +108,4 @@ def _reason(repo: str, name: str, error: Exception) -> str:
         return f"the repository {repo} has no such revision; leave it out for the newest one"
     if isinstance(error, errors.EntryNotFoundError):
         return f"the repository {repo} has no file {name}; see its files on the hub"
-    return f"{name} cannot be downloaded ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{name} cannot be downloaded ({type(error).__name__}: {shown(' '.join(str(error).split()), 200)})"

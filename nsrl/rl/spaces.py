@@ -10,6 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
 
 
 def describe_space(space: spaces.Space) -> dict[str, Any]:
@@ -38,9 +39,12 @@ def _bound(values: np.ndarray) -> Any:
 def same_observations(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether a policy reads both observation spaces alike: bounds and float width mean nothing to it."""
 
-    def read(description: dict[str, Any]) -> dict[str, Any]:
+    def read(description: Any) -> Any:
+        if not isinstance(description, dict):  # a description comes from a file
+            return None
         kept = {key: value for key, value in description.items() if key in ("type", "shape", "image", "n", "nvec")}
-        return kept | {"spaces": {key: read(sub) for key, sub in description.get("spaces", {}).items()}}
+        parts = description.get("spaces", {})
+        return kept | {"spaces": {key: read(sub) for key, sub in parts.items()} if isinstance(parts, dict) else None}
 
     return read(first) == read(second)
 
@@ -57,8 +61,9 @@ def check_spaces(model: BaseAlgorithm, observations: dict[str, Any], actions: di
         ("action", same_actions, actions, model.action_space),
     ):
         expected = describe_space(space)
-        if not same(found, expected):
+        described = found if isinstance(found, dict) else {}
+        if not same(described, expected):
             raise NsrlError(
-                f"{whose} has the {kind} space {found.get('text')}, but the agent has {expected['text']}; "
-                "use the task and the wrappers that the agent was trained with"
+                f"{whose} has the {kind} space {shown(described.get('text'), 200)}, but the agent has "
+                f"{expected['text']}; use the task and the wrappers that the agent was trained with"
             )

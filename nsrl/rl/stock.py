@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from sb3_contrib import TRPO, MaskablePPO
 from sb3_contrib.common.maskable.policies import (
     MaskableActorCriticCnnPolicy,
@@ -26,6 +28,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
 from nsrl.rl.archive import Archive
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO, "MaskablePPO": MaskablePPO}
@@ -63,10 +66,14 @@ def rebuilt(archive: Archive, device: str = "cpu") -> OnPolicyAlgorithm:
             model.observation_space, model.action_space = archive.observation_space, archive.action_space
             model.policy_kwargs, model.n_envs = dict(archive.policy_kwargs), 1
             model.num_timesteps = int(archive.hyperparameters.get("num_timesteps") or 0)
+            given = _fitting(archive, _sketch(archive))
             model._setup_model()
+    except NsrlError:
+        raise
     except Exception as error:  # SB3 checks its arguments with assertions, numpy and torch with exceptions of all kinds
-        raise NsrlError(f"the policy that {archive.path} describes cannot be built: {error}") from error
-    _fill(archive.path, model.policy, archive.state_dict)
+        reason = shown(str(error) or type(error).__name__, 300)
+        raise NsrlError(f"the policy that {archive.path} describes cannot be built: {reason}") from error
+    model.policy.load_state_dict(given)
     return model
 
 
@@ -75,8 +82,27 @@ def bare(algorithm: type[OnPolicyAlgorithm], policy: type[BasePolicy], device: s
     return algorithm(policy, None, device=device, _init_setup_model=False)  # type: ignore[call-arg, arg-type]
 
 
-def _fill(path: Path, policy: ActorCriticPolicy, state_dict: dict[str, Tensor]) -> None:
-    expected, given = policy.state_dict(), dict(state_dict)
+def _sketch(archive: Archive) -> ActorCriticPolicy:
+    """The described policy without memory for its weights, whose sizes a file may choose as it likes."""
+    kwargs = {**archive.policy_kwargs, "ortho_init": False}
+    nowhere = torch.device("meta")
+    sketch: Any = type("Sketch", (POLICIES[archive.policy_class],), {"device": nowhere})
+    with nowhere:
+        return sketch(_unseeded(archive.observation_space), archive.action_space, lambda _: 0.0, **kwargs)
+
+
+def _unseeded(space: spaces.Space) -> Any:
+    """A space with its own random generator, from which convolutional policies draw an observation to see its size."""
+    twin: Any = copy.copy(space)
+    twin._np_random = None
+    if isinstance(twin, spaces.Dict):
+        twin.spaces = {key: _unseeded(part) for key, part in twin.spaces.items()}
+    return twin
+
+
+def _fitting(archive: Archive, policy: ActorCriticPolicy) -> dict[str, Tensor]:
+    """The archive's weights under the names of the policy, whose shapes they have."""
+    expected, given = policy.state_dict(), dict(archive.state_dict)
     for alias in ("pi_features_extractor", "vf_features_extractor"):
         # SB3 before 1.7 stored a shared extractor once.
         for name in [name for name in expected if name.startswith(f"{alias}.") and name not in given]:
@@ -87,10 +113,10 @@ def _fill(path: Path, policy: ActorCriticPolicy, state_dict: dict[str, Tensor]) 
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise NsrlError(
-                f"the weights of {path} do not fit its policy: {name} has shape "
+                f"the weights of {archive.path} do not fit its policy: {shown(name)} has shape "
                 f"{found.get(name, 'none')}, expected {wanted.get(name, 'none')}; save the agent again"
             )
-    policy.load_state_dict(given)
+    return given
 
 
 def named_algorithm(name: str, path: Path) -> type[OnPolicyAlgorithm]:

@@ -27,9 +27,11 @@ from stable_baselines3.common.save_util import recursive_getattr
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.values import finite, items, mapping, numbers, whole
 from nsrl.rl.callbacks import TaskEvaluation
 from nsrl.rl.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
-from nsrl.rl.generators import plain, read_generators, write_generators
+from nsrl.rl.generators import check_generators, plain, read_generators, write_generators
 from nsrl.rl.interruption import Interruption as Interruption
 from nsrl.rl.interruption import graceful_interrupts as graceful_interrupts
 from nsrl.rl.normalization import FrozenMeanStd
@@ -39,6 +41,8 @@ COUNTERS = (
     "num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num",
     "_current_progress_remaining", "_learning_seconds",
 )  # fmt: skip
+#: Those of the counters that are no whole numbers.
+CLOCKS = ("_current_progress_remaining", "_learning_seconds")
 EPISODES = ("ep_info_buffer", "ep_success_buffer")
 #: Relative difference of the measured KL, before and after, that another machine's arithmetic may explain.
 KL_TOLERANCE = 1e-3
@@ -129,6 +133,8 @@ def restore(path: str | os.PathLike[str], model: OnPolicyAlgorithm) -> dict[str,
     state, tensors = read_checkpoint(path)
     try:
         _check(state, tensors, model)
+    except Unreadable as error:
+        raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
     except NsrlError as error:
         raise NsrlError(f"{path} does not fit this run: {error}") from error
     for name, saved in tensors["modules"].items():
@@ -246,38 +252,105 @@ def _running(model: OnPolicyAlgorithm) -> dict[str, RunningMeanStd]:
 
 
 def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgorithm) -> None:
-    observations, actions = state["spaces"]
+    """Raise Unreadable for what no run writes, NsrlError for what another run wrote."""
+    observations, actions = items(state["spaces"], "spaces", 2)
     check_spaces(model, observations, actions, "its run")
     identity = plain(_identity(model))
-    for key in state["run"] | identity:
+    for key in mapping(state["run"], "run") | identity:
         saved, here = state["run"].get(key), identity.get(key)
         if saved == here:
             continue
         if key == "retention buffer":
             raise NsrlError("it was made with another retention buffer; resume with the run's own")
-        raise NsrlError(f"{key} was {saved} in its run and is {here} now; resume with the settings of the run")
-    for name, saved in tensors["modules"].items():
+        raise NsrlError(
+            f"{shown(key)} was {shown(saved)} in its run and is {here} now; resume with the settings of the run"
+        )
+    _check_modules(mapping(tensors["modules"], "modules"), model)
+    _check_counters(state)
+    _check_statistics(mapping(state["statistics"], "statistics"), _running(model))
+    parts = [mapping(part["generators"], "generators") for part in (state, tensors)]
+    check_generators(model, {**parts[0], **parts[1]})
+    retention = getattr(model, "retention", None)
+    if retention is not None:
+        finite(mapping(state["retention"], "retention", ["kl_mean"])["kl_mean"], "kl_mean")
+        retention.check_state(tensors["retention"])
+
+
+def _check_modules(saved: dict[str, Any], model: OnPolicyAlgorithm) -> None:
+    # The names are the model's: a file that names attributes could reach any object.
+    mapping(saved, "modules", model._get_torch_save_params()[0], ())
+    for name, content in saved.items():
         module = recursive_getattr(model, name)
         if isinstance(module, torch.nn.Module):
-            _check_architecture(saved, module.state_dict())
-    running = _running(model)
-    if state["statistics"].keys() != running.keys():
+            _check_architecture(mapping(content, name), module.state_dict())
+        else:
+            _check_optimizer(mapping(content, name, ["state", "param_groups"], ()), module)
+
+
+def _check_architecture(saved: dict[str, Any], here: dict[str, Tensor]) -> None:
+    for name in saved | here:
+        weights = [part.get(name) for part in (saved, here)]
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else None for part in weights]
+        if shapes[0] != shapes[1]:
+            raise NsrlError(
+                f"{shown(name)} has shape {shapes[0]} in its run and {shapes[1]} in this policy; resume with the "
+                "architecture of the run"
+            )
+        if saved[name].dtype != here[name].dtype or not bool(torch.isfinite(saved[name]).all()):
+            raise Unreadable(f"{name} is not finite or of another type")
+
+
+def _check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Groups of the same settings, and state of the shapes of the parameters: the next step would take it as it is."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for theirs, ours in zip(items(saved["param_groups"], "param_groups", len(groups)), groups, strict=True):
+        for key, value in mapping(theirs, "a parameter group", ["params", "lr"], ours).items():
+            plain_kinds = (bool, int, float, type(None), tuple)
+            if (value != ours[key]) if key == "params" else not isinstance(value, plain_kinds):
+                raise Unreadable(f"{key} of a parameter group is {shown(value)}")
+    if type(saved["state"]) is not dict:
+        raise Unreadable("the optimizer's state is no mapping")
+    for index, entries in saved["state"].items():
+        shape = parameters[whole(index, "a parameter's number", 0, len(parameters) - 1)].shape
+        for name, value in mapping(entries, "a parameter's state").items():
+            fits = value.shape in (shape, ()) if isinstance(value, Tensor) else type(value) in (bool, int, float)
+            if not fits:
+                raise Unreadable(f"{shown(name)} of a parameter does not have its shape")
+
+
+def _check_counters(state: dict[str, Any]) -> None:
+    for name, value in mapping(state["counters"], "counters", ["num_timesteps", "_total_timesteps"], COUNTERS).items():
+        if name in CLOCKS:
+            finite(value, name)
+        else:
+            whole(value, name)
+    for name in EPISODES:
+        for entry in items(mapping(state["episodes"], "episodes", EPISODES)[name] or [], name):
+            if name == "ep_info_buffer":
+                finite(mapping(entry, name, ["r", "l"])["r"], "a return")
+                finite(entry["l"], "a length")
+            elif type(entry) not in (bool, int, float):
+                raise Unreadable(f"{name} holds {shown(entry)}")
+    for row in items(state["history"], "history"):
+        for key, value in mapping(row, "a row of the history").items():
+            for entry in mapping(value, key).values() if key == "old_returns" else [value]:
+                if entry is not None and type(entry) not in (bool, int, float):
+                    raise Unreadable(f"{shown(key)} of the history is {shown(entry)}, not a number")
+
+
+def _check_statistics(saved: dict[str, Any], running: dict[str, RunningMeanStd]) -> None:
+    if saved.keys() != running.keys():
         raise NsrlError(
-            f"it holds the statistics {sorted(state['statistics'])}, the environment has {sorted(running)}; "
+            f"it holds the statistics {shown(sorted(saved))}, the environment has {sorted(running)}; "
             "wrap the environment as in the run"
         )
     for name, part in running.items():
-        saved = {key: np.array(value) for key, value in state["statistics"][name].items()}
-        same = all(np.array_equal(saved[key], getattr(part, key)) for key in ("mean", "var"))
-        if np.shape(saved["mean"]) != np.shape(part.mean) or (isinstance(part, FrozenMeanStd) and not same):
+        values = mapping(saved[name], name, ["mean", "var", "count"], ())
+        finite(values["count"], "count", 0.0)
+        arrays = {key: numbers(values[key], key, np.shape(getattr(part, key))) for key in ("mean", "var")}
+        same = all(np.array_equal(arrays[key], getattr(part, key)) for key in arrays)
+        if isinstance(part, FrozenMeanStd) and not same:
             raise NsrlError("its frozen observation statistics are others; resume with the agent of the run")
-
-
-def _check_architecture(saved: dict[str, Tensor], here: dict[str, Tensor]) -> None:
-    for name in saved | here:
-        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (saved, here)]
-        if shapes[0] != shapes[1]:
-            raise NsrlError(
-                f"{name} has shape {shapes[0]} in its run and {shapes[1]} in this policy; resume with the "
-                "architecture of the run"
-            )
+        if (arrays["var"] < 0).any():
+            raise Unreadable(f"a variance of the statistics {name} is negative")

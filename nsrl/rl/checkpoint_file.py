@@ -13,8 +13,15 @@ from typing import Any
 import torch
 
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened
+from nsrl.reading.tensors import read_tensors
+from nsrl.reading.values import mapping, whole
+from nsrl.reading.zips import opened_zip
 
 FORMAT = 1
+PARTS = ("format", "run", "spaces", "counters", "episodes", "generators", "statistics", "retention", "history")
+TENSORS = ("modules", "retention", "generators")
 
 
 def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any]) -> Path:
@@ -55,16 +62,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         NsrlError: missing, truncated or damaged file, or another format.
     """
-    if not path.is_file():
-        raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without")
     try:
-        # zipfile compares checksums, which torch.load does not
-        with zipfile.ZipFile(path) as archive:
-            state = json.loads(archive.read("state.json"))
-            stored = archive.read("tensors.pt")
-        version = state["format"]
+        with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
+            text, stored = members.read("state.json", JSON), members.read("tensors.pt")
+        state = mapping(parse_json(text), "its state", PARTS)
+        version = whole(state["format"], "its format")
         if version == FORMAT:
-            return state, torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, json and torch answer damage with a dozen types
+            return state, mapping(read_tensors(stored), "its tensors", TENSORS, ())
+    except FileNotFoundError as error:
+        raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without") from error
+    except OSError as error:
+        raise NsrlError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except Unreadable as error:
         raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
     raise NsrlError(f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from nsrl.reading.limits import Unreadable
 from nsrl.rl.constraint import RetentionConstraint
+from nsrl.rl.generators import check_torch_state
 
 
 class StateDraw:
@@ -28,6 +32,15 @@ class StateDraw:
     def state(self) -> dict[str, Tensor]:
         """Generator state and queue, for checkpoints."""
         return {"generator": self._generator.get_state(), "queue": self._queue.cpu()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise Unreadable unless `state()` can have given this: a queue of states that there are."""
+        check_torch_state(state["generator"])
+        queue, known = state["queue"], self._indices.cpu()
+        if not isinstance(queue, Tensor) or queue.dtype != known.dtype or queue.ndim != 1 or len(queue) > len(known):
+            raise Unreadable("a queue of states is damaged")
+        if not bool(torch.isin(queue, known).all()):
+            raise Unreadable("a queue names states that may not be drawn")
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Continue where `state()` was taken."""

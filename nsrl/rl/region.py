@@ -13,6 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
+from nsrl.reading.values import finite, mapping
 from nsrl.rl.baselines import Monitor, build_engine
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
@@ -105,6 +106,13 @@ class RetentionRegion(Retention):
     def state_dict(self) -> dict[str, Any]:
         """As the base class's, and the multipliers of the last step."""
         return {**super().state_dict(), "guess": None if self._guess is None else asdict(self._guess)}
+
+    def check_state(self, state: Any) -> None:
+        """As the base class's."""
+        super().check_state(state)
+        if state.get("guess") is not None:
+            for key, value in mapping(state["guess"], "guess", ["scale", "multiplier"], ()).items():
+                finite(value, key, 0.0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As the base class's."""

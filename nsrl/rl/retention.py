@@ -21,11 +21,15 @@ from torch import Tensor
 
 from nsrl.projection.budget import KrylovProjection, Projection, SpectralProjection
 from nsrl.projection.optimizer import StepHooks
+from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.draws import StateDraw, active_subset
 from nsrl.rl.measurement import Measurement
 from nsrl.rl.multiplier import Multiplier
+
+#: Entries of a state that checkpoints of older versions, or of other engines, do not have.
+ADDED = ("restored", "guess")
 
 
 class Retention:
@@ -100,6 +104,18 @@ class Retention:
             **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
             **{f"subsets_{key}": value for key, value in self.subsets.state().items()},
         }
+
+    def check_state(self, state: Any) -> None:
+        """Raise Unreadable unless `state_dict()` can have given this."""
+        mapping(state, "retention", [key for key in self.state_dict() if key not in ADDED], ADDED)
+        for key in ("multiplier", "target", "gap"):
+            finite(state[key], key)
+        for key in ("updates", "restored", "rollbacks"):
+            whole(state.get(key, 0), key)
+        for key, value in mapping(state["seconds"], "seconds", (), self.seconds).items():
+            finite(value, key)
+        for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
+            draw.check_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; call it after the policy's parameters are back."""

@@ -413,6 +413,34 @@ def test_foreign_checkpoints_are_refused_untouched(expert, buffer, tmp_path):
         restore(path, pendulum)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state, tensors: state["generators"]["numpy"]["state"].update(pos=10**6),  # beyond its block of words
+        lambda state, tensors: state["generators"]["environments"].pop(),
+        lambda state, tensors: tensors["modules"]["policy.optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state, tensors: tensors["modules"].update({"env": {}}),
+        lambda state, tensors: tensors["retention"].update(minibatches_queue=torch.tensor([10**6])),
+        lambda state, tensors: state["counters"].update(num_timesteps="1"),
+    ],
+)
+def test_a_changed_checkpoint_is_refused_untouched(damage, expert, buffer, tmp_path):
+    path, trained = tmp_path / "checkpoint", build_model(expert, buffer)
+    trained.learn(ROLLOUT)
+    save(path, trained)
+    state, tensors = read_checkpoint(path)
+    damage(state, tensors)
+    rewrite(path, state, tensors)
+    model = build_model(expert, buffer)
+    before = [p.clone() for p in model.policy.parameters()]
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(NsrlError, match="truncated or damaged"):
+        restore(path, model)
+    assert same(before, list(model.policy.parameters())) and model.num_timesteps == 0
+    assert not model.policy.optimizer.state
+    assert generators == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
 def test_a_policy_that_measures_otherwise_is_refused(expert, buffer, tmp_path):
     model, path = build_model(expert, buffer), tmp_path / "checkpoint"
     model.learn(ROLLOUT)

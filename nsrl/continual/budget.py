@@ -25,6 +25,8 @@ from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
 from nsrl.projection import FactoredJacobian, KrylovProjection, SpectralProjection, jacobian
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.reading import values
+from nsrl.reading.tensors import like
 
 
 @dataclass(frozen=True)
@@ -222,12 +224,19 @@ class KLBudget:
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.retained.memory.resume(progress)
-        self.multiplier.value = progress["multiplier"]
-        self._steps, self.restorations, self.fallbacks = progress["counts"]
+        """Go on from there.
+
+        Raises:
+            Unreadable: a file that was changed.
+        """
+        values.mapping(progress, "progress", ["multiplier", "counts", "feasible"])
+        multiplier = values.finite(progress["multiplier"], "multiplier")
+        counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
         feasible = progress["feasible"]
-        self._feasible = None if feasible is None else feasible.to(self.flat.read())
+        feasible = None if feasible is None else like(feasible, self.flat.read(), "feasible")
+        self.retained.memory.resume(progress)
+        self.multiplier.value, self._feasible = multiplier, feasible
+        self._steps, self.restorations, self.fallbacks = counts
 
     def nbytes(self) -> int:
         """Retained inputs and outputs."""

@@ -18,6 +18,8 @@ from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
 from nsrl.projection import FeatureConstraint, Hard, Projected
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.reading.tensors import like
+from nsrl.reading.values import mapping, whole
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,15 @@ class ProtectedFeatures:
         return {"steps": self._steps, "start": self._reference}
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._steps, start = progress["steps"], progress["start"]
-        self._reference = None if start is None else start.to(self.flat.read())
+        """Go on from there.
+
+        Raises:
+            Unreadable: a file that was changed.
+        """
+        mapping(progress, "progress", ["steps", "start"])
+        start = progress["start"]
+        self._reference = None if start is None else like(start, self.flat.read(), "start")
+        self._steps = whole(progress["steps"], "steps")
 
     def nbytes(self) -> int:
         """Protected spans."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable
 
 
 class Memory:
@@ -76,9 +77,21 @@ class Memory:
         return {"generator": self._generator.get_state(), "queue": self._queue}
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on with the draws from there."""
-        self._generator.set_state(progress["generator"])
-        self._queue = progress["queue"]
+        """Go on with the draws from there.
+
+        Raises:
+            Unreadable: a file that was changed: no state of a generator, or samples that there are not.
+        """
+        generator, queue = progress.get("generator"), progress.get("queue")
+        if not isinstance(queue, Tensor) or queue.dtype != torch.long or queue.ndim != 1 or len(queue) > len(self):
+            raise Unreadable("the queue of samples is damaged")
+        if len(queue) and not 0 <= int(queue.min()) <= int(queue.max()) < len(self):
+            raise Unreadable("the queue names samples that there are not")
+        try:
+            self._generator.set_state(generator)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError) as error:
+            raise Unreadable("the state of a random generator is damaged") from error
+        self._queue = queue
 
     def heads_of(self, indices: Tensor) -> Tensor | None:
         """Heads of some samples."""

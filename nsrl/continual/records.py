@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +16,12 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable, opened, shown
+from nsrl.reading.tensors import read_tensors
+from nsrl.reading.values import finite, items, mapping, whole
 
 CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
+CLOCKS = ("train_seconds", "train_cpu_seconds")
 
 
 class Records:
@@ -50,7 +53,7 @@ class Records:
             NsrlError: a damaged file.
         """
         entries: list[dict[str, Any]] = []
-        while self.folder is not None and self._task_file(len(entries)).is_file():
+        while self.folder is not None and self._task_file(len(entries)).exists():
             entries.append(self._load(len(entries))["entry"])
         return entries
 
@@ -121,9 +124,29 @@ class Records:
     def _load(self, index: int) -> dict[str, Any]:
         path = self._task_file(index)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise NsrlError(f"{path} is damaged; remove it, and this task is learnt again") from error
+            with opened(path) as file:
+                content = mapping(read_tensors(file), "it", ["entry", "state"], ())
+            _check_entry(content["entry"])
+            mapping(content["state"], "state", ["weights", "progress"], ())
+            mapping(content["state"]["progress"], "progress")
+        except (OSError, Unreadable) as error:
+            raise NsrlError(f"{path} is damaged ({error}); remove it, and this task is learnt again") from error
+        return content
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise Unreadable unless this is what a finished task's results look like."""
+    mapping(entry, "entry", ["task", "scores", "losses", "diagnostics", "memory_bytes", *CLOCKS])
+    for key in ("scores", "losses"):
+        for value in items(entry[key], key):
+            if type(value) not in (int, float):
+                raise Unreadable(f"{key} hold {shown(value)}, no number")
+    for key, value in mapping(entry["diagnostics"], "diagnostics").items():
+        if type(value) is not float:
+            raise Unreadable(f"{shown(key)} is {shown(value)}, not a number")
+    for key in CLOCKS:
+        finite(entry[key], key, 0.0)
+    whole(entry["memory_bytes"], "memory_bytes")
 
 
 def draw_matrix(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Any:

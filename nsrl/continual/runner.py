@@ -26,6 +26,8 @@ from nsrl.continual.strategies import build_strategy
 from nsrl.continual.strategies.base import Strategy
 from nsrl.continual.tasks import Task
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable
+from nsrl.reading.values import mapping
 
 
 def run_continual(config: ContinualConfig, folder: Path | None = None, *, progress: bool = False) -> dict[str, Any]:
@@ -207,12 +209,16 @@ def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, state: di
     task = benchmark.tasks[index].task
     strategy.before_task(task, _whole(benchmark, index, config))
     try:
-        strategy.model.load_state_dict(state["weights"])
+        strategy.model.load_state_dict(mapping(state["weights"], "weights"))
+        strategy.resume(state["progress"])
     except RuntimeError as error:
         raise NsrlError(
             f"the weights of task {index} in the run's folder are of another network; start a new run"
         ) from error
-    strategy.resume(state["progress"])
+    except Unreadable as error:
+        raise NsrlError(
+            f"task{index}.pt in the run's folder is damaged ({error}); remove it, and this task is learnt again"
+        ) from error
     strategy.after_task(task, _whole(benchmark, index, config))
 
 

@@ -151,7 +151,9 @@ def test_a_damaged_task_file_is_told_and_no_code_in_it_runs(tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     state = {"weights": {"x": torch.zeros(1)}, "progress": {}}
-    torch.save({"entry": {"scores": [1.0] * 5}, "state": state}, tmp_path / "task0.pt")
+    entry = {"task": "first", "scores": [1.0] * 5, "losses": [0.1], "diagnostics": {}, "memory_bytes": 0}
+    entry |= {"train_seconds": 1.0, "train_cpu_seconds": 1.0}
+    torch.save({"entry": entry, "state": state}, tmp_path / "task0.pt")
     with pytest.raises(NsrlError, match="of another network"):
         run_continual(small(), tmp_path)
 

@@ -12,6 +12,7 @@ from nsrl.continual.benchmarks.digits import split_scenario
 from nsrl.continual.benchmarks.folders import find_folder
 from nsrl.continual.config import BenchmarkSettings
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable, opened
 
 CLASSES = 100
 SIDE = 32
@@ -38,9 +39,10 @@ def read_cifar100(path: Path) -> Examples:
         NsrlError: missing, truncated, or not this format.
     """
     try:
-        content = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise NsrlError(f"{path} cannot be read ({error.strerror or error}); CIFAR-100 is {WANTED}") from error
+        with opened(path) as file:
+            content = np.fromfile(file, dtype=np.uint8)
+    except (OSError, Unreadable) as error:
+        raise NsrlError(f"{path} cannot be read ({error}); CIFAR-100 is {WANTED}") from error
     if content.size == 0 or content.size % RECORD:
         raise NsrlError(f"{path} must consist of records of {RECORD} bytes, but has {content.size} bytes; "
                         f"download it again: {WANTED}")  # fmt: skip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,10 @@ from nsrl.continual.benchmarks.digits import domain_scenario, domain_task
 from nsrl.continual.benchmarks.folders import find_folder
 from nsrl.continual.config import BenchmarkSettings
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import MIB, Expansion, Unreadable, opened
+
+#: MNIST's images take a fifth of their bytes when compressed.
+OF_IMAGES = Expansion(128 * MIB, 20)
 
 WANTED = (
     "the four files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
@@ -67,16 +74,22 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """
     compressed = path.with_name(f"{path.name}.gz")
     try:
-        content = path.read_bytes() if path.is_file() else gzip.decompress(compressed.read_bytes())
+        with opened(path if path.exists() else compressed) as file:
+            size = os.fstat(file.fileno()).st_size
+            stream: Any = file if path.exists() else gzip.GzipFile(fileobj=file)
+            head = stream.read(4 * (1 + dimensions))
+            if len(head) < 4 * (1 + dimensions) or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise NsrlError(f"{path} is not an idx file of bytes in {dimensions} dimensions; download it again")
+            shape = struct.unpack(f">{dimensions}I", head[4:])
+            expected = math.prod(shape)
+            if expected > OF_IMAGES.allowed(size):
+                raise NsrlError(f"{path} says that it holds {expected} bytes, too many for its size; download it again")
+            content = stream.read(expected)
+            found = len(content) + len(stream.read(MIB))
     except FileNotFoundError as error:
         raise NsrlError(f"{path} is missing, and {compressed.name} too; MNIST consists of {WANTED}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, Unreadable) as error:
         raise NsrlError(f"{compressed} cannot be read ({error}); download it again") from error
-    head = 4 * (1 + dimensions)
-    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise NsrlError(f"{path} is not an idx file of bytes in {dimensions} dimensions; download it again")
-    shape = struct.unpack(f">{dimensions}I", content[4:head])
-    values = np.frombuffer(content, dtype=np.uint8, offset=head)
-    if values.size != np.prod(shape):
-        raise NsrlError(f"{path} should hold {np.prod(shape)} bytes but holds {values.size}; download it again")
-    return values.reshape(shape).copy()
+    if found != expected:
+        raise NsrlError(f"{path} should hold {expected} bytes but holds {found}; download it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()

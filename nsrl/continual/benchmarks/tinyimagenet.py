@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from nsrl.continual.benchmarks.digits import split_scenario
 from nsrl.continual.benchmarks.folders import find_folder
 from nsrl.continual.config import BenchmarkSettings
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import MIB, Unreadable, about, opened, read_text, shown
 
+FILE = re.compile(r"[\w-][\w.-]*")
 SIDE = 64
 MEAN, DEVIATION = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -27,11 +30,31 @@ def split_tinyimagenet(settings: BenchmarkSettings, seed: int) -> Benchmark:
     """
     scenario = split_scenario(settings)
     folder = find_folder(settings, "TinyImageNet", WANTED, ("", "tiny-imagenet-200"), "wnids.txt")
-    names = (folder / "wnids.txt").read_text(encoding="utf-8").split()
+    names = read_names(folder / "wnids.txt")
     rest = split_examples(read_training(folder, names), settings.validation, 0.0, seed)
     splits = Splits(rest.train, rest.validation, read_labelled(folder, names))
     tasks = split_classes(splits, len(names), settings.tasks or 25, scenario)
     return Benchmark("split_tinyimagenet", scenario, tasks, len(names), normalise=normalise)
+
+
+def read_names(path: Path) -> list[str]:
+    """The words of a text file, each the name of a folder.
+
+    Raises:
+        NsrlError: missing, too large, or a word that leads elsewhere.
+    """
+    names = _read(path).split()
+    for name in names:
+        if not FILE.fullmatch(name):
+            raise NsrlError(f"{path} has {shown(name)}, which is no name of a folder; download {WANTED} again")
+    return names
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path, 8 * MIB)
+    except (OSError, UnicodeDecodeError, Unreadable) as error:
+        raise NsrlError(f"{path} cannot be read ({error}); download {WANTED} again") from error
 
 
 def read_training(folder: Path, names: Sequence[str]) -> Examples:
@@ -59,13 +82,20 @@ def read_labelled(folder: Path, names: Sequence[str]) -> Examples:
         NsrlError: no annotations, or one of an unknown class.
     """
     annotations = folder / "val" / "val_annotations.txt"
-    if not annotations.is_file():
+    if not annotations.exists():
         raise NsrlError(f"{annotations} is missing; download {WANTED} again")
-    rows = [line.split() for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split() for line in _read(annotations).splitlines() if line.strip()]
     labels = {name: label for label, name in enumerate(names)}
     for row in rows:
         if len(row) < 2 or row[1] not in labels:
-            raise NsrlError(f"{annotations} names the class {' '.join(row[1:2]) or '(none)'}, which wnids.txt lacks")
+            raise NsrlError(
+                f"{annotations} names the class {shown(' '.join(row[1:2])) or '(none)'}, which wnids.txt lacks"
+            )
+        if not FILE.fullmatch(row[0]):
+            raise NsrlError(f"{annotations} names the image {shown(row[0])}; download {WANTED} again")
+    # Each image once: otherwise a short text could ask for any number of copies of one.
+    if len({row[0] for row in rows}) < len(rows):
+        raise NsrlError(f"{annotations} names an image twice; download {WANTED} again")
     images = read_images([folder / "val" / "images" / row[0] for row in rows])
     return Examples(images, torch.tensor([labels[row[1]] for row in rows]))
 
@@ -76,17 +106,23 @@ def read_images(paths: Sequence[Path]) -> torch.Tensor:
     Raises:
         NsrlError: one cannot be read, or has another size.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     images = np.empty((len(paths), 3, SIDE, SIDE), dtype=np.uint8)
     for position, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
+            # The size is in the head; nothing is decoded before it has been looked at.
+            with opened(path) as file, Image.open(file, formats=("JPEG", "PNG")) as image:
+                if image.size != (SIDE, SIDE):
+                    raise NsrlError(f"the image {path} has {image.width} x {image.height} pixels, not {SIDE} x {SIDE}")
                 pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise NsrlError(f"the image {path} cannot be read ({error}); download {WANTED} again") from error
-        if pixels.shape != (SIDE, SIDE, 3):
-            raise NsrlError(f"the image {path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, not {SIDE} x {SIDE}")
+        except Unreadable as error:
+            raise NsrlError(about(path, error)) from error
+        except NsrlError:
+            raise
+        except Exception as error:  # Pillow answers damage, and bombs, with a dozen types
+            reason = "it is no JPEG or PNG" if isinstance(error, UnidentifiedImageError) else error
+            raise NsrlError(f"the image {path} cannot be read ({reason}); download {WANTED} again") from error
         images[position] = pixels.transpose(2, 0, 1)
     return torch.from_numpy(images)
 

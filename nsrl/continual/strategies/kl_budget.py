@@ -15,6 +15,7 @@ from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy, joined_heads
 from nsrl.continual.tasks import Loader, Task
+from nsrl.reading.values import mapping
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class CombinedStrategy(KLBudgetStrategy):
 
     def resume(self, progress: dict[str, Any]) -> None:
         """Go on from there."""
+        self.features.resume(mapping(progress, "progress", ["features"])["features"])
         super().resume(progress)
-        self.features.resume(progress["features"])
 
     def _after_step(self) -> None:
         if not self.tasks:

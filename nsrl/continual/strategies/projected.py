@@ -17,6 +17,7 @@ from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy
 from nsrl.continual.tasks import Loader, Task
 from nsrl.projection.optimizer import FlatParameters, StepHooks
+from nsrl.reading.values import finite, mapping, whole
 
 #: Steps between two certificates: they cost several times the projection itself.
 CERTIFIED_EVERY = 100
@@ -48,8 +49,15 @@ class ProjectedStrategy(Strategy):
         return {"steps": self._steps, "certificate": self.certificate}
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._steps, self.certificate = progress["steps"], progress["certificate"]
+        """Go on from there.
+
+        Raises:
+            Unreadable: a file that was changed.
+        """
+        mapping(progress, "progress", ["steps", "certificate"], ())
+        certificate = mapping(progress["certificate"], "certificate")
+        self._steps = whole(progress["steps"], "steps")
+        self.certificate = {key: finite(value, key) for key, value in certificate.items()}
 
     def rank(self) -> int:
         """Number of protected parameter directions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from nsrl.bench.statistics import bootstrap, paired_difference
 from nsrl.continual.config import ContinualConfig, StrategySettings
 from nsrl.continual.strategies import STRATEGIES
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
 
 #: Configurations (configs/continual/NAME.yaml) that need no files.
 BENCHMARKS = (
@@ -59,7 +59,7 @@ class Cell:
     def stored(self, out: Path) -> dict[str, Any] | None:
         """The result in `out`, if it is of the same configuration."""
         try:
-            content = json.loads((out / f"{self.name}.json").read_text(encoding="utf-8"))
+            content = read_results(out / f"{self.name}.json")
         except (OSError, ValueError):
             return None
         return content["metrics"] if content.get("config") == plain(self.config) else None

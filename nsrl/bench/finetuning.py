@@ -16,7 +16,16 @@ from nsrl.bench.report import describe_method, write_finetuning_report
 from nsrl.bench.runs import RunFolder, choose_folder, read_lines, slug, write_json, write_text
 from nsrl.bench.settings import to_yaml
 from nsrl.bench.tasks import Tasks, check_fits, make_envs, resolve_tasks
-from nsrl.bench.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
+from nsrl.bench.training import (
+    FINAL_SEED,
+    Interrupted,
+    Outcome,
+    Stopwatch,
+    check_resumable,
+    check_trusted,
+    describe_returns,
+    train,
+)
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents import Agent
@@ -60,16 +69,22 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
 
 
-def resume_finetuning(path: str | Path, *, progress: bool = False) -> Outcome:
+def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
     """Go on with an interrupted run from its last checkpoint; everything comes from its folder.
 
+    Args:
+        path: the folder.
+        trust: unpickle the agent, where the run did; a folder cannot vouch for itself.
+        progress: show a progress bar on stderr, or lines where that is no terminal.
+
     Raises:
-        NsrlError: no run there, a finished one, or a damaged one.
+        NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `finetune`.
     """
     folder = RunFolder(Path(path))
     config = folder.read_config(FinetuneConfig)
     check_resumable(folder)
+    check_trusted(folder, config, trust)
     tasks = resolve_tasks(config)
     agent = agents.load(folder.pretrained, trust=config.trust)
     model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)

@@ -9,13 +9,17 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nsrl.bench.settings import Config, load
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import Results, parse_json, read_results
+from nsrl.reading.limits import ELEMENTS, JSON, Unreadable, about, read_bytes
 
 RUNS = Path("runs")
+NUMBERS = (bool, int, float)
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,7 @@ class RunFolder:
         Raises:
             NsrlError: there are none, or they are damaged.
         """
-        try:
-            return json.loads(self.metrics.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NsrlError(f"{self.path} holds no finished run: it has no readable metrics.json") from error
-        except ValueError as error:
-            raise NsrlError(f"{self.metrics} is not JSON ({error}); run it again") from error
+        return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
 
 
 def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -> RunFolder:
@@ -175,14 +174,29 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a crash cut short is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    """The objects of a JSON-lines file; what follows a line that a crash cut short is left out.
+
+    Raises:
+        NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        content = read_bytes(path, JSON).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; remove it") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = parse_json(line, partial(Results.of, path))
+        except Unreadable:
+            break
+        measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
+        if not measured or number > ELEMENTS // 10:
+            raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
+        rows.append(row)
     return rows
 
 

@@ -8,7 +8,6 @@ The second command adds `subsets` to the suite's JSON and draws the figure over 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from nsrl.bench.runs import write_json
 from nsrl.bench.statistics import bootstrap
 from nsrl.bench.suites import Suite, read_suite
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
 from nsrl.rl.archive import written_atomically
 
 
@@ -98,7 +98,7 @@ def main(suite_file: str, out: str, reference: str) -> None:
     if not path.is_file():
         raise NsrlError(f"there is no {path}; run the suite first: nsrl bench {suite.name}")
     rows = subset_rows(suite, Path(out))
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"subsets": rows})
+    write_json(path, read_results(path) | {"subsets": rows})
     draw_subsets(rows, path.with_suffix(".png"), suite.name.replace("_", " "))
     print(subset_table(rows).markdown())
 

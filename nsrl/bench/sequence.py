@@ -33,7 +33,16 @@ from nsrl.bench.sequence_stages import (
 )
 from nsrl.bench.settings import to_yaml
 from nsrl.bench.tasks import check_fits, make_envs
-from nsrl.bench.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
+from nsrl.bench.training import (
+    FINAL_SEED,
+    Interrupted,
+    Outcome,
+    Stopwatch,
+    check_resumable,
+    check_trusted,
+    describe_returns,
+    train,
+)
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.buffer import RetentionBuffer
@@ -62,16 +71,22 @@ def learn_sequence(config: SequenceConfig, out: str | Path | None = None, *, pro
     return _run(config, folder, progress)
 
 
-def resume_sequence(path: str | Path, *, progress: bool = False) -> Outcome:
+def resume_sequence(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
     """Go on with an interrupted sequence; everything comes from its folder.
 
+    Args:
+        path: the folder.
+        trust: unpickle the agent, where the run did; a folder cannot vouch for itself.
+        progress: show a progress bar on stderr, or lines where that is no terminal.
+
     Raises:
-        NsrlError: no run there, a finished one, or a damaged one.
+        NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `learn_sequence`.
     """
     folder = RunFolder(Path(path))
     config = folder.read_config(SequenceConfig)
     check_resumable(folder)
+    check_trusted(folder, config, trust)
     return _run(config, folder, progress)
 
 

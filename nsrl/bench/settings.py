@@ -13,11 +13,17 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from nsrl.errors import NsrlError
+from nsrl.reading import documents
+from nsrl.reading.limits import Unreadable, about, shown
 
 Config = TypeVar("Config")
 #: Fields of shared dataclasses that a run sets itself: the buffer's draws follow the run's own seed.
 OWNED = frozenset({"retention.seed", "finetuning.retention.seed"})
-NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+#: The key of jsonargparse for classes, and the name under which it knows `load_value`.
+CLASS, MODE = "class_path", "bounded yaml"
+NAMES = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null", Any: "anything",
+}  # fmt: skip
 
 
 def key_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -56,19 +62,45 @@ def check_keys(values: Any, config: type, source: str) -> None:
     def check(mapping: Any, prefix: str) -> None:
         if not isinstance(mapping, Mapping):
             where = f"{prefix[:-1]} in {source}" if prefix else source
-            raise NsrlError(f"{where} must hold keys and values (as in `seed: 0`), not {_shown(mapping)}")
+            raise NsrlError(f"{where} must hold keys and values (as in `seed: 0`), not {shown(mapping, 40)}")
         for name, value in mapping.items():
             key = f"{prefix}{name}"
             if key not in types:
-                raise NsrlError(f"unknown key {key} in {source}{suggest(key, list(types))}")
+                raise NsrlError(f"unknown key {shown(key, 100)} in {source}{suggest(key[:100], list(types))}")
             if is_dataclass(types[key]):
                 check(value, f"{key}.")
+            elif names_class(value):
+                raise NsrlError(f"{key} in {source} has the key {CLASS!r}, which would import code; leave it out")
             entry = entry_type(types[key])
             if entry is not None and isinstance(value, list):
                 for number, part in enumerate(value, start=1):
                     check_keys(part, entry, f"entry {number} of {key} in {source}")
 
     check(values, "")
+
+
+def names_class(value: Any) -> bool:
+    """Whether a value has, at any depth, a key at which jsonargparse imports whatever module the value names."""
+    if isinstance(value, Mapping):
+        return CLASS in value or any(map(names_class, value.values()))
+    return isinstance(value, list) and any(map(names_class, value))
+
+
+def load_value(text: str) -> Any:
+    """What jsonargparse reads of a file, of a word of the command line, or of a text inside either.
+
+    Raises:
+        Unreadable: it is not YAML, or goes beyond the limits of `nsrl.reading`.
+    """
+    value = documents.parse_yaml(text, exponents=True)
+    if names_class(value):
+        raise Unreadable(f"it has the key {CLASS!r}, which would import code")
+    # As jsonargparse's own: "a:" and "{a,b}" are text, not mappings of nothing.
+    if isinstance(value, dict) and value and not any(part is not None for part in value.values()):
+        words = text.strip(" {}").replace(" ", "").split(",")
+        if text.strip() == f"{next(iter(value))}:" or set(words) == set(value):
+            return text
+    return value
 
 
 def entry_type(kind: Any) -> type | None:
@@ -78,20 +110,15 @@ def entry_type(kind: Any) -> type | None:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping.
+    """The mapping in a YAML file; an empty file is an empty mapping, and what is none is left to `check_keys`.
 
     Raises:
-        NsrlError: missing, unreadable or not YAML.
+        NsrlError: missing, unreadable, not YAML, or beyond the limits of `nsrl.reading`.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise NsrlError(f"{path} is not YAML{where}: {problem}") from error
-    except UnicodeDecodeError as error:
-        raise NsrlError(f"{path} is not a text file; expected YAML") from error
+        values = documents.read_yaml(path)
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; mend it or give another configuration") from error
     except OSError as error:
         raise NsrlError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     return {} if values is None else values
@@ -134,6 +161,7 @@ def parse(
 
     options = {"config", "help", "print_config", *extra}
     known = [key for key, _ in key_types(config)]
+    groups: dict[str, Any] = {key: kind for key, kind in key_types(config) if is_dataclass(kind)}
     words = list(arguments)
     for position, word in enumerate(words):
         if not word.startswith("--"):
@@ -141,13 +169,20 @@ def parse(
         name, equals, value = word[2:].partition("=")
         if name not in options and name not in known and not is_flag(name, options):
             raise NsrlError(f"unknown option --{name}{suggest(name, [*known, *sorted(options)], '--')}")
+        path = value if equals else next(iter(words[position + 1 :]), "")
         if name == "config":
-            path = value if equals else next(iter(words[position + 1 :]), "")
             check_keys(read_yaml(path), config, path)
+        elif name in groups and Path(path).exists():
+            check_keys(read_yaml(path), groups[name], path)
     try:
         values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
         raise NsrlError(explain(str(error), config)) from error
+    if values.get("trust") and not any(word.partition("=")[0] == "--trust" for word in words):
+        raise NsrlError(
+            "the configuration sets trust, which lets the agent's files run any code; if you trust whoever made them, "
+            "say so on the command line: --trust true"
+        )
     return build(config, values), {name: values.get(name) for name in extra}
 
 
@@ -160,12 +195,13 @@ def build_parser(config: type, **texts: Any) -> Any:
     """A jsonargparse parser for a configuration; `texts` are argparse's (prog, usage, description, epilog)."""
     from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
-    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_loader
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the line breaks of description and examples."""
 
-    parser = ArgumentParser(exit_on_error=False, formatter_class=Formatter, **texts)
+    set_loader(MODE, load_value, (Unreadable,))
+    parser = ArgumentParser(exit_on_error=False, formatter_class=Formatter, parser_mode=MODE, **texts)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below")
     parser.add_class_arguments(config, as_group=True)
     for action in parser._actions:
@@ -226,9 +262,9 @@ def explain(message: str, config: type) -> str:
     found = re.search(r'[Pp]arser key "([^"]+)"', message)
     value = re.search(r"(?:Got value|Given value): *(.*)", message)
     if found and found[1] in types and not is_dataclass(types[found[1]]):
-        given = f", not {value[1].strip()}" if value else ""
+        given = f", not {shown(value[1].strip(), 200)}" if value else ""
         return f"{found[1]} must be {describe_type(types[found[1]])}{given}"
-    return " ".join(message.split())
+    return shown(" ".join(message.split()), 400)
 
 
 def describe_type(kind: Any) -> str:
@@ -245,8 +281,3 @@ def describe_type(kind: Any) -> str:
         describe_type(part) if isinstance(part, type) or get_origin(part) else repr(part) for part in get_args(kind)
     ]
     return f"one of {', '.join(parts)}" if len(parts) > 2 else " or ".join(parts)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -25,6 +25,8 @@ from nsrl.bench.sequence_config import SequenceConfig
 from nsrl.bench.settings import Config, build, check_keys, load, plain, read_yaml
 from nsrl.bench.statistics import bootstrap
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import Unreadable, about, shown
+from nsrl.reading.values import items, mapping, whole
 
 KEYS = ("pretraining", "finetuning", "seeds", "methods")
 SEQUENCE_KEYS = ("sequence", "seeds", "methods")
@@ -81,19 +83,26 @@ def read_suite(path: str | Path) -> Suite:
         NsrlError: unknown or missing keys, in the suite or in what it names.
     """
     path = Path(path)
-    values = read_yaml(path)
-    keys = SEQUENCE_KEYS if "sequence" in values else KEYS
+    try:
+        values = mapping(read_yaml(path), "it")
+        keys = SEQUENCE_KEYS if "sequence" in values else KEYS
+        seeds = tuple(whole(seed, "a seed") for seed in items(values.get("seeds", []), "seeds"))
+        methods = mapping(values.get("methods", {}), "methods")
+        files = {key: Path(values[key]) for key in ("sequence", "pretraining", "finetuning") if key in values}
+    except Unreadable as error:
+        raise NsrlError(about(path, error)) from error
+    except TypeError as error:
+        raise NsrlError(f"{path} must name the files of its configurations as text") from error
     unknown, missing = set(values) - set(keys), set(keys) - set(values)
     if unknown or missing:
         raise NsrlError(f"{path} must hold exactly the keys {', '.join(keys)}; "
                         f"{', '.join(sorted(unknown | missing))} is {'unknown' if unknown else 'missing'}")  # fmt: skip
-    seeds = tuple(values["seeds"])
     if "sequence" in values:
-        base = load(SequenceConfig, path.parent / values["sequence"])
-        sequences = _methods(replace(base, references=False), values["methods"], path)
+        base = load(SequenceConfig, path.parent / files["sequence"])
+        sequences = _methods(replace(base, references=False), methods, path)
         return Suite(path.stem, base.first(), sequences, seeds, base.references)
-    pretraining = load(PretrainConfig, path.parent / values["pretraining"])
-    pairs = _methods(load(FinetuneConfig, path.parent / values["finetuning"]), values["methods"], path)
+    pretraining = load(PretrainConfig, path.parent / files["pretraining"])
+    pairs = _methods(load(FinetuneConfig, path.parent / files["finetuning"]), methods, path)
     return Suite(path.stem, pretraining, pairs, seeds)
 
 
@@ -174,7 +183,10 @@ def _methods(base: Config, changes: dict[str, Any], path: Path) -> dict[str, Con
     methods = {}
     for method, own in changes.items():
         check_keys(own or {}, type(base), f"{path}, method {method}")
-        methods[method] = build(type(base), _merged(plain(base), own or {}))
+        try:
+            methods[method] = build(type(base), _merged(plain(base), own or {}))
+        except (TypeError, AttributeError) as error:  # values of other types than the settings'
+            raise NsrlError(f"{path}, method {shown(method)}: {shown(str(error), 200)}") from error
     return methods
 
 

@@ -164,6 +164,15 @@ def check_resumable(folder: RunFolder) -> None:
         raise NsrlError(f"the run in {folder.path} is finished; its results are in {folder.report}")
 
 
+def check_trusted(folder: RunFolder, config: Any, trust: bool) -> None:
+    """Raise NsrlError where a run unpickles its agent and only the run's own folder says that it may."""
+    if config.trust and not trust:
+        raise NsrlError(
+            f"the run in {folder.path} unpickles its agent, which can run any code in the folder; if you trust whoever "
+            "made it, resume with trust=True (--trust true)"
+        )
+
+
 def describe_returns(found: Returns) -> dict[str, Any]:
     """Returns as plain JSON."""
     return {"mean": found.mean, "std": found.std, "minimum": found.minimum, "episodes": len(found.returns)}

@@ -23,6 +23,7 @@ from nsrl.bench.jobs import Status
 from nsrl.bench.report import Table, number
 from nsrl.bench.runs import slug, write_json
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
 
 ALGORITHMS = ("stock", "null_space")
 #: Ours with upstream's trust region: KL and Fisher information are means over action dimensions there, those of the
@@ -205,7 +206,7 @@ def _read(out: Path, order: dict[str, Any]) -> dict[str, Any] | None:
     path = _file(out, order)
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_results(path)
     if content["order"] != order:
         raise NsrlError(f"{path} holds a run with other settings; choose another --out, or move it away")
     return content["result"]

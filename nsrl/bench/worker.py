@@ -47,9 +47,11 @@ def run(command: str, config: Path, folder: Path) -> None:
     if command == "pretrain":
         resume_pretraining(folder) if started else pretrain(load(PretrainConfig, config), folder)
     elif command == "sequence":
-        resume_sequence(folder) if started else learn_sequence(load(SequenceConfig, config), folder)
+        sequence = load(SequenceConfig, config)
+        resume_sequence(folder, trust=sequence.trust) if started else learn_sequence(sequence, folder)
     else:
-        resume_finetuning(folder) if started else finetune(load(FinetuneConfig, config), folder)
+        pair = load(FinetuneConfig, config)
+        resume_finetuning(folder, trust=pair.trust) if started else finetune(pair, folder)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ def run_training(
     try:
         if options["resume"] is None:
             return start(config, progress=options["progress"]), 0
-        if config != type(config)():
+        trust = {"trust": config.trust} if hasattr(config, "trust") else {}
+        if config != type(config)(**trust):
             raise NsrlError("--resume takes everything from the run's folder; leave the other options out")
-        return resume(options["resume"], progress=options["progress"]), 0
+        return resume(options["resume"], progress=options["progress"], **trust), 0
     except Interrupted as stop:
         return None, interrupted(command, stop)
 

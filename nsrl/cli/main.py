@@ -61,11 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     formatwarning = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"nsrl: warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"nsrl: warning: {sentence(message)}\n"
     try:
         return find_command(words[0])(words[1:]) or 0
     except NsrlError as error:
-        print(f"nsrl: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"nsrl: {sentence(error)}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("nsrl: there is not enough memory; ask for less, or use a larger machine", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nsrl: interrupted", file=sys.stderr)
@@ -76,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = formatwarning
+
+
+def sentence(message: object) -> str:
+    """A message on one line, without signs that a terminal would obey: parts of it may come from a file."""
+    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(message).split()))
 
 
 def find_command(name: str) -> Callable[[Sequence[str]], int | None]:

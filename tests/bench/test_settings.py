@@ -1,13 +1,19 @@
+import os
+import sys
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse import get_loader
 
 from nsrl.bench.config import CollectConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from nsrl.bench.sequence_config import SequenceConfig, SequenceTask
-from nsrl.bench.settings import build_parser, describe_type, key_types, load, parse, plain, suggest, to_yaml
+from nsrl.bench.settings import build_parser, describe_type, key_types, load, load_value, parse, plain, suggest, to_yaml
+from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 
@@ -128,6 +134,85 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(NsrlError, match="not a text file"):
         load(FinetuneConfig, path)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that leaves a trace when it is imported, and whether it has been."""
+    (tmp_path / "traced_module.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nclass Name: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "traced_module.Name", (tmp_path / "trace").exists
+    sys.modules.pop("traced_module", None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{class_path: NAME}",
+        "{class_path: NAME, init_args: {}}",
+        "'{class_path: NAME}'",
+        '"{\\"class\\\\u005fpath\\": \\"NAME\\"}"',
+        "[{a: {class_path: NAME}}]",
+        "&a {? class_path : NAME}",
+        '{"class\\u005fpath": NAME}',
+    ],
+)
+@pytest.mark.parametrize("place", ["strategy:\n  options: {lam: VALUE}", "presets:\n  ewc: {lam: VALUE}"])
+def test_no_configuration_imports_a_module(place, value, module, tmp_path):
+    """jsonargparse takes a mapping with class_path, even inside a text, for a class to import where anything goes."""
+    name, imported = module
+    text = place.replace("VALUE", value.replace("NAME", name))
+    words = ["--strategy.options", "{lam: " + value.replace("NAME", name) + "}"]
+    path = written(tmp_path, text)
+    for attempt in (
+        lambda: load(ContinualConfig, path),
+        lambda: read(ContinualConfig, "--config", str(path)),
+        lambda: read(ContinualConfig, *words),
+    ):
+        with suppress(NsrlError):
+            attempt()
+        assert not imported()
+    build_parser(ContinualConfig).parse_object({"presets": {"ewc": {"lam": {"class_path": name}}}})
+    assert imported(), "jsonargparse no longer imports, and the test proves nothing"
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(PLAIN | st.text("abe01. -+{},:[]'_", max_size=12))
+def test_values_are_read_as_jsonargparse_reads_them(value):
+    text = value if isinstance(value, str) else yaml.safe_dump(value)
+    theirs = ours = None
+    with suppress(yaml.YAMLError, ValueError):
+        theirs = get_loader("yaml")(text)
+    with suppress(NsrlError):
+        ours = load_value(text)
+    # ours refuses more: keys that are there twice or no text, and numbers of more than 64 bits
+    assert ours == theirs or ours is None
+
+
+def test_a_file_cannot_vouch_for_itself(tmp_path):
+    path = written(tmp_path, "trust: true")
+    with pytest.raises(NsrlError, match="--trust true"):
+        read(FinetuneConfig, "--config", str(path))
+    assert read(FinetuneConfig, "--config", str(path), "--trust", "true").trust
+    assert not read(FinetuneConfig, "--config", str(path), "--trust=false").trust
+
+
+def test_a_group_may_come_from_a_file_that_is_checked_as_any_other(tmp_path):
+    path = written(tmp_path, "gamma: 0.5")
+    assert read(FinetuneConfig, "--ppo", str(path)).ppo.gamma == 0.5
+    written(tmp_path, "gama: 0.5")
+    with pytest.raises(NsrlError, match=r"unknown key gama in .*c\.yaml"):
+        read(FinetuneConfig, "--ppo", str(path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NsrlError, match="no ordinary file"):
+        read(FinetuneConfig, "--ppo", str(tmp_path / "pipe"))
 
 
 @given(st.sampled_from([key for key, kind in key_types(FinetuneConfig) if not is_dataclass(kind)]), st.data())

@@ -65,3 +65,19 @@ def test_only_bad_input_is_turned_into_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("nsrl.cli.main.find_command", command(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         main(["x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NsrlError("two\nlines of \x1b[2Ja file\u202e"), "nsrl: two lines of ?[2Ja file?\n"),
+        (MemoryError(), "nsrl: there is not enough memory; ask for less, or use a larger machine\n"),
+    ],
+)
+def test_a_sentence_is_one_line_that_a_terminal_does_not_obey(error, said, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("nsrl.cli.main.find_command", lambda _: fail)
+    assert main(["pretrain"]) == 2
+    assert capsys.readouterr().err == said

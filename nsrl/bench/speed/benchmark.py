@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from nsrl.bench.speed.methods import METHODS, OURS, Method
 from nsrl.bench.speed.targets import check_targets
 from nsrl.bench.speed.worker import Failure, ask_worker
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
 
 #: Distributions of the rivals, for the record.
 RIVALS = ("torchjd", "nngeometry", "curvlinops-for-pytorch")
@@ -199,7 +199,7 @@ def _first_run(case: Case, method: Method, problem: Problem, settings: Settings,
 def _stored(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
     """The result at `path` if it was measured under the same conditions."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_results(path)
     except (OSError, ValueError):
         return None
     return stored["result"] if stored.get("conditions") == conditions else None

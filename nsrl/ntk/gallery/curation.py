@@ -16,6 +16,7 @@ from typing import Any
 from nsrl.errors import NsrlError
 from nsrl.ntk.gallery.page import WHOLE, write_page
 from nsrl.ntk.gallery.registry import FIGURES
+from nsrl.reading.documents import read_results
 from nsrl.rl.archive import written_atomically
 
 
@@ -141,7 +142,7 @@ def _one_thread() -> None:
 
 def _finished(out: Path, name: str, quick: bool) -> bool:
     try:
-        content = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        content = read_results(out / f"{name}.json")
     except (OSError, ValueError):
         return False
     return content.get("quick") == quick and (out / f"{name}.png").is_file()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nsrl.ntk.gallery.registry import FIGURES, GUESTS
+from nsrl.reading.documents import read_results
 from nsrl.rl.archive import written_atomically
 
 ROOMS = {
@@ -28,7 +28,7 @@ def write_page(out: Path) -> Path:
              "Made by `nsrl ntk gallery`; the numbers beside each figure are in its JSON. A slope is given with its "
              "95 % interval and the value that theory expects."]  # fmt: skip
     if (out / WHOLE).is_file():
-        whole = json.loads((out / WHOLE).read_text(encoding="utf-8"))
+        whole = read_results(out / WHOLE)
         parts.append(f"All {whole['figures']} figures took {whole['seconds']:.0f} s with {whole['workers']} processes "
                      f"of one thread on {whole['cores']} cores.")  # fmt: skip
     room = ""
@@ -39,7 +39,7 @@ def write_page(out: Path) -> Path:
         if entry.room != room:
             room = entry.room
             parts.append(f"## {ROOMS[room]}")
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = read_results(source)
         parts += [
             f"### {entry.title}",
             entry.caption,

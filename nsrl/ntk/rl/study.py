@@ -21,6 +21,7 @@ from nsrl.errors import NsrlError
 from nsrl.ntk.rl.forecast import Forecast, forecast
 from nsrl.ntk.rl.ranking import RankAgreement, rank_agreement
 from nsrl.ntk.rl.transitions import collect_transitions, transitions_of
+from nsrl.reading.documents import read_results
 from nsrl.rl.archive import written_atomically
 from nsrl.rl.buffer import RetentionBuffer
 from nsrl.rl.constraint import RetentionConstraint
@@ -265,7 +266,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not out.exists():
         return []
     try:
-        content = json.loads(out.read_text(encoding="utf-8"))
+        content = read_results(out)
     except (OSError, ValueError) as error:
         raise NsrlError(f"{out} is not a study ({error}); remove it or choose another file") from error
     if content.get("settings") != settings:

@@ -24,16 +24,23 @@ from torch import Tensor
 from nsrl.rl.natural import LocalModel, Products, Step, conjugate_gradients
 from nsrl.rl.preconditioner import KroneckerPreconditioner
 
-#: Range in which the ratio of the multipliers, retention over rollout, is looked for.
-MULTIPLIERS = (1e-6, 1e6)
+#: Range in which the ratio of the multipliers, retention over rollout, is looked for. Where the budget alone binds, its
+#: end leaves that share, 1e-12, of the rollout's radius unused of the budget.
+MULTIPLIERS = (1e-6, 1e12)
 #: Largest multiplier that conjugate gradients are run with: beyond it they only see the buffer.
 STIFF = 1e3
 #: Residual of stationarity that is let be, in units of the precision of conjugate gradients: 0.3 costs 1 % of the gain.
 STATIONARITY = 3.0
 #: Share of the largest eigenvalue below which a combination of float32 directions is round-off.
 ROUND_OFF = 1e-6
+#: Of that range on a logarithmic scale: mu comes out to 13 digits.
+HALVINGS = 48
+#: Share by which round-off may lead the modelled KL over a bound: both are met to it at the root in mu, in float64.
+SLACK = 1e-9
 
 Interval = tuple[float, float]
+#: a, b and c of a s^2 + 2 b s + c.
+Form = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,7 @@ class Subspace:
         diagonal = _Diagonal(
             basis.T @ fisher @ basis, shares, basis.T @ (directions @ self.local.gradient.double()),
             basis.T @ (buffer @ self.retention.residual.double()), self.local.radius,
+            SLACK * max(budget, self.retention.divergence),
         )  # fmt: skip
         room = budget - self.retention.divergence
         coordinates, scale, multiplier = diagonal.bisect(room) or diagonal.bisect(max(room, 0.0)) or diagonal.rest()
@@ -228,6 +236,7 @@ class _Diagonal:
         gradient: of the loss, shape (m,).
         slope: of the buffer's KL, shape (m,).
         radius: of the rollout's trust region.
+        slack: change of the buffer's KL that is round-off.
     """
 
     fisher: Tensor
@@ -235,6 +244,7 @@ class _Diagonal:
     gradient: Tensor
     slope: Tensor
     radius: float
+    slack: float
 
     def bisect(self, room: float) -> tuple[Tensor, float, float] | None:
         """Coordinates, s and mu at which the buffer's KL has changed by `room` on the edge of the rollout's region.
@@ -242,21 +252,16 @@ class _Diagonal:
         Where the rollout's region ends first whatever mu is, on that edge; None when no mu keeps to both regions.
         """
         low, high = (math.log(multiplier) for multiplier in MULTIPLIERS)
-        for _ in range(60):
+        for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
             if self._is_weak(math.exp(middle), room):
                 low = middle
             else:
                 high = middle
-        multiplier = math.exp(high)
-        rollout, buffer = self._lengths(multiplier, room)
-        if rollout is None or buffer is None or min(rollout[1], buffer[1]) < max(rollout[0], buffer[0]):
-            return None
-        scale = min(rollout[1], buffer[1])
-        if math.isinf(scale):  # x is zero
-            scale = 0.0
-        along, across = self._stationary(multiplier)
-        return scale * along + across, scale, multiplier
+        # To first order one side of the root keeps to both regions, and not always the upper one: where d(s) enters the
+        # rollout's region at the very point at which it leaves the buffer's, it is the lower one.
+        found = [point for point in (self._inside(math.exp(end), room) for end in (low, high)) if point is not None]
+        return min(found, key=lambda point: float(self.gradient @ point[0]), default=None)
 
     def rest(self) -> tuple[Tensor, float, float]:
         """No step."""
@@ -282,19 +287,39 @@ class _Diagonal:
         return -inverse * self.gradient, -multiplier * inverse * self.slope
 
     def _is_weak(self, multiplier: float, room: float) -> bool:
-        """Whether the buffer's region ends before the rollout's along d(s), or is not reached inside it."""
-        rollout, buffer = self._lengths(multiplier, room)
-        if rollout is None:
-            return False
-        return buffer is None or buffer[1] < rollout[1] or buffer[0] > rollout[1]
+        """Whether the solution has a larger mu.
 
-    def _lengths(self, multiplier: float, room: float) -> tuple[Interval | None, Interval | None]:
-        """The s >= 0 for which s x + y lies in the rollout's region, and those for the buffer's."""
+        Let q1 and q2 be what the two KLs exceed their bounds by. The region q1 + mu q2 <= 0 holds all that both allow,
+        and the d(s) that leaves it is its best point. If q2 > 0 there, so do the regions of all smaller mu hold this
+        point, and their best ones gain as much or more. The solution, which no region gains less than, is not there.
+        With damping, which F's length leaves out, the sign still changes where both bind.
+        """
+        _, _, rollout, buffer = self._along(multiplier, room)
+        a, b, c = (first + multiplier * second for first, second in zip(rollout, buffer, strict=True))
+        both = _not_positive(a, b, c)
+        scale = 0.0 if both is None or math.isinf(both[1]) else both[1]  # nearest to a region that is empty
+        a, b, c = buffer
+        return (a * scale + 2.0 * b) * scale + c > 0.0
+
+    def _inside(self, multiplier: float, room: float) -> tuple[Tensor, float, float] | None:
+        """The last d(s) in both regions, s and mu; None where there is none."""
+        x, y, rollout, buffer = self._along(multiplier, room)
+        first = _not_positive(*rollout[:2], rollout[2] - 2.0 * SLACK * self.radius)
+        second = _not_positive(*buffer[:2], buffer[2] - 2.0 * self.slack)
+        if first is None or second is None or min(first[1], second[1]) < max(first[0], second[0]):
+            return None
+        scale = min(first[1], second[1])
+        if math.isinf(scale):  # x is zero
+            scale = 0.0
+        return scale * x + y, scale, multiplier
+
+    def _along(self, multiplier: float, room: float) -> tuple[Tensor, Tensor, Form, Form]:
+        """X and y, and twice what the KLs of s x + y exceed their bounds by, the rollout's and the buffer's."""
         x, y = self._stationary(multiplier)
         fx, kx = self.fisher @ x, self.shares * x
-        rollout = _not_positive(float(x @ fx), float(y @ fx), 2.0 * (self.kl(y) - self.radius))
-        buffer = _not_positive(float(x @ kx), float(y @ kx + self.slope @ x), 2.0 * (self.change(y) - room))
-        return rollout, buffer
+        rollout = float(x @ fx), float(y @ fx), 2.0 * (self.kl(y) - self.radius)
+        buffer = float(x @ kx), float(y @ kx + self.slope @ x), 2.0 * (self.change(y) - room)
+        return x, y, rollout, buffer
 
 
 def _not_positive(a: float, b: float, c: float) -> Interval | None:
@@ -304,4 +329,7 @@ def _not_positive(a: float, b: float, c: float) -> Interval | None:
     root = b * b - a * c
     if root < 0.0 or (b > 0.0 and c > 0.0):
         return None
-    return max((-b - math.sqrt(root)) / a, 0.0), max((math.sqrt(root) - b) / a, 0.0)
+    far = math.sqrt(root) + abs(b)  # the root of the larger size, and the other by their product: nothing cancels
+    if b > 0.0:
+        return 0.0, max(-c / far, 0.0)
+    return (max(c / far, 0.0) if far > 0.0 else 0.0), far / a

@@ -92,6 +92,26 @@ def matrix_jacobian(matrix: Tensor) -> FactoredJacobian:
     return FactoredJacobian([block], (rows, columns), 1, ("weight",), matrix.new_zeros(rows, 1))
 
 
+class Products:
+    """A Jacobian of which nothing is known but its products."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matrix @ vector.to(self.matrix)
+
+    def rmatvec(self, rows: Tensor) -> Tensor:
+        return self.matrix.T @ rows.to(self.matrix)
+
+    def gram(self) -> Tensor:
+        return self.matrix.double() @ self.matrix.double().T
+
+    def scaled(self, scale: Tensor) -> tuple["Products", Tensor]:
+        return Products(self.matrix * scale.to(self.matrix)), scale.to(self.matrix)
+
+
 def matrix_of_condition(rows: int, columns: int, condition: float, seed: int = 0) -> Tensor:
     """A float64 matrix with log-spaced singular values from 1 to 1 / condition."""
     generator = torch.Generator().manual_seed(seed)

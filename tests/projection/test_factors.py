@@ -6,27 +6,7 @@ from torch import nn
 
 from nsrl.projection import FactoredJacobian, ShardedJacobian, StackedJacobian, jacobian, sharded_jacobian
 from nsrl.projection.factors import doubled, is_whole, row_chunks, storage
-from tests.projection.builders import Net, jacrev_matrix, matrix_jacobian, mlp, normal
-
-
-class Products:
-    """A Jacobian of which nothing is known but its products."""
-
-    def __init__(self, matrix: torch.Tensor):
-        self.matrix = matrix
-        self.shape = (matrix.shape[0], matrix.shape[1])
-
-    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
-        return self.matrix @ vector.to(self.matrix)
-
-    def rmatvec(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.matrix.T @ rows.to(self.matrix)
-
-    def gram(self) -> torch.Tensor:
-        return self.matrix.double() @ self.matrix.double().T
-
-    def scaled(self, scale: torch.Tensor) -> tuple["Products", torch.Tensor]:
-        return Products(self.matrix * scale.to(self.matrix)), scale.to(self.matrix)
+from tests.projection.builders import Net, Products, jacrev_matrix, matrix_jacobian, mlp, normal
 
 
 def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:

@@ -16,8 +16,7 @@ from nsrl.projection.factors import doubled
 from nsrl.projection.nystrom import NystromSolver
 from nsrl.projection.plan import METHODS
 from nsrl.projection.solvers import factorise, null_projection, solve
-from tests.projection.builders import matrix_jacobian, matrix_of_condition, mlp, normal
-from tests.projection.test_factors import Products
+from tests.projection.builders import Products, matrix_jacobian, matrix_of_condition, mlp, normal
 
 every_method = pytest.mark.parametrize("method", METHODS)
 exact_method = pytest.mark.parametrize("method", ["dual", "primal"])

@@ -77,7 +77,8 @@ class Checkpoint(BaseCallback):
         self._written = self._boundary["counters"]["num_timesteps"]
         return path
 
-    def _on_training_start(self) -> None:
+    def _init_callback(self) -> None:
+        # before any callback's `_on_training_start`, which may play for a while and then takes that off the model's time
         self._started = perf_counter()
 
     def _on_rollout_start(self) -> None:

@@ -9,8 +9,11 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# one process a core; work that is left over goes to the one that is done first
+WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all test-cpus lint clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -20,10 +23,14 @@ demo: $(INSTALLED)  ## fine-tune a CartPole policy without forgetting and show w
 	@$(BIN)/nsrl demo
 
 test: $(INSTALLED)  ## run the tests except the slow ones
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
 
+# new examples for the property tests each time, and more of them; a failure prints how to see it again
 test-all: $(INSTALLED)  ## run all tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-cpus: $(INSTALLED)  ## run the numerical tests as on other processors
+	@$(BIN)/python tests/cpus.py $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: 
     assert rows[1]["lowest"] == min(runs[1]["final"], runs[3]["final"])
 
 
-def test_a_scaled_region_is_that_of_the_mean_over_dimensions() -> None:
+def test_a_scaled_region_is_that_of_the_mean_over_dimensions(monkeypatch: Any) -> None:
     import gymnasium as gym
     import numpy as np
 
@@ -61,6 +61,7 @@ def test_a_scaled_region_is_that_of_the_mean_over_dimensions() -> None:
         def action(self, action: Any) -> Any:
             return action[:1]
 
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
     gym.register("TwoTorques-v0", lambda: TwoTorques(gym.make("Pendulum-v1").unwrapped), max_episode_steps=50)
     for name, expected in (("stock", 0.01), ("null_space", 0.01), (trpo.SCALED, 0.02)):
         assert trpo._train(name, 0, "TwoTorques-v0", 64, TINY)["target_kl"] == pytest.approx(expected)

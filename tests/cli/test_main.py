@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -44,10 +43,8 @@ def test_a_mistyped_command_is_suggested(capsys):
 def test_help_and_typos_are_answered_without_importing_torch(words):
     code = f"import sys\nfrom nsrl.cli.main import main\ntry:\n    main({words})\nexcept SystemExit: pass\n"
     code += "sys.exit(bool({'torch', 'stable_baselines3', 'matplotlib', 'tensorboard'} & set(sys.modules)))"
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - start < 20
 
 
 def test_only_bad_input_is_turned_into_a_sentence(monkeypatch, capsys):

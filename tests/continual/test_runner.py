@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -93,7 +92,7 @@ def test_tensorboard_has_the_scalars_and_the_matrix(finished):
 
 
 @pytest.mark.parametrize("strategy", ["naive", "ewc", "gpm", "er", "kl_budget", "combined", "features", "joint"])
-def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatch):
+def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatch, a_second_later):
     config = small("permuted_digits", strategy, tasks=3, epochs=1)
     if strategy in ("kl_budget", "combined"):
         # tight, so that there is something to restore, in the middle of a task too
@@ -112,7 +111,7 @@ def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatc
     assert (tmp_path / "task1.pt").is_file() and not (tmp_path / "metrics.json").exists()
     monkeypatch.undo()
     if strategy == "naive":
-        time.sleep(1.1)  # TensorBoard sorts event files by the second that they were opened in
+        a_second_later()
     learnt = []
     learn = runner._learn_task
     monkeypatch.setattr(runner, "_learn_task", lambda *args: learnt.append(args[2]) or learn(*args))

@@ -23,18 +23,18 @@ from nsrl.ntk.rl.transitions import BatchWatch, transitions_of
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.policies import policy_outputs
 from nsrl.rl.ppo import NullSpacePPO
-from tests.rl.builders import NEW, SMALL, cached_buffer
+from tests.rl.builders import NEW, SMALL, trained
 
 
 def finetuner(kind: str = "discrete", **options) -> NullSpacePPO:
-    agent, buffer = cached_buffer(kind)
+    agent, buffer = trained(kind)
     options = {"retain": buffer, "seed": 3, **SMALL, "learning_rate": 1e-3, **options}
     return NullSpacePPO.from_pretrained(agent, NEW[kind], **options)
 
 
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_the_retained_spectrum_is_that_of_the_dense_fisher_matrix(kind):
-    agent, buffer = cached_buffer(kind)
+    agent, buffer = trained(kind)
     found = retained_behaviour(agent, buffer, states=20)
     constraint = RetentionConstraint(agent.policy, buffer)
     train = constraint.train
@@ -172,7 +172,7 @@ def test_more_and_larger_steps_are_forecast_to_cost_more():
 @pytest.mark.parametrize("method", ["null_space", "finetune"])
 def test_forgetting_is_attributed_and_adds_up(method):
     model = finetuner(method=method, kl_budget=1e-5)
-    _, buffer = cached_buffer()
+    _, buffer = trained()
     watch = ForgettingAttribution(buffer, states=5, memory=64)
     model.learn(128, callback=watch)
     assert len(watch.updates) == 2
@@ -195,7 +195,7 @@ def test_forgetting_is_attributed_and_adds_up(method):
 def one_step_of_descent(removed: int | None = None, callback=None) -> NullSpacePPO:
     """A rollout of 2 x 32 transitions and one full-batch SGD step, with a transition left out of the policy's loss."""
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     model = NullSpacePPO.from_pretrained(
         agent, envs, retain=buffer, method="finetune", seed=3, n_steps=32, batch_size=64, n_epochs=1,
         learning_rate=1e-2, max_grad_norm=1e9, policy_kwargs={"optimizer_class": torch.optim.SGD},
@@ -216,7 +216,7 @@ def one_step_of_descent(removed: int | None = None, callback=None) -> NullSpaceP
 
 def test_without_the_transition_a_state_moves_by_so_much_less():
     """What is attributed to a transition is what its removal undoes."""
-    _, buffer = cached_buffer()
+    _, buffer = trained()
     watch = ForgettingAttribution(buffer, states=4, rule="gauss3")
     model = one_step_of_descent(callback=watch)
     (update,) = watch.updates
@@ -241,7 +241,7 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
         def _on_rollout_end(self) -> None:
             rollouts.append(self.model.rollout_buffer.observations.copy())
 
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     model = NullSpacePPO.from_pretrained(agent, make_vec_env(NEW["discrete"], 2, seed=0), retain=buffer, seed=3,
                                          **{**SMALL, "n_steps": 32})  # fmt: skip
     watch = BatchWatch(model, lambda *told: seen.append(told))
@@ -255,7 +255,7 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
 
 
 def test_learning_is_bit_for_bit_the_same_with_the_recorder():
-    _, buffer = cached_buffer()
+    _, buffer = trained()
     plain = finetuner(kl_budget=0.01).learn(128)
     watched = finetuner(kl_budget=0.01)
     callbacks = [ForgettingAttribution(buffer, states=4), KernelCallback(buffer, states=8)]
@@ -266,7 +266,7 @@ def test_learning_is_bit_for_bit_the_same_with_the_recorder():
 
 
 def test_the_recorder_works_on_stock_ppo_and_gaussian_policies():
-    agent, buffer = cached_buffer("box")
+    agent, buffer = trained("box")
     model = finetuner("box", method="finetune")
     stock = PPO("MlpPolicy", model.env, seed=0, **SMALL)
     stock.policy.load_state_dict(agent.policy.state_dict())
@@ -280,7 +280,7 @@ def test_the_recorder_works_on_stock_ppo_and_gaussian_policies():
 def test_kernel_tags_reach_tensorboard_where_they_were_measured(tmp_path, stock):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     model = finetuner(tensorboard_log=str(tmp_path))
     if stock:
         model = PPO("MlpPolicy", model.env, seed=0, tensorboard_log=str(tmp_path), **SMALL)
@@ -302,7 +302,7 @@ def test_kernel_tags_reach_tensorboard_where_they_were_measured(tmp_path, stock)
 
 
 def test_a_study_ranks_runs_and_can_be_resumed(tmp_path):
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     out = tmp_path / "study.json"
     calls = []
     options = {"tasks": ("swapped",), "learning_rates": (1e-4, 1e-3, 3e-3), "timesteps": (512,), "seeds": (0,),
@@ -329,7 +329,7 @@ def test_a_study_ranks_runs_and_can_be_resumed(tmp_path):
 
 def test_a_studys_numbers_are_those_of_the_runs(tmp_path):
     """One row against a run made by hand: the KL after the first update, and after the last."""
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     study = forecast_study(agent, buffer, tmp_path / "study.json", tasks=("swapped",), learning_rates=(1e-3,),
                            timesteps=(256, 512), seeds=(0, 1), n_envs=2)  # fmt: skip
     row = next(row for row in study.rows if row["timesteps"] == 512 and row["seed"] == 1)
@@ -345,7 +345,7 @@ def test_a_studys_numbers_are_those_of_the_runs(tmp_path):
 
 
 def test_bad_input_is_told():
-    agent, buffer = cached_buffer()
+    agent, buffer = trained()
     with pytest.raises(NsrlError, match="retention buffer"):
         retained_behaviour(agent)
     with pytest.raises(NsrlError, match="at least 1"):

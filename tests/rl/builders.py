@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -23,11 +29,44 @@ def build_agent(kind: str = "discrete", seed: int = 0, **options: Any) -> PPO:
     return PPO("MlpPolicy", envs, seed=seed, device="cpu", **{**SMALL, **options}).learn(256)
 
 
+def trained(kind: str = "discrete", states: int = 160) -> tuple[PPO, RetentionBuffer]:
+    """An agent and its buffer, trained once and a copy for every test: what one does to them, no other sees.
+
+    Random numbers go on where they were, so that a test does not depend on which one has asked first.
+    """
+    with generators_left_alone():
+        content, buffer = _trained(kind, states)
+        return unzipped(content, kind), copy.deepcopy(buffer)
+
+
 @lru_cache(maxsize=4)
-def cached_buffer(kind: str = "discrete", states: int = 160) -> tuple[PPO, RetentionBuffer]:
-    """An agent and its buffer, shared by tests that leave both alone."""
+def _trained(kind: str, states: int) -> tuple[bytes, RetentionBuffer]:
     agent = build_agent(kind)
-    return agent, RetentionBuffer.collect(agent, OLD[kind], n_states=states, n_envs=2)
+    return zipped(agent), RetentionBuffer.collect(agent, OLD[kind], n_states=states, n_envs=2)
+
+
+def zipped(agent: PPO) -> bytes:
+    """An agent as it can be kept and handed out again and again."""
+    stream = io.BytesIO()
+    agent.save(stream)
+    return stream.getvalue()
+
+
+def unzipped(content: bytes, kind: str = "discrete") -> PPO:
+    """A fresh copy of it, on the old task."""
+    return PPO.load(io.BytesIO(content), make_vec_env(OLD[kind], 2, seed=0), device="cpu")
+
+
+@contextmanager
+def generators_left_alone() -> Iterator[None]:
+    """Put Python's, numpy's and torch's generators back to where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class SpikyReward(gym.RewardWrapper):

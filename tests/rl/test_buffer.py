@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from stable_baselines3 import A2C, DQN, PPO
@@ -71,12 +71,12 @@ def model_on(env, policy="MlpPolicy", algorithm=PPO, **options):
     return algorithm(policy, env, policy_kwargs=small, **{**settings_, **options})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cartpole():
     return model_on("CartPole-v1")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pendulum():
     return model_on("Pendulum-v1")
 
@@ -93,7 +93,7 @@ def normalized():
     return model, env
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small(cartpole):
     return RetentionBuffer.collect(cartpole, "CartPole-v1", n_states=20, n_envs=2, oversample=1)
 
@@ -558,7 +558,7 @@ def test_truncated_file(small, tmp_path, share):
         RetentionBuffer.load(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # all examples leave it alone
 @given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 def test_a_flipped_byte_never_loads_other_content(small, tmp_path_factory, position, byte):
     path = tmp_path_factory.mktemp("flip") / "b.npz"

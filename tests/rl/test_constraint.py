@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Normal, kl_divergence
 from torch.func import functional_call, jacrev
 
 from nsrl.errors import NsrlError
 from nsrl.rl.constraint import RetentionConstraint
 from nsrl.rl.policies import policy_outputs
-from tests.rl.builders import cached_buffer
+from tests.rl.builders import trained
+from tests.rl.oracles import state_kls
 
 
 def moved_constraint(kind: str, preserve: str = "distribution", size: float = 0.05) -> RetentionConstraint:
     """A constraint whose policy has moved away from the reference."""
-    agent, buffer = cached_buffer(kind)
+    agent, buffer = trained(kind)
     policy = type(agent.policy)(**agent.policy._get_constructor_parameters())
     policy.load_state_dict(agent.policy.state_dict())
     generator = torch.Generator().manual_seed(3)
@@ -28,28 +28,24 @@ def moved_constraint(kind: str, preserve: str = "distribution", size: float = 0.
     return RetentionConstraint(policy, buffer, preserve, tempering=0.0)
 
 
-def oracle_kl(constraint: RetentionConstraint, policy: torch.nn.Module | None = None) -> torch.Tensor:
-    policy = policy or constraint.policy
-    outputs = policy_outputs(policy, constraint.inputs)
-    if constraint.family == "categorical":
-        return kl_divergence(Categorical(logits=constraint.reference), Categorical(logits=outputs))
-    std = torch.tensor(constraint.buffer.log_std).exp()
-    now = policy.log_std.exp() if constraint.preserve == "distribution" else std
-    return kl_divergence(Normal(constraint.reference, std), Normal(outputs, now)).sum(-1)
-
-
 @pytest.mark.parametrize(("kind", "preserve"), [("discrete", "distribution"), ("box", "distribution"), ("box", "mode")])
 def test_measurement_and_gradient(kind: str, preserve: str) -> None:
     constraint = moved_constraint(kind, preserve)
-    kl = oracle_kl(constraint)
+    policy, buffer = constraint.policy, constraint.buffer
+    found = policy.get_distribution(buffer.inputs()).distribution
+    kl = state_kls(policy, buffer, preserve, outputs=found.logits if kind == "discrete" else found.mean)
     measured = constraint.measure()
     assert measured.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
     assert measured.kl_max == pytest.approx(float(kl.max()), rel=1e-4)
-    assert measured.kl_heldout == pytest.approx(float(kl[constraint.heldout].mean()), rel=1e-4)
-    expected = torch.autograd.grad(kl[constraint.train].mean(), constraint.parameters.parameters)
+    held = torch.as_tensor(buffer.heldout)
+    assert measured.kl_heldout == pytest.approx(float(kl[held].mean()), rel=1e-4)
+    named = dict(policy.named_parameters())
+    expected = torch.autograd.grad(kl[~held].mean(), [named[name] for name in constraint.names])
     value, gradient = constraint.gradient(constraint.train)
-    assert value == pytest.approx(float(kl[constraint.train].mean()), rel=1e-4)
+    assert value == pytest.approx(float(kl[~held].mean()), rel=1e-4)
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), rtol=1e-3, atol=1e-6)
+    assert not set(constraint.train.tolist()) & set(constraint.heldout.tolist())
+    assert sorted([*constraint.train.tolist(), *constraint.heldout.tolist()]) == list(range(len(buffer)))
 
 
 @pytest.mark.parametrize(("kind", "preserve"), [("discrete", "distribution"), ("box", "distribution"), ("box", "mode")])
@@ -96,7 +92,7 @@ def test_a_frozen_standard_deviation_counts_but_is_no_column() -> None:
     moved.policy.log_std.requires_grad_(False)
     constraint = RetentionConstraint(moved.policy, moved.buffer, tempering=0.0)
     assert constraint.names == tuple(name for name in moved.names if name != "log_std")
-    assert constraint.measure().kl_mean == pytest.approx(float(oracle_kl(constraint).mean()), rel=1e-4)
+    assert constraint.measure().kl_mean == pytest.approx(float(state_kls(moved.policy, moved.buffer).mean()), rel=1e-4)
     value, gradient = constraint.gradient(constraint.train)
     model = constraint.linearise(constraint.train)
     torch.testing.assert_close(model.jacobian.rmatvec(model.residual), gradient, rtol=1e-3, atol=1e-5)
@@ -104,11 +100,11 @@ def test_a_frozen_standard_deviation_counts_but_is_no_column() -> None:
 
 
 def test_only_the_actor_is_protected() -> None:
-    _, buffer = cached_buffer("box")
+    _, buffer = trained("box")
     names = moved_constraint("box").names
     assert "log_std" in names and not any("value" in name for name in names)
     assert "log_std" not in moved_constraint("box", "mode").names
-    agent, _ = cached_buffer("discrete")
+    agent, _ = trained("discrete")
     with pytest.raises(NsrlError, match="gaussian outputs but the policy's action distribution is categorical"):
         RetentionConstraint(agent.policy, buffer)
 
@@ -173,7 +169,7 @@ def test_importance_multiplies_the_weights() -> None:
 
 
 def test_a_policy_of_other_width_is_refused() -> None:
-    agent, buffer = cached_buffer("discrete")
+    agent, buffer = trained("discrete")
     wide = replace(buffer, outputs=np.zeros((len(buffer), 3), dtype=np.float32))
     with pytest.raises(NsrlError, match="3 outputs a state but the policy has 2"):
         RetentionConstraint(agent.policy, wide)

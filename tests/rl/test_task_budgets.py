@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import lru_cache
 
@@ -14,20 +15,27 @@ from nsrl import NullSpacePPO, RetentionBuffer
 from nsrl.errors import NsrlError
 from nsrl.rl.config import RetentionConfig
 from nsrl.rl.constraint import RetentionConstraint
-from tests.rl.builders import NEW, OLD, SMALL, build_agent
+from tests.rl.builders import NEW, OLD, SMALL, build_agent, generators_left_alone, unzipped, zipped
+from tests.rl.oracles import state_kls, within
 
 BUDGETS = {"first": 0.002, "second": 0.02}
 
 
-@lru_cache(maxsize=1)
 def merged() -> tuple[PPO, RetentionBuffer]:
-    """An agent, and its states on two tasks, of which the second has fewer."""
+    """An agent, and its states on two tasks, of which the second has fewer; copies for every test."""
+    with generators_left_alone():
+        content, buffer = _merged()
+        return unzipped(content), copy.deepcopy(buffer)
+
+
+@lru_cache(maxsize=1)
+def _merged() -> tuple[bytes, RetentionBuffer]:
     agent = build_agent("discrete")
     buffers = [
         RetentionBuffer.collect(agent, env["discrete"], n_states=states, n_envs=2, task=task)
         for env, states, task in ((OLD, 120, "first"), (NEW, 80, "second"))
     ]
-    return agent, RetentionBuffer.merge(buffers)
+    return zipped(agent), RetentionBuffer.merge(buffers)
 
 
 def moved(budgets: dict[str, float] | None) -> RetentionConstraint:
@@ -50,15 +58,16 @@ def build(budgets: dict[str, float], **options) -> NullSpacePPO:
 
 def test_the_mean_weighs_tasks_by_their_budgets_and_the_worst_share_counts() -> None:
     constraint = moved(BUDGETS)
-    kl = constraint.state_divergences().numpy()
+    with torch.no_grad():
+        kl = state_kls(constraint.policy, constraint.buffer).numpy()
     means = {task: kl[constraint.buffer.source == index].mean() for index, task in enumerate(BUDGETS)}
     shares = {task: means[task] / budget for task, budget in BUDGETS.items()}
     unit = 2 / (1 / 0.002 + 1 / 0.02)
     measured = constraint.measure()
-    assert measured.kl_by_task == pytest.approx(means, rel=1e-9)
-    assert measured.kl_mean == pytest.approx(unit * sum(shares.values()) / 2, rel=1e-9)
+    assert measured.kl_by_task == pytest.approx(means, rel=1e-4)
+    assert measured.kl_mean == pytest.approx(unit * sum(shares.values()) / 2, rel=1e-4)
     assert constraint.divergence() == pytest.approx(measured.kl_mean, rel=1e-12)
-    assert constraint.binding_divergence() == pytest.approx(unit * max(shares.values()), rel=1e-9)
+    assert constraint.binding_divergence() == pytest.approx(unit * max(shares.values()), rel=1e-4)
     assert constraint.divergences()[0] == constraint.binding_divergence() > measured.kl_mean
     config = RetentionConfig(task_budgets=BUDGETS).with_overall_budget()
     assert config.kl_budget == pytest.approx(unit)
@@ -91,7 +100,7 @@ def test_equal_budgets_of_equally_many_states_change_nothing_but_what_counts() -
 def test_every_task_stays_within_its_own_budget(options: dict[str, str]) -> None:
     budgets = {"first": 1e-5, "second": 1e-3}
     model = build(budgets, **options)
-    shares = []
+    buffer, shares = model.retention.constraint.buffer, []
 
     class Watch:
         def __init__(self) -> None:
@@ -100,13 +109,17 @@ def test_every_task_stays_within_its_own_budget(options: dict[str, str]) -> None
 
         def __call__(self) -> dict[str, float]:
             scalars = self.end()
-            shares.append(max(model.retention.last.kl_by_task[task] / budget for task, budget in budgets.items()))
+            with torch.no_grad():
+                kl = state_kls(model.policy, buffer)
+            means = {task: float(kl[buffer.source == index].mean()) for index, task in enumerate(budgets)}
+            shares.append(max(means[task] / within(budget, buffer) for task, budget in budgets.items()))
             assert scalars["retain/first/kl_mean"] == model.retention.last.kl_by_task["first"]
+            assert model.retention.last.kl_by_task == pytest.approx(means, rel=1e-2)
             return scalars
 
     Watch()
     model.learn(640)
-    assert len(shares) == 5 and 0.3 < max(shares) <= 1.0 + 1e-9
+    assert len(shares) == 5 and 0.3 < max(shares) <= 1.0
     report = model.retention_report()
     assert report.budget == pytest.approx(2 / (1e5 + 1e3)) and report.kl_mean <= report.budget
     # one overall budget of the same size would not have kept the smaller one

@@ -1,0 +1,108 @@
+"""A deterministic task, callbacks that act at a given step, and a run that is there to be killed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.checkpoint import Checkpoint
+from nsrl.rl.ppo import NullSpacePPO
+
+OLD, NEW = "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"
+N_STEPS, N_ENVS = 32, 2
+ROLLOUT = N_STEPS * N_ENVS
+
+
+class Clockwork(gym.Env):
+    """Deterministic resets and 16-step episodes, so that all end with the rollout; noise from an own generator."""
+
+    observation_space, action_space = spaces.Box(-4.0, 4.0, (3,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.time, self.state = 0, np.full(3, 0.1, np.float32)
+        return self.state, {}
+
+    def step(self, action: Any) -> Any:
+        self.time += 1
+        self.state = np.clip(self.state + 0.1 * self.np_random.normal(size=3) + (0.1 if action else -0.1), -4, 4)
+        self.state = self.state.astype(np.float32)
+        return self.state, float(self.state[0]), False, self.time == 16, {}
+
+
+class At(BaseCallback):
+    """Calls `action(model)` before the first environment step at or after `step`, once."""
+
+    def __init__(self, step: int, action: Callable[[Any], Any]):
+        super().__init__()
+        self.step, self.action = step, action
+
+    def _on_step(self) -> bool:
+        if self.action is not None and self.num_timesteps > self.step:
+            action, self.action = self.action, None
+            action(self.model)
+        return True
+
+
+class Clock(BaseCallback):
+    """Calls `action(model)` at every environment step."""
+
+    def __init__(self, action: Callable[[Any], Any]):
+        super().__init__()
+        self.action = action
+
+    def _on_step(self) -> bool:
+        self.action(self.model)
+        return True
+
+
+class AtBoundary(At):
+    """Calls `action(model)` before the rollout that begins at `step`."""
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps == self.step:
+            self.action(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def build_expert() -> PPO:
+    return PPO("MlpPolicy", OLD, n_steps=32, batch_size=32, n_epochs=2, device="cpu", seed=2)
+
+
+def build_buffer(agent: PPO) -> RetentionBuffer:
+    return RetentionBuffer.collect(agent, OLD, n_states=64, n_envs=2, seed=3)
+
+
+def build_model(agent: PPO, buffer: RetentionBuffer | None = None, env: VecEnv | None = None,
+                **options: Any) -> NullSpacePPO:  # fmt: skip
+    options = {"kl_budget": 1e-4, "n_steps": N_STEPS, "seed": 5, "learning_rate": LinearSchedule(2e-3, 1e-4, 1.0),
+               "clip_range": LinearSchedule(0.3, 0.1, 1.0), "trust_buffer": True, **options}  # fmt: skip
+    env = make_vec_env(NEW, N_ENVS) if env is None else env
+    return NullSpacePPO.from_pretrained(agent, env, retain=buffer, **options)
+
+
+def learn_without_end(path: Path, protected: bool) -> None:
+    """Learn, with a checkpoint a rollout, until the process is killed."""
+    agent = build_expert()
+    model = build_model(agent, build_buffer(agent) if protected else None)
+    model.learn(10**9, callback=Checkpoint(path, every=ROLLOUT))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    learn_without_end(Path(sys.argv[1]), sys.argv[2] == "null_space")

@@ -78,7 +78,7 @@ class Checkpoint(BaseCallback):
         return path
 
     def _init_callback(self) -> None:
-        # before any callback's `_on_training_start`, which may play for a while and then takes that off the model's time
+        # before any `_on_training_start`, where an evaluation plays and then takes its time off the model's
         self._started = perf_counter()
 
     def _on_rollout_start(self) -> None:

@@ -152,6 +152,7 @@ def without(monkeypatch, *modules: str) -> None:
     monkeypatch.setattr("nsrl.bench.speed.methods.find_spec", lambda name: None if name in modules else find_spec(name))
 
 
+@pytest.mark.slow
 def test_results_say_what_was_measured_with_what_and_are_measured_once(tmp_path: Path, tasks, monkeypatch) -> None:
     without(monkeypatch, "torchjd", "nngeometry", "curvlinops")
     said: list[str] = []

@@ -48,6 +48,7 @@ class hashable:
         self.ppo, self.evaluation, self.states = repr(config.ppo), repr(config.evaluation), repr(config.states)
 
 
+@pytest.mark.slow
 def test_a_suite_runs_is_gathered_and_is_not_run_twice(tmp_path: Path) -> None:
     path = write_small_suite(tmp_path, "  plain PPO: {method: finetune}\n  budget: {retention: {kl_budget: 0.001}}\n")
     suite = read_suite(path)

@@ -66,6 +66,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(more, said, elsewhere, cap
     assert not list(elsewhere.iterdir())
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_resumes_and_reports(tmp_path, capsys):
     arguments = ["bench", "continual", "--only", "split_digits,naive,joint", "--quick", "--workers", "1",
                  "--configs", str(CONFIGS), "--out", str(tmp_path / "runs"), "--reference", str(tmp_path)]  # fmt: skip

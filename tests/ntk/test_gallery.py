@@ -52,6 +52,7 @@ def test_what_is_there_is_not_drawn_again(gallery):
     assert [name for name in LIGHT if before[name] != after[name]] == ["two_minima"]
 
 
+@pytest.mark.slow
 def test_processes_draw_and_a_failure_is_told_behind_the_others(tmp_path):
     (tmp_path / "one_parameter.png").mkdir()  # cannot be replaced by a file
     with pytest.raises(NsrlError, match="one_parameter failed"):

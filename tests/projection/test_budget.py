@@ -104,16 +104,26 @@ def test_solution_in_any_metric(solver, case, seed):
 
 
 def test_against_a_general_purpose_optimizer():
+    """From several starts: where SLSQP gives up, and whether it calls that a success, is a matter of the last bits."""
     matrix, rho, divergence, proposal = problem(4, 6, seed=3)
     budget = 0.5 * model(matrix, rho, divergence, proposal)
-    found = scipy.optimize.minimize(
-        lambda d: 0.5 * ((d - proposal.numpy()) ** 2).sum(), np.zeros(6), jac=lambda d: d - proposal.numpy(),
-        method="SLSQP", options={"ftol": 1e-14, "maxiter": 500},
-        constraints={"type": "ineq", "fun": lambda d: budget - model(matrix, rho, divergence, torch.from_numpy(d))},
-    )  # fmt: skip
-    assert found.success
+    target = proposal.numpy()
+
+    def room(d: np.ndarray) -> float:
+        return budget - model(matrix, rho, divergence, torch.from_numpy(d))
+
+    ends = [
+        scipy.optimize.minimize(
+            lambda d: 0.5 * ((d - target) ** 2).sum(), start.numpy(), jac=lambda d: d - target, method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500}, constraints={"type": "ineq", "fun": room},
+        ).x for start in (torch.zeros(6).double(), proposal, *(normal(6, seed=seed) for seed in range(3)))
+    ]  # fmt: skip
+    inside = [end for end in ends if room(end) >= -1e-9 * budget]
     result = SpectralProjection(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
-    torch.testing.assert_close(result.displacement, torch.from_numpy(found.x), rtol=1e-4, atol=1e-5)
+    # the distance is strongly convex: what is as near to 1e-9 is the same point to 1e-4
+    nearest = min(inside, key=lambda end: float(((end - target) ** 2).sum()))
+    torch.testing.assert_close(result.displacement, torch.from_numpy(nearest), rtol=1e-4, atol=1e-5)
+    assert float((result.displacement - proposal).norm()) <= (1 + 1e-6) * float(np.linalg.norm(nearest - target))
 
 
 def test_metric_of_a_network_is_the_fitted_scale():

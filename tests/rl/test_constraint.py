@@ -78,13 +78,17 @@ def test_the_linearisation_has_the_slope_and_curvature_of_the_kl(kind: str, pres
     else:
         log_std = constraint.policy.log_std if preserve == "distribution" else torch.tensor(constraint.buffer.log_std)
         fisher = torch.diag(torch.exp(-2 * log_std.detach().double())).expand(len(outputs), -1, -1)
-    expected = torch.einsum("nop,noq,nqr->pr", dense, fisher, dense) / len(outputs)
+    # by its products with a dozen random directions, since the matrix itself has tens of millions of entries
+    directions = torch.randn(dense.shape[2], 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = torch.einsum("noq,nqd->nod", fisher, torch.einsum("nop,pd->nod", dense, directions))
+    expected = torch.einsum("nop,nod->pd", dense, moved) / len(outputs)
     if constraint.protects_log_std:
         start = sum(constraint.parameters.sizes[: constraint.names.index("log_std")])
-        size = constraint.policy.log_std.numel()
-        expected[range(start, start + size), range(start, start + size)] += 2.0
+        spread = slice(start, start + constraint.policy.log_std.numel())
+        expected[spread] += 2.0 * directions[spread]
     ours = model.jacobian.dense().double()
-    torch.testing.assert_close(ours.T @ ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    found = ours.T @ (ours @ directions)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_frozen_standard_deviation_counts_but_is_no_column() -> None:
@@ -136,8 +140,10 @@ def test_weights_repeat_states(kind: str, preserve: str) -> None:
     model, model_of_copies = ours.linearise(ours.train), theirs.linearise(theirs.train)
     assert model.divergence == pytest.approx(model_of_copies.divergence, rel=1e-6)
     rows, rows_of_copies = model.jacobian.dense().double(), model_of_copies.jacobian.dense().double()
-    fisher = rows_of_copies.T @ rows_of_copies
-    torch.testing.assert_close(rows.T @ rows, fisher, rtol=1e-3, atol=1e-6 * float(fisher.abs().max()))
+    directions = torch.randn(rows.shape[1], 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fisher = rows_of_copies.T @ (rows_of_copies @ directions)
+    found = rows.T @ (rows @ directions)
+    torch.testing.assert_close(found, fisher, rtol=1e-3, atol=1e-6 * float(fisher.abs().max()))
     slope = model_of_copies.jacobian.rmatvec(model_of_copies.residual)
     torch.testing.assert_close(model.jacobian.rmatvec(model.residual), slope, rtol=1e-3, atol=1e-5)
     passes = ours.quadratic(ours.train)

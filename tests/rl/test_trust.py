@@ -74,7 +74,9 @@ def ceiling(local: LocalModel, retention: Quadratic, budget: float) -> float:
             return -math.inf
         return mu * (gradient @ solved[:, 1]) + math.sqrt(2.0 * room * (gradient @ solved[:, 0]))
 
-    grid = np.linspace(math.log(1e-6), math.log(1e12), 85)
+    # from where the buffer's region says nothing yet, in the natural unit of mu: the ratio of what the KLs may be
+    least = 1e-8 * min(local.radius / max(budget, retention.divergence, 1e-300), 1.0)
+    grid = np.linspace(math.log(least), math.log(1e12), 100)
     bounds = [bound(point) for point in grid]
     best = int(np.argmin(bounds))
     if math.isinf(bounds[best]):
@@ -90,22 +92,24 @@ def check(local: LocalModel, retention: Quadratic, budget: float, step: Step, ke
     """A step keeps to both regions, and gains what the best one there does.
 
     Three things part the two. Round-off may carry the step over either bound by `SLACK` of what is measured there, more
-    where the subspace is badly conditioned: then a bound that is as much larger is what allows its gain. Multipliers
-    end at 1e12, where a share 1e-12 of the rollout's radius is left unused of the budget. And a gain near 0 is known to
-    round-off of its terms, |g| times the length of the step, only.
+    where the subspace is badly conditioned, and by u times the sum of both forms, which are made diagonal together:
+    then a bound that is as much larger is what allows its gain. Multipliers end at 1e12, where a share 1e-12 of the
+    rollout's radius is left unused of the budget. And a gain near 0 is known to round-off of its terms, |g| times the
+    length of the step, only.
     """
     kl = 0.5 * float(local.fisher.matvec(step.displacement).square().sum())
     retained = retention.predict(step.displacement)
-    measured = max(budget, retention.divergence)
-    assert kl <= local.radius * (1 + 1e-6), key
-    assert step.retained == pytest.approx(retained, rel=1e-6, abs=1e-6 * measured), key
     # With damping, F's length is the radius and the metric another: the best step no longer than this one, in that.
     damped = kl + 0.5 * local.damping * float(step.displacement.square().sum())
+    measured = max(budget, retention.divergence)
+    slack = 1e-6 * measured + 100 * 2.0**-53 * (damped + retained)
+    assert kl <= local.radius * (1 + 1e-6), key
+    assert step.retained == pytest.approx(retained, rel=0.0, abs=slack), key
     inside = replace(local, radius=damped if local.damping else local.radius)
-    if math.isinf(ceiling(inside, retention, budget)) or (local.damping and retained > budget + 1e-6 * measured):
-        assert retained <= measured * (1 + 1e-6), key  # out of reach: no further away
+    if math.isinf(ceiling(inside, retention, budget)) or (local.damping and retained > budget + slack):
+        assert retained <= measured + slack, key  # out of reach: no further away
         return
-    assert retained <= budget + 1e-6 * measured, key
+    assert retained <= budget + slack, key
     least = ceiling(inside, retention, budget - 4e-12 * local.radius)
     most = ceiling(replace(inside, radius=max(inside.radius, damped)), retention, max(budget, retained))
     round_off = 1e-9 * float(local.gradient.norm() * step.displacement.norm())
@@ -217,25 +221,25 @@ def test_a_budget_of_zero_is_not_exceeded(rank: int, share: float) -> None:
 
 
 def many(kind: str) -> Iterator[tuple[LocalModel, Quadratic, float, Step | None, object]]:
-    """Some twenty thousand problems."""
-    sizes, seeds = range(2, 9), range(201)
+    """Some 6,000 problems of a kind."""
+    sizes, seeds = range(2, 9), range(67)
     if kind == "touching":
         for key in product(sizes, seeds, (1.2, 2.0, 5.0), (1e-2, 1e-4, 1e-6, 1e-8)):
             yield *touching(*key), 0.01, None, key
     elif kind == "degenerate":
         missing = ((-1, 2), (2, -1), (-2, -1), (-2, -2))
-        for key in product(range(3, 9), range(67), (1e-12, 1e-6, 0.015625), (0.0, 0.5, 1.2), missing, (0.0, 0.1)):
+        for key in product(range(3, 9), range(17), (1e-12, 1e-6, 0.015625), (0.0, 0.5, 1.2), missing, (0.0, 0.1)):
             if key[5] or sum(key[4]) > -key[0]:
                 yield *degenerate(*key), key
     else:
-        shares = (0.0, 0.5, 0.9, 0.99) if kind == "inside" else (1.0, 1.01, 1.2, 2.0, 5.0)
+        shares = (0.0, 0.5, 0.99) if kind == "inside" else (1.0, 1.2, 5.0)
         for size, seed, budget, share in product(sizes, seeds, (1e-4, 1e-3, 0.015625, 0.02), shares):
-            problem_ = problem(size, seed, offset=(2 * share * budget) ** 0.5)
-            yield *problem_, budget, None, (size, seed, budget, share)
+            drawn = problem(size, seed, offset=(2 * share * budget) ** 0.5)
+            yield *drawn, budget, None, (size, seed, budget, share)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["inside", "outside", "touching", "degenerate"])
 def test_no_step_is_lost_among_many(kind: str) -> None:
     for local, retention, budget, step, key in many(kind):

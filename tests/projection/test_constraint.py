@@ -22,6 +22,7 @@ from nsrl.projection import (
     parameter_columns,
 )
 from tests.projection.builders import jacrev_matrix, matrix_jacobian, matrix_of_condition, mlp, normal
+from tests.tolerances import ROOT
 
 KINDS = ["full", "lowrank", "features", "kronecker", "diagonal"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -141,11 +142,12 @@ def test_projection(kind, filter, net, inputs):
     removed = filter.removed(values, basis.T @ displacement)
     expected = displacement - basis @ (removed * (basis.T @ displacement))
     result = constraint.project(displacement, filter)
-    torch.testing.assert_close(result.displacement, expected, rtol=1e-7, atol=1e-8)
+    moved = 0.25 * ROOT * float(displacement.norm())
+    torch.testing.assert_close(result.displacement, expected, rtol=0, atol=moved)
     energy = float(displacement @ form @ displacement)
     assert result.predicted == pytest.approx(0.5 * float(expected @ form @ expected), rel=1e-6, abs=1e-13)
     assert result.leakage == pytest.approx(math.sqrt(2 * result.predicted / energy), rel=1e-6, abs=1e-9)
-    assert result.kept == pytest.approx(float(expected.norm() / displacement.norm()), rel=1e-8)
+    assert result.kept == pytest.approx(float(expected.norm() / displacement.norm()), rel=0, abs=0.25 * ROOT)
     assert result.removed_share == pytest.approx(
         float((displacement - expected).norm() / displacement.norm()), rel=1e-6
     )

@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nsrl.projection.budget import solve_damping
+from tests.tolerances import ROOT
 
 numbers = st.floats(1e-8, 1e4)
 
@@ -42,7 +43,7 @@ def test_root(spectrum, share):
 def test_monotone_in_the_target(spectrum, shares):
     values, weights = spectrum
     small, large = (solve_damping(values, weights, share * 0.5 * float(weights.sum())) for share in sorted(shares))
-    assert small <= large
+    assert small <= large * (1 + ROOT)  # the halving starts from the target
 
 
 @given(spectrum=spectra(), share=st.floats(1e-3, 0.99), factor=st.sampled_from([1e-12, 1e-3, 1e3, 1e12]))

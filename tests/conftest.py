@@ -23,7 +23,8 @@ from matplotlib import pyplot
 
 import nsrl_envs  # noqa: F401  (its tasks are registered now, and not by the first test that needs them)
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+THREADS = os.environ["OMP_NUM_THREADS"]
+torch.set_num_threads(int(THREADS))
 
 # No deadline: the cores of a test machine are shared, and a slow moment is not a failure. The gate draws the same
 # examples every time, so that a change is judged by what it changes; `make test-all` draws new ones.
@@ -94,8 +95,16 @@ def alone() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    _set_threads()
     before = global_state()
     yield
+    _set_threads()
     after = global_state()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert not changed, f"the test leaves behind {changed}"
+
+
+def _set_threads() -> None:
+    """Commands set these for their process, which in these tests is everyone's."""
+    torch.set_num_threads(int(THREADS))
+    os.environ["OMP_NUM_THREADS"] = THREADS

@@ -21,22 +21,24 @@ ROOT = Path(__file__).parents[1]
 #: Rooms whose tests compute; the others test files, words and processes.
 NUMERICAL = ("tests/projection", "tests/ntk", "tests/rl", "tests/continual", "tests/bench/test_speed.py",
              "tests/bench/test_statistics.py")  # fmt: skip
-OLDEST = {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
-          "OPENBLAS_CORETYPE": "Nehalem"}  # fmt: skip
+#: Threads that wait for one another without spinning: the processes of pytest share the cores.
+TWO = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 #: Torch's own kernels, MKL's (matrices of torch), oneDNN's (convolutions) and OpenBLAS's (numpy and SciPy).
 SETTINGS: dict[str, dict[str, str]] = {
     "1 thread": {},
-    "2 threads": {"OMP_NUM_THREADS": "2"},
+    "2 threads": TWO,
     "MKL AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "MKL SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "torch AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "torch default": {"ATEN_CPU_CAPABILITY": "default"},
-    "all AVX2, 2 threads": {
+    "all AVX2": {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "OPENBLAS_CORETYPE": "Haswell", "OMP_NUM_THREADS": "2",
+        "OPENBLAS_CORETYPE": "Haswell",
     },
-    "all oldest": OLDEST,
-    "all oldest, 2 threads": OLDEST | {"OMP_NUM_THREADS": "2"},
+    "all oldest, 2 threads": {
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "OPENBLAS_CORETYPE": "Nehalem", **TWO,
+    },
 }  # fmt: skip
 #: What the settings set, and what a run must therefore not inherit.
 VARIABLES = {name for setting in SETTINGS.values() for name in setting}

@@ -88,7 +88,7 @@ def build_buffer(agent: PPO) -> RetentionBuffer:
     return RetentionBuffer.collect(agent, OLD, n_states=64, n_envs=2, seed=3)
 
 
-def build_model(agent: PPO, buffer: RetentionBuffer | None = None, env: VecEnv | None = None,
+def build_model(agent: PPO | Path, buffer: RetentionBuffer | None = None, env: VecEnv | None = None,
                 **options: Any) -> NullSpacePPO:  # fmt: skip
     options = {"kl_budget": 1e-4, "n_steps": N_STEPS, "seed": 5, "learning_rate": LinearSchedule(2e-3, 1e-4, 1.0),
                "clip_range": LinearSchedule(0.3, 0.1, 1.0), "trust_buffer": True, **options}  # fmt: skip
@@ -96,13 +96,15 @@ def build_model(agent: PPO, buffer: RetentionBuffer | None = None, env: VecEnv |
     return NullSpacePPO.from_pretrained(agent, env, retain=buffer, **options)
 
 
-def learn_without_end(path: Path, protected: bool) -> None:
-    """Learn, with a checkpoint a rollout, until the process is killed."""
-    agent = build_expert()
-    model = build_model(agent, build_buffer(agent) if protected else None)
+def learn_without_end(path: Path, agent: Path, buffer: Path | None = None) -> None:
+    """Learn, with a checkpoint a rollout, until the process is killed.
+
+    Agent and buffer come in files: collected anew, with another number of threads, they would be others.
+    """
+    model = build_model(agent, None if buffer is None else RetentionBuffer.load(buffer))
     model.learn(10**9, callback=Checkpoint(path, every=ROLLOUT))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    learn_without_end(Path(sys.argv[1]), sys.argv[2] == "null_space")
+    learn_without_end(*map(Path, sys.argv[1:]))

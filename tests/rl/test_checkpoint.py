@@ -504,8 +504,10 @@ def test_kill_dash_nine_loses_at_most_an_interval(expert, buffer, tmp_path):
     buffers = {"stock": None, "null_space": buffer}
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "envs")))}
+    expert.save(tmp_path / "agent.zip")
+    files = {"stock": ["agent.zip"], "null_space": ["agent.zip", buffer.save(tmp_path / "retention.npz").name]}
     processes = {
-        kind: subprocess.Popen([sys.executable, "-m", clockwork_.__name__, str(tmp_path / kind), kind], cwd=tmp_path,
+        kind: subprocess.Popen([sys.executable, "-m", clockwork_.__name__, kind, *files[kind]], cwd=tmp_path,
                                env=environment, stderr=subprocess.PIPE, text=True)
         for kind in buffers
     }  # fmt: skip

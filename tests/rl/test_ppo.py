@@ -93,8 +93,10 @@ def test_plain_fine_tuning_breaks_the_budget_that_null_space_keeps() -> None:
 
 
 def test_the_penalty_pulls_towards_the_reference() -> None:
-    kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=2)) for penalty in (0.0, 1.0, 100.0)]
-    assert kls[0] > kls[1] > kls[2]
+    """Hundreds of times, with any seed; of two penalties that both bind, a short run may end nearer with the weaker."""
+    for seed in range(3):
+        kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=seed)) for penalty in (0.0, 100.0)]
+        assert kls[1] < 0.1 * kls[0]
 
 
 def test_hard_null_space_leaves_the_context_input_free() -> None:

@@ -196,8 +196,8 @@ def test_mode_leaves_log_std_to_the_new_task() -> None:
 
 
 def test_rivals_run_through_the_same_loop() -> None:
-    kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=2)) for penalty in (0.0, 1.0, 100.0)]
-    assert kls[0] > kls[1] > kls[2]
+    kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=2)) for penalty in (0.0, 100.0)]
+    assert kls[1] < 0.1 * kls[0]
     plain, buffer = finetuned(method="finetune", seed=2)
     free, _ = finetuned(kl_budget=math.inf, seed=2)
     assert independent_kl(plain, buffer) == pytest.approx(kls[0], rel=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -311,7 +311,9 @@ def test_a_tighter_budget_gains_less_and_has_a_larger_multiplier() -> None:
     local, retention = problem(20, 3, damping=0.1)
     steps = [retained_step(local, retention, budget) for budget in (1e-2, 1e-3, 1e-4, 1e-5)]
     gains, multipliers = [step.gain for step in steps], [step.multiplier for step in steps]
-    assert gains == sorted(gains, reverse=True) and multipliers == sorted(multipliers)
+    assert gains == sorted(gains, reverse=True)
+    # to the width that is halved down to; where the budget alone binds, it is the end of the range for all
+    assert all(larger >= smaller * (1 - 1e-9) for smaller, larger in pairwise(multipliers))
     assert all(0.0 < step.kept <= 1.0 + 1e-9 for step in steps)
 
 

@@ -23,12 +23,14 @@ NUMERICAL = ("tests/projection", "tests/ntk", "tests/rl", "tests/continual", "te
              "tests/bench/test_statistics.py")  # fmt: skip
 #: Threads that wait for one another without spinning: the processes of pytest share the cores.
 TWO = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-#: Torch's own kernels, MKL's (matrices of torch), oneDNN's (convolutions) and OpenBLAS's (numpy and SciPy).
+#: Torch's own kernels, MKL's (matrices of torch; the first two variables only reach it on Intel's processors), oneDNN's
+#: (convolutions) and OpenBLAS's (numpy and SciPy).
 SETTINGS: dict[str, dict[str, str]] = {
     "1 thread": {},
     "2 threads": TWO,
     "MKL AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "MKL SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "MKL compatible": {"MKL_CBWR": "COMPATIBLE"},
     "torch AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "torch default": {"ATEN_CPU_CAPABILITY": "default"},
     "all AVX2": {
@@ -36,9 +38,10 @@ SETTINGS: dict[str, dict[str, str]] = {
         "OPENBLAS_CORETYPE": "Haswell",
     },
     "all oldest, 2 threads": {
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "OPENBLAS_CORETYPE": "Nehalem", **TWO,
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem", **TWO,
     },
+    "sums reversed": {"PYTEST_PLUGINS": "tests.reversed_sums"},
 }  # fmt: skip
 #: What the settings set, and what a run must therefore not inherit.
 VARIABLES = {name for setting in SETTINGS.values() for name in setting}

@@ -24,7 +24,8 @@ from nsrl.projection.budget import SpectralProjection
 from nsrl.rl import agents, surgery
 from nsrl.rl.policies import policy_outputs
 from tests.rl.builders import SMALL, trained
-from tests.rl.oracles import independent_kl, within
+from tests.rl.oracles import WIDTHS, independent_kl, within
+from tests.tolerances import assert_near
 
 TINY: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
@@ -72,7 +73,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def assert_equal_functions(first: torch.Tensor, second: torch.Tensor) -> None:
-    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+    assert_near(first, second, terms=WIDTHS)
 
 
 # ------------------------------------------------------------------------------------------------------- inputs
@@ -227,7 +228,7 @@ def test_new_actions_are_unlikely_by_the_margin(count: int, margin: float) -> No
     observations = torch.tensor(3.0 * normal(200, 4))
     with torch.no_grad():
         old, new = (policy_outputs(agent.policy, observations) for agent in (model, wide))
-    torch.testing.assert_close(new[:, :3], old, rtol=0, atol=1e-6)
+    assert_near(new[:, :3], old, terms=WIDTHS)
     torch.testing.assert_close(new[:, 3:], old.mean(1, keepdim=True).expand(-1, count) - margin, rtol=1e-5, atol=1e-5)
     padded = torch.cat([old.double(), torch.full((200, count), -1e9, dtype=torch.float64)], 1)
     kl = kl_divergence(Categorical(logits=padded), Categorical(logits=new.double()))

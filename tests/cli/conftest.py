@@ -1,6 +1,6 @@
 """A tiny agent and runs made with it, shared by all tests of the command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,19 @@ QUICK = (
 )  # fmt: skip
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory) -> Path:
+def pretrained(tmp_path_factory) -> Iterator[Path]:
     """A run folder of `nsrl pretrain`."""
     out = tmp_path_factory.mktemp("agents") / "cartpole"
     options = ("--total_timesteps", "512", "--ppo.n_steps", "128", "--ppo.batch_size", "64")
     assert main(["pretrain", "--env", "nsrl/CartPole-v0", "--out", str(out), *options, *QUICK]) == 0
-    return out
+    before = contents(out)
+    yield out
+    assert contents(out) == before, "a test has changed the run that all share"
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +43,13 @@ def finetuning(pretrained) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def finetuned(finetuning, tmp_path_factory) -> Path:
+def finetuned(finetuning, tmp_path_factory) -> Iterator[Path]:
     """A run folder of `nsrl finetune`."""
     out = tmp_path_factory.mktemp("runs") / "swapped"
     assert main(finetuning("--out", str(out))) == 0
-    return out
+    before = contents(out)
+    yield out
+    assert contents(out) == before, "a test has changed the run that all share"
 
 
 @pytest.fixture

@@ -42,6 +42,9 @@ def test_no_test_sleeps_or_measures_the_time_that_it_takes() -> None:
              if not (isinstance(call.args[0], ast.Constant) and call.args[0].value <= LONGEST)]  # fmt: skip
     found += [(file, ast.unparse(call)) for file, tree in TREES.items()
               for call in calls(tree, "perf_counter", "monotonic", "process_time")]  # fmt: skip
+    # pytest-timeout ends what hangs
+    found += [(file, ast.unparse(call)) for file, tree in TREES.items() for call in calls(tree, "run", "communicate")
+              if any(word.arg == "timeout" for word in call.keywords)]  # fmt: skip
     assert not found, "wait for a state, not for a time, and give the code under test a clock"
 
 

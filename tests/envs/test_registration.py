@@ -19,7 +19,7 @@ from nsrl_envs.optional import load_environment
 
 def _run(code: str) -> str:
     finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

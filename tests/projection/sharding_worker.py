@@ -293,7 +293,8 @@ def work(rank: int, folder: str) -> None:
     """Run every scenario as one of two gloo processes and save what came out as FOLDER/RANK.pt."""
     torch.set_num_threads(1)
     store = (Path(folder) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    # long enough for a machine that is busy; it only ends what would never end
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=240))
     try:
         torch.save({scenario.__name__: scenario(rank) for scenario in SCENARIOS}, Path(folder) / f"{rank}.pt")
     finally:

@@ -110,7 +110,7 @@ def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, gue
     """
     subspace = Subspace(local, retention)
     usable = 0.0 < float(local.gradient.norm()) < math.inf  # without a gradient a guess would lead nowhere
-    scale, multiplier = (guess.scale, min(guess.multiplier, STIFF)) if guess and usable else (0.0, 0.0)
+    scale, multiplier = _softened(guess) if guess and usable else (0.0, 0.0)
     if multiplier > 0.0:
         products = subspace.grow(-(scale * local.gradient + multiplier * subspace.slope), multiplier)
         subspace.add(subspace.divide(local.gradient, multiplier))
@@ -136,6 +136,12 @@ def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, gue
     kept = gain / found.free if found.free > 0.0 else 0.0
     return Step(found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products,
                 found.scale)  # fmt: skip
+
+
+def _softened(guess: Multipliers) -> tuple[float, float]:
+    """Its scale and multiplier in the same ratio, the multiplier no larger than conjugate gradients are run with."""
+    multiplier = min(guess.multiplier, STIFF)
+    return guess.scale * (multiplier / guess.multiplier if guess.multiplier > 0.0 else 1.0), multiplier
 
 
 class Subspace:
@@ -177,10 +183,11 @@ class Subspace:
 
         Sizes are those of the preconditioner, as in conjugate gradients.
         """
-        wanted = -(found.scale * self.local.gradient + found.multiplier * self.slope)
+        unit = 1.0 / max(found.multiplier, 1.0)  # squares of the multiplier may be more than float32 holds
+        wanted = -(unit * found.scale * self.local.gradient + unit * found.multiplier * self.slope)
         rollout = self.local.fisher.matvec(found.displacement)
         buffer = self.retention.jacobian.matvec(found.displacement)
-        missing = wanted - self._product(found.displacement, rollout, buffer, found.multiplier)
+        missing = wanted - unit * self._product(found.displacement, rollout, buffer, found.multiplier)
         multiplier = min(found.multiplier, STIFF)
         size, left = (float(vector @ self.divide(vector, multiplier)) for vector in (wanted, missing))
         if math.isnan(size):

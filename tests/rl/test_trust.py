@@ -334,6 +334,18 @@ def test_single_precision_is_enough() -> None:
     assert step.gain == pytest.approx(exact.gain, rel=1e-3) and step.retained <= 0.002 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("guess", [None, Multipliers(1e15, 1e12)])
+def test_single_precision_holds_the_multiplier_of_a_budget_that_alone_binds(guess: Multipliers | None) -> None:
+    """Its end, 1e12, times the slope of rows of size 1e9, squared, is more than float32 has."""
+    local, retention = problem(10, 7, offset=0.05)
+    local = LocalModel(Dense(1e-3 * local.fisher.rows.float()), local.gradient.float(), 1e3, 0.1, 40, 1e-4)
+    rows = 1e9 * retention.jacobian.rows.float()
+    retention = Quadratic(Dense(rows), retention.residual.float(), retention.divergence)
+    step = retained_step(local, retention, 0.002, guess=guess)
+    assert step.multiplier == pytest.approx(1e12) and step.gain > 0.0
+    assert math.isfinite(step.residual) and step.retained <= 0.002 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("guess", [None, Multipliers(0.1, 1.0)])
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_without_a_gradient_there_is_no_step(offset: float, guess: Multipliers | None) -> None:

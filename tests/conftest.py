@@ -8,6 +8,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -82,6 +83,7 @@ def global_state() -> dict[str, Any]:
         # pytest keeps the running test's name there, and torch a folder from its first use of torch.func on
         "environment": {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TORCHINDUCTOR_"))},
         "working directory": os.getcwd(),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
     }
 
 
@@ -100,8 +102,15 @@ def alone() -> Iterator[None]:
     yield
     _set_threads()
     after = global_state()
-    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-    assert not changed, f"the test leaves behind {changed}"
+    changed = [_difference(name, before[name], after[name]) for name in before if before[name] != after[name]]
+    assert not changed, f"the test leaves behind: {'; '.join(changed)}"
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    """What to look for. Of the environment's variables the names alone: their values are nobody's business."""
+    if isinstance(before, dict):
+        return f"{name} {sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))}"
+    return f"{name} {after}, before {before}"
 
 
 def _set_threads() -> None:

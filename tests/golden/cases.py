@@ -373,6 +373,8 @@ CASES: dict[str, Callable[[], Digests]] = {
     "normalized": normalized,
     "surgery": surgery,
     "continual kl_budget": partial(continual, "kl_budget"),
+    "continual kl_budget restored": partial(continual, "kl_budget", kl_budget=1e-4, enforce_every=3),
+    "continual kl_budget tight": partial(continual, "kl_budget", kl_budget=1e-5, enforce_every=2, restore_steps=1),
     "continual combined": partial(continual, "combined"),
     "continual gpm": partial(continual, "gpm"),
     "continual ogd": partial(continual, "ogd"),

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import nsrl_envs  # noqa: F401  gymnasium >= 1.0 reads no plugin entry points: importing registers the "nsrl/..." ids
 
 if TYPE_CHECKING:
-    from nsrl.rl.buffer import RetentionBuffer as RetentionBuffer
-    from nsrl.rl.ppo import NullSpacePPO as NullSpacePPO
-    from nsrl.rl.protected import protect as protect
-    from nsrl.rl.trpo import NullSpaceTRPO as NullSpaceTRPO
+    from nsrl.rl.algorithms.mixin import protect as protect
+    from nsrl.rl.algorithms.ppo import NullSpacePPO as NullSpacePPO
+    from nsrl.rl.algorithms.trpo import NullSpaceTRPO as NullSpaceTRPO
+    from nsrl.rl.retention.buffer import RetentionBuffer as RetentionBuffer
 
 __version__ = "0.1.0"
 __all__ = ["NullSpacePPO", "NullSpaceTRPO", "RetentionBuffer", "__version__", "protect"]
 
 _HOMES = {
-    "NullSpacePPO": "nsrl.rl.ppo",
-    "NullSpaceTRPO": "nsrl.rl.trpo",
-    "RetentionBuffer": "nsrl.rl.buffer",
-    "protect": "nsrl.rl.protected",
+    "NullSpacePPO": "nsrl.rl.algorithms.ppo",
+    "NullSpaceTRPO": "nsrl.rl.algorithms.trpo",
+    "RetentionBuffer": "nsrl.rl.retention.buffer",
+    "protect": "nsrl.rl.algorithms.mixin",
 }
 
 

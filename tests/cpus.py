@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 #: Rooms whose tests compute; the others test files, words and processes.
-NUMERICAL = ("tests/projection", "tests/ntk", "tests/rl", "tests/continual", "tests/bench/test_speed.py",
-             "tests/bench/test_statistics.py")  # fmt: skip
+NUMERICAL = ("tests/projection", "tests/ntk", "tests/rl", "tests/continual", "tests/bench/speed/test_speed.py",
+             "tests/bench/suites/test_statistics.py")  # fmt: skip
 #: Threads that wait for one another without spinning: the processes of pytest share the cores.
 TWO = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 #: Torch's own kernels, MKL's (matrices of torch; the first two variables only reach it on Intel's processors), oneDNN's

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.buffers import collect_buffer
-from nsrl.bench.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
-from nsrl.bench.figures import curve_from_history, draw_curves, first_returns
-from nsrl.bench.jobs import Job, Status, gather, run_jobs
-from nsrl.bench.pretraining import pretrain, resume_pretraining
-from nsrl.bench.report import Table, comparison_table, duration
-from nsrl.bench.runs import RunFolder, choose_folder, read_lines, write_text
-from nsrl.bench.settings import to_yaml
-from nsrl.bench.tasks import Tasks, resolve_tasks
-from nsrl.bench.training import Interrupted, Stopwatch, use_one_thread
+from nsrl.bench.suites.jobs import Job, Status, gather, run_jobs
 from nsrl.rl import agents
+from nsrl.runs.collecting import collect_buffer
+from nsrl.runs.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
+from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
+from nsrl.runs.folder import RunFolder, choose_folder, read_lines, write_text
+from nsrl.runs.pretraining import pretrain, resume_pretraining
+from nsrl.runs.report import Table, comparison_table, duration
+from nsrl.runs.settings import to_yaml
+from nsrl.runs.tasks import Tasks, resolve_tasks
+from nsrl.runs.training import Interrupted, Stopwatch, use_one_thread
 
 #: Label, folder and method of the two fine-tunings.
 METHODS: tuple[tuple[str, str, Method], ...] = (

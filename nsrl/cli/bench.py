@@ -71,11 +71,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
-    from nsrl.bench.learning import learning_table
-    from nsrl.bench.scatter import draw_tradeoff
-    from nsrl.bench.sequence_suite import draw_sequence_suite, run_sequence_suite, sequence_suite_table
-    from nsrl.bench.suite_report import suite_table
-    from nsrl.bench.suites import read_suite, run_suite, write_suite
+    from nsrl.bench.suites.learning import learning_table
+    from nsrl.bench.suites.pairs import read_suite, run_suite, write_suite
+    from nsrl.bench.suites.report import suite_table
+    from nsrl.bench.suites.scatter import draw_tradeoff
+    from nsrl.bench.suites.sequences import draw_sequence_suite, run_sequence_suite, sequence_suite_table
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
 
@@ -95,12 +95,12 @@ def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
 
 
 def _trpo(out: Path, reference: Path, workers: int) -> int:
-    from nsrl.bench.environment import describe_environment
-    from nsrl.bench.runs import write_json
-    from nsrl.bench.training import use_one_thread
-    from nsrl.bench.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
+    from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
+    from nsrl.runs.folder import write_json
+    from nsrl.runs.machine import describe_environment
+    from nsrl.runs.training import use_one_thread
 
     with StatusLine("trpo") as line:
         runs = compare_returns(out, workers=workers, on_status=line.show)
@@ -118,13 +118,13 @@ def _trpo(out: Path, reference: Path, workers: int) -> int:
 
 
 def _overhead(configs: Path, out: Path, reference: Path) -> int:
-    from nsrl.bench.config import FinetuneConfig
-    from nsrl.bench.jobs import run_jobs
-    from nsrl.bench.overhead import measure_memory, measure_overhead
-    from nsrl.bench.runs import write_json
-    from nsrl.bench.suites import read_suite
-    from nsrl.bench.training import use_one_thread
+    from nsrl.bench.studies.overhead import measure_memory, measure_overhead
+    from nsrl.bench.suites.jobs import run_jobs
+    from nsrl.bench.suites.pairs import read_suite
     from nsrl.cli.status_line import StatusLine
+    from nsrl.runs.config import FinetuneConfig
+    from nsrl.runs.folder import write_json
+    from nsrl.runs.training import use_one_thread
 
     use_one_thread()
     results = {}
@@ -149,11 +149,11 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
 
 
 def _speed(options: argparse.Namespace) -> int:
-    from nsrl.bench.environment import describe_environment
-    from nsrl.bench.runs import write_json
     from nsrl.bench.speed.benchmark import Settings, measure_speed
     from nsrl.bench.speed.report import draw_scaling, speed_tables
     from nsrl.cli.command import print_table
+    from nsrl.runs.folder import write_json
+    from nsrl.runs.machine import describe_environment
 
     threads = describe_environment()["cpus"] if options.threads is None else options.threads
     if threads < 1:
@@ -175,11 +175,11 @@ def _speed(options: argparse.Namespace) -> int:
 
 
 def _continual(options: argparse.Namespace) -> int:
-    from nsrl.bench.continual import plan_cells, run_cells
-    from nsrl.bench.continual_report import benchmark_tables, draw_benchmarks, write_markdown
-    from nsrl.bench.runs import write_json
+    from nsrl.bench.studies.continual import plan_cells, run_cells
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
+    from nsrl.runs.folder import write_json
 
     only = tuple(options.only.split(",")) if options.only else ()
     out = options.out or Path("runs/bench/continual_quick" if options.quick else "runs/bench/continual")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsrl.bench.config import CollectConfig
 from nsrl.cli.command import print_table, read_arguments
+from nsrl.runs.config import CollectConfig
 
 EXAMPLES = """\
   nsrl collect --agent runs/pretrained/cartpole --env nsrl/CartPole-v0
@@ -18,9 +18,9 @@ Collect a retention buffer: states that the agent visits on its own task, with w
 def run(arguments: Sequence[str]) -> int:
     """Collect, and print what was collected."""
     config, options = read_arguments(CollectConfig, arguments, command="collect", about=ABOUT, examples=EXAMPLES)
-    from nsrl.bench.buffers import collect
-    from nsrl.bench.report import collection_table
-    from nsrl.bench.training import use_one_thread
+    from nsrl.runs.collecting import collect
+    from nsrl.runs.report import collection_table
+    from nsrl.runs.training import use_one_thread
 
     use_one_thread()
     if options["progress"]:

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nsrl.bench.settings import Config, build_parser, parse
+from nsrl.runs.settings import Config, build_parser, parse
 
 if TYPE_CHECKING:
-    from nsrl.bench.report import Table
-    from nsrl.bench.training import Interrupted, Outcome
+    from nsrl.runs.report import Table
+    from nsrl.runs.training import Interrupted, Outcome
 
 WIDTH = 100
 
@@ -52,8 +52,8 @@ def run_training(
     command: str, config: Any, options: dict[str, Any], start: Callable[..., Outcome], resume: Callable[..., Outcome]
 ) -> tuple[Outcome | None, int]:
     """Start or resume a run; the outcome (None if interrupted) and the exit code."""
-    from nsrl.bench.training import Interrupted, use_one_thread
     from nsrl.errors import NsrlError
+    from nsrl.runs.training import Interrupted, use_one_thread
 
     use_one_thread()
     try:
@@ -75,7 +75,7 @@ def interrupted(command: str, stop: Interrupted) -> int:
 
 def print_outcome(outcome: Outcome, table: Table) -> None:
     """The final table, and where everything lies."""
-    from nsrl.bench.report import duration
+    from nsrl.runs.report import duration
 
     print_table(table)
     folder = outcome.folder

@@ -26,10 +26,10 @@ def run(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         ContinualConfig, arguments, command="continual", about=ABOUT, examples=EXAMPLES, resumable=True
     )
-    from nsrl.bench.continual_report import run_table
-    from nsrl.bench.runs import RunFolder, choose_folder
-    from nsrl.bench.training import use_one_thread
+    from nsrl.bench.studies.continual_report import run_table
     from nsrl.continual.runner import run_continual
+    from nsrl.runs.folder import RunFolder, choose_folder
+    from nsrl.runs.training import use_one_thread
 
     if options["resume"] is None:
         folder = choose_folder("continual", config.benchmark.name, config.out)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from nsrl.bench.config import DemoConfig
 from nsrl.cli.command import print_table, read_arguments
+from nsrl.runs.config import DemoConfig
 
 EXAMPLES = """\
   nsrl demo
@@ -21,8 +21,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run the demo, and print its one table."""
     config, options = read_arguments(DemoConfig, arguments, command="demo", about=ABOUT, examples=EXAMPLES)
     from nsrl.bench.demo import run_demo
-    from nsrl.bench.training import Interrupted
     from nsrl.cli.status_line import StatusLine
+    from nsrl.runs.training import Interrupted
 
     try:
         with StatusLine("fine-tuning") as line:

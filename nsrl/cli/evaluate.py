@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsrl.bench.config import EvaluateConfig
 from nsrl.cli.command import print_table, read_arguments
+from nsrl.runs.config import EvaluateConfig
 
 EXAMPLES = """\
   nsrl evaluate --agent runs/pretrained/cartpole --pair cartpole_swapped
@@ -19,9 +19,9 @@ buffer (--buffer). Prints a table; with --out, metrics.json goes there."""
 def run(arguments: Sequence[str]) -> int:
     """Play, and print the table."""
     config, _ = read_arguments(EvaluateConfig, arguments, command="evaluate", about=ABOUT, examples=EXAMPLES)
-    from nsrl.bench.playing import play
-    from nsrl.bench.report import evaluation_table
-    from nsrl.bench.training import use_one_thread
+    from nsrl.runs.evaluating import play
+    from nsrl.runs.report import evaluation_table
+    from nsrl.runs.training import use_one_thread
 
     use_one_thread()
     print_table(evaluation_table(play(config)))

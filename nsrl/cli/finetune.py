@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsrl.bench.config import FinetuneConfig
-from nsrl.bench.sequence_config import SequenceConfig
-from nsrl.bench.settings import read_yaml
 from nsrl.cli.command import print_outcome, read_arguments, run_training
 from nsrl.errors import NsrlError
+from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.sequences.config import SequenceConfig
+from nsrl.runs.settings import read_yaml
 
 EXAMPLES = """\
   nsrl finetune --config configs/cartpole_swapped.yaml
@@ -55,8 +55,8 @@ def _run_pair(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         FinetuneConfig, arguments, command="finetune", about=ABOUT, examples=EXAMPLES, resumable=True
     )
-    from nsrl.bench.finetuning import finetune, resume_finetuning
-    from nsrl.bench.report import finetuning_table
+    from nsrl.runs.finetuning import finetune, resume_finetuning
+    from nsrl.runs.report import finetuning_table
 
     outcome, status = run_training("finetune", config, options, finetune, resume_finetuning)
     if outcome is not None:
@@ -68,8 +68,8 @@ def _run_sequence(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         SequenceConfig, arguments, command="finetune", about=ABOUT_SEQUENCES, examples=EXAMPLES, resumable=True
     )
-    from nsrl.bench.sequence import learn_sequence, resume_sequence
-    from nsrl.bench.sequence_report import sequence_table
+    from nsrl.runs.sequences.learning import learn_sequence, resume_sequence
+    from nsrl.runs.sequences.report import sequence_table
 
     outcome, status = run_training("finetune", config, options, learn_sequence, resume_sequence)
     if outcome is not None:

@@ -76,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    from nsrl.bench.report import Table
-    from nsrl.bench.runs import write_json
-    from nsrl.bench.training import use_one_thread
+    from nsrl.analysis import retained_behaviour
     from nsrl.cli.command import print_table
-    from nsrl.ntk.rl import retained_behaviour
-    from nsrl.rl.buffer import RetentionBuffer
+    from nsrl.rl.retention.buffer import RetentionBuffer
+    from nsrl.runs.folder import write_json
+    from nsrl.runs.report import Table
+    from nsrl.runs.training import use_one_thread
 
     use_one_thread()
     buffer = RetentionBuffer.load(options.buffer)
@@ -99,7 +99,7 @@ def _spectrum(options: argparse.Namespace) -> int:
     )  # fmt: skip
     print_table(Table(("retained behaviour", ""), rows))
     if options.out is not None:
-        from nsrl.ntk.gallery.policies import spectrum_plate
+        from nsrl.bench.gallery.policies import spectrum_plate
 
         content = {"states": found.states, "parameters": found.parameters, "rank": found.spectrum.rank,
                    "effective_dimension": dimension, "kl_budget": options.kl_budget, "step": options.step,
@@ -111,7 +111,7 @@ def _spectrum(options: argparse.Namespace) -> int:
 
 
 def _gallery(options: argparse.Namespace) -> int:
-    from nsrl.ntk.gallery import make_gallery
+    from nsrl.bench.gallery import make_gallery
 
     if options.only is not None and not options.only:
         raise NsrlError("nsrl ntk gallery: --only names no figure; leave it out to draw all")
@@ -124,13 +124,13 @@ def _gallery(options: argparse.Namespace) -> int:
 
 
 def _forecast(options: argparse.Namespace) -> int:
-    from nsrl.bench.report import Table, scientific
-    from nsrl.bench.training import use_one_thread
+    from nsrl.analysis.study import CARTPOLES, OLD_TASK, forecast_study, planned_runs, pretrained_cartpole
+    from nsrl.bench.gallery.page import write_page
+    from nsrl.bench.gallery.policies import study_plate
     from nsrl.cli.command import print_table
-    from nsrl.ntk.gallery.page import write_page
-    from nsrl.ntk.gallery.policies import study_plate
-    from nsrl.ntk.rl.study import CARTPOLES, OLD_TASK, forecast_study, planned_runs, pretrained_cartpole
-    from nsrl.rl.buffer import RetentionBuffer
+    from nsrl.rl.retention.buffer import RetentionBuffer
+    from nsrl.runs.report import Table, scientific
+    from nsrl.runs.training import use_one_thread
 
     use_one_thread()
     tasks = tuple(CARTPOLES) if options.tasks is None else options.tasks

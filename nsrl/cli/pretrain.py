@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsrl.bench.config import PretrainConfig
 from nsrl.cli.command import print_outcome, read_arguments, run_training
+from nsrl.runs.config import PretrainConfig
 
 EXAMPLES = """\
   nsrl pretrain --config configs/pretrain_cartpole.yaml
@@ -22,8 +22,8 @@ def run(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         PretrainConfig, arguments, command="pretrain", about=ABOUT, examples=EXAMPLES, resumable=True
     )
-    from nsrl.bench.pretraining import pretrain, resume_pretraining
-    from nsrl.bench.report import pretraining_table
+    from nsrl.runs.pretraining import pretrain, resume_pretraining
+    from nsrl.runs.report import pretraining_table
 
     outcome, status = run_training("pretrain", config, options, pretrain, resume_pretraining)
     if outcome is not None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsrl.bench.jobs import Status
+    from nsrl.bench.suites.jobs import Status
 
 
 class StatusLine:

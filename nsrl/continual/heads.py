@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsrl.continual.tasks import Task
 from nsrl.errors import NsrlError
 from nsrl.projection import JacobianError
-from nsrl.projection.capture import refuse_sample_mixing
+from nsrl.projection.jacobians.capture import refuse_sample_mixing
 
 #: Logit of a column that a narrower head does not have: no probability in any precision, and no NaN in a divergence.
 ABSENT = -1e4

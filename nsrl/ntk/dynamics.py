@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsrl.errors import NsrlError
 from nsrl.ntk.training import Loss, loss_rate
-from nsrl.projection.spectrum import spectrum
+from nsrl.projection.solvers.spectrum import spectrum
 
 #: Largest relative residual of the Cholesky solve that is believed.
 RESIDUAL = 1e-6

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from nsrl.errors import NsrlError
-from nsrl.projection.capture import refuse_sample_mixing
-from nsrl.projection.fallback import BoundForward, Forward, flat
-from nsrl.projection.state import differentiable, own_state
-from nsrl.projection.verification import TOLERANCES
+from nsrl.projection.jacobians.capture import refuse_sample_mixing
+from nsrl.projection.jacobians.fallback import BoundForward, Forward, flat
+from nsrl.projection.jacobians.state import differentiable, own_state
+from nsrl.projection.jacobians.verification import TOLERANCES
 
 #: Relative error of a gradient in a precision of two or three digits.
 HALF = 0.1

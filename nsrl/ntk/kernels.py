@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nsrl.errors import NsrlError
 from nsrl.ntk.memory import available_bytes, readable_bytes
 from nsrl.ntk.samples import count_samples, refuse_mismatch, take_samples
-from nsrl.projection.fallback import Forward
-from nsrl.projection.jacobian import FactoredJacobian, jacobian
+from nsrl.projection.jacobians.fallback import Forward
+from nsrl.projection.jacobians.linearise import FactoredJacobian, jacobian
 
 Kind = Literal["full", "trace", "diagonal"]
 #: Bytes that the factors of one batch may take when no batch size is given.
@@ -64,7 +64,7 @@ def empirical_ntk(
             "diagonal": (O, n1, n2), for each output the kernel of that output alone.
             "trace": (n1, n2), the sum of "diagonal" over the outputs (neural-tangents divides it by O).
         forward: function (model, inputs) -> outputs (N, O), default `model(inputs)`. For the policy of an SB3 agent:
-            `nsrl.rl.policies.policy_outputs`.
+            `nsrl.rl.policies.actor_critic.policy_outputs`.
         batch_size: samples linearised at once; default as many as keep their factors under 256 MB.
         precision: dtype of the products and of the result. float32 costs half and is enough to look at.
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 from nsrl.ntk.functions import ParameterFunction
-from nsrl.projection.fallback import Forward
-from nsrl.projection.jacobian import jacobian
+from nsrl.projection.jacobians.fallback import Forward
+from nsrl.projection.jacobians.linearise import jacobian
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.ntk.functions import ParameterFunction
-from nsrl.projection.fallback import Forward
+from nsrl.projection.jacobians.fallback import Forward
 
 
 class LinearizedModel(nn.Module):

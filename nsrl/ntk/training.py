@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
-from nsrl.projection.fallback import Forward
+from nsrl.projection.jacobians.fallback import Forward
 
 #: L(f) for outputs f and targets y with k = N * O entries: 1/2 |f - y|^2, 1/(2k) |f - y|^2, or 1/k |f - y|^2 (that is
 #: `torch.nn.MSELoss()`).

@@ -223,6 +223,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+
+
 class _PeoplesLoader(_Loader):
     """As above, with the floats that people write."""
 

@@ -12,7 +12,7 @@ import pytest
 from stable_baselines3 import PPO, SAC
 
 from nsrl.cli.main import main
-from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.retention.buffer import RetentionBuffer
 
 
 @pytest.fixture

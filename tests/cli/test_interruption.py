@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nsrl.bench.runs import read_lines
 from nsrl.cli.main import main
+from nsrl.runs.folder import read_lines
 
 ROLLOUT = 256
 DEMO = (

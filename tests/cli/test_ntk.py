@@ -3,7 +3,7 @@ import json
 import pytest
 
 from nsrl.cli.main import main
-from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.retention.buffer import RetentionBuffer
 
 
 @pytest.fixture(scope="module")

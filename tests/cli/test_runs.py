@@ -8,11 +8,11 @@ from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nsrl.bench.config import FinetuneConfig
-from nsrl.bench.settings import load
 from nsrl.cli.main import main
-from nsrl.rl.buffer import RetentionBuffer
-from nsrl.rl.evaluation import evaluate
+from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.settings import load
 
 FILES = {
     "config.yaml", "agent.zip", "retention.npz", "metrics.json", "history.jsonl", "report.md", "curves.png", "tb",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nsrl.bench import sequence_suite
+from nsrl.bench.suites import sequences
 from nsrl.cli.finetune import names_sequence
 from nsrl.cli.main import main
 
@@ -87,7 +87,7 @@ def test_bench_tells_a_suite_of_sequences_from_one_of_pairs(config, tmp_path, mo
             "summary": [entry],
         }
 
-    monkeypatch.setattr(sequence_suite, "run_sequence_suite", no_runs)
+    monkeypatch.setattr(sequences, "run_sequence_suite", no_runs)
     words = ["bench", "two", "--configs", str(tmp_path), "--out", str(tmp_path / "o"), "--reference", str(tmp_path)]
     assert main(words) == 0
     assert asked == [("two", True, ["a", "b"], "o")]

@@ -13,7 +13,7 @@ from nsrl.continual.memory import Memory
 from nsrl.continual.multiplier import Multiplier
 from nsrl.continual.strategies.ewc import fisher_diagonal
 from nsrl.errors import NsrlError
-from nsrl.rl.multiplier import Multiplier as PolicyMultiplier
+from nsrl.projection.budget.multiplier import Multiplier as PolicyMultiplier
 from tests.continual.learning import CLASSES, Batches, blobs, build, learn
 from tests.projection.builders import Net, rows_matrix
 

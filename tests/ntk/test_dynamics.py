@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nsrl.errors import NsrlError
 from nsrl.ntk import OutputDynamics, descend, empirical_ntk, fit_slope, kernel_descent, linearize
 from nsrl.projection import JacobianError, jacobian
-from nsrl.rl.policies import policy_outputs
+from nsrl.rl.policies.actor_critic import policy_outputs
 from tests.projection.builders import jacrev_matrix, mlp, normal
 
 RATE = {"half_sum": lambda k: 1.0, "half_mean": lambda k: 1 / k, "mse": lambda k: 2 / k}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsrl.errors import NsrlError
 from nsrl.ntk import empirical_ntk, kernels, ntk_tiles
 from nsrl.projection import JacobianError, jacobian
-from nsrl.rl.policies import policy_outputs
+from nsrl.rl.policies.actor_critic import policy_outputs
 from tests.projection.architecture import Architecture
 from tests.projection.architectures import ARCHITECTURES
 from tests.projection.builders import Net, jacrev_matrix, mlp, normal, rows_matrix

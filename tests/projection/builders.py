@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev
 from torch.utils._pytree import tree_map
 
 from nsrl.projection import FactoredJacobian
-from nsrl.projection.blocks import DenseBlock
+from nsrl.projection.jacobians.blocks import DenseBlock
 
 
 class Net(nn.Module):

@@ -17,10 +17,10 @@ from nsrl.projection import (
     jacobian,
     parameter_columns,
 )
-from nsrl.projection.blocks import LinearBlock
-from nsrl.projection.constraint import Constraint, Eigenspace
-from nsrl.projection.damping import solve_damping
-from nsrl.projection.nystrom import NystromSolver
+from nsrl.projection.budget.damping import solve_damping
+from nsrl.projection.constraints.constraint import Constraint, Eigenspace
+from nsrl.projection.jacobians.blocks import LinearBlock
+from nsrl.projection.solvers.nystrom import NystromSolver
 from tests.projection.builders import matrix_jacobian, mlp, normal
 
 BROKEN = [math.nan, math.inf]

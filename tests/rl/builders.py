@@ -16,7 +16,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.retention.buffer import RetentionBuffer
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_epochs": 3, "learning_rate": 3e-3}
 OLD = {"discrete": "nsrl/CartPole-v0", "box": "nsrl/Pendulum-v0"}

@@ -17,9 +17,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.rl.buffer import RetentionBuffer
-from nsrl.rl.checkpoint import Checkpoint
-from nsrl.rl.ppo import NullSpacePPO
+from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.training.checkpoint import Checkpoint
 
 OLD, NEW = "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"
 N_STEPS, N_ENVS = 32, 2

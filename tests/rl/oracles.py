@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
-from nsrl.rl.buffer import RetentionBuffer
+from nsrl.rl.retention.buffer import RetentionBuffer
 from tests.tolerances import kl_excess
 
 #: Logits at and below this are those of actions that a mask has ruled out.

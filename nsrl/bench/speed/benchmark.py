@@ -10,8 +10,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.environment import describe_environment
-from nsrl.bench.runs import write_json
 from nsrl.bench.speed.cases import CASES, ON_DEVICE, Case, Problem
 from nsrl.bench.speed.device import free_bytes
 from nsrl.bench.speed.methods import METHODS, OURS, Method
@@ -19,6 +17,8 @@ from nsrl.bench.speed.targets import check_targets
 from nsrl.bench.speed.worker import Failure, ask_worker
 from nsrl.errors import NsrlError
 from nsrl.reading.documents import read_results
+from nsrl.runs.folder import write_json
+from nsrl.runs.machine import describe_environment
 
 #: Distributions of the rivals, for the record.
 RIVALS = ("torchjd", "nngeometry", "curvlinops-for-pytorch")

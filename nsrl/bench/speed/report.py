@@ -7,9 +7,9 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.figures import COLOURS
-from nsrl.bench.report import Table, scientific
 from nsrl.bench.speed.targets import Target, memory_ratio, time_ratio
+from nsrl.runs.figures import COLOURS
+from nsrl.runs.report import Table, scientific
 
 
 def speed_tables(content: dict[str, Any]) -> list[Table]:

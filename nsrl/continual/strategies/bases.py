@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nsrl.projection.blocks import Range
-from nsrl.projection.columns import LayerColumns
-from nsrl.projection.constraint import Constraint, Eigenspace
+from nsrl.projection.constraints.constraint import Constraint, Eigenspace
+from nsrl.projection.jacobians.blocks import Range
+from nsrl.projection.jacobians.columns import LayerColumns
 
 
 @dataclass(frozen=True)

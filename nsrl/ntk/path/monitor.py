@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 from nsrl.ntk.path.recorder import unrecorded
-from nsrl.projection.fallback import Forward
-from nsrl.projection.jacobian import jacobian
-from nsrl.projection.spectrum import spectrum
+from nsrl.projection.jacobians.fallback import Forward
+from nsrl.projection.jacobians.linearise import jacobian
+from nsrl.projection.solvers.spectrum import spectrum
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.environment import describe_environment
 from nsrl.reading import limits
 from nsrl.reading.pickles import LONGEST_NUMBER
 from nsrl.reading.zips import DIRECTORY
+from nsrl.runs.machine import describe_environment
 from tests.reading.hostile import controls
 from tests.reading.hostile.worker import CASES, MEMORY, PROCESSOR, outcomes
 

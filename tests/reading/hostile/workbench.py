@@ -20,21 +20,22 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import nsrl_envs  # noqa: F401  registers the ids
-from nsrl.bench.config import FinetuneConfig
-from nsrl.bench.hyperparameters import PPOOverrides
-from nsrl.bench.runs import read_lines
-from nsrl.bench.settings import load, to_yaml
-from nsrl.bench.suites import read_suite
+from nsrl.bench.suites.pairs import read_suite
 from nsrl.continual.benchmarks import build_benchmark
 from nsrl.continual.benchmarks.mnist import read_idx
 from nsrl.continual.config import BenchmarkSettings, ContinualConfig, StrategySettings, TrainingSettings
 from nsrl.continual.runner import run_continual
 from nsrl.reading.documents import read_results
-from nsrl.rl import agents, checkpoint
-from nsrl.rl.buffer import RetentionBuffer
-from nsrl.rl.checkpoint_file import read_checkpoint
-from nsrl.rl.normalization import ObservationNormalizer
-from nsrl.rl.ppo import NullSpacePPO
+from nsrl.rl import agents
+from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.training import checkpoint
+from nsrl.rl.training.checkpoint_file import read_checkpoint
+from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.folder import read_lines
+from nsrl.runs.hyperparameters import PPOOverrides
+from nsrl.runs.settings import load, to_yaml
 
 OLD, NEW = "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"
 

@@ -1,0 +1,215 @@
+"""All strategies of continual learning on all offline benchmarks, over seeds and orders of the tasks, in processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsrl.bench.suites.jobs import Status
+from nsrl.bench.suites.statistics import bootstrap, paired_difference
+from nsrl.continual.config import ContinualConfig, StrategySettings
+from nsrl.continual.strategies import STRATEGIES
+from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
+from nsrl.runs.folder import write_json
+from nsrl.runs.machine import describe_environment
+from nsrl.runs.settings import load, plain
+
+#: Configurations (configs/continual/NAME.yaml) that need no files.
+BENCHMARKS = (
+    "permuted_digits",
+    "rotated_digits",
+    "split_digits",
+    "split_digits_class",
+    "teacher_student",
+    "regression",
+)
+SEEDS = (0, 1, 2, 3, 4)
+ORDERS = (0, 1)
+#: What of a run's metrics is averaged.
+MEASURED = ("acc", "bwt", "fwt", "forgetting", "learning", "preserved_kl", "kept_share", "leakage", "train_seconds",
+            "train_cpu_seconds", "memory_bytes")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        benchmark: name of its configuration.
+        config: with strategy, seed and order filled in.
+    """
+
+    benchmark: str
+    config: ContinualConfig
+
+    @property
+    def name(self) -> str:
+        """Unique among the cells."""
+        config = self.config
+        return f"{self.benchmark}/{config.strategy.name}_seed{config.seed}_order{config.benchmark.order}"
+
+    def stored(self, out: Path) -> dict[str, Any] | None:
+        """The result in `out`, if it is of the same configuration."""
+        try:
+            content = read_results(out / f"{self.name}.json")
+        except (OSError, ValueError):
+            return None
+        return content["metrics"] if content.get("config") == plain(self.config) else None
+
+
+def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
+    """All runs; seeds and orders outermost, so that a benchmark that is stopped early is balanced.
+
+    Args:
+        configs: folder whose `continual` holds the configurations. Every strategy runs with its own defaults and,
+            over them, the configuration's preset for it.
+        only: names of benchmarks and of strategies; none of a kind means all of it.
+        quick: one seed, one order, one epoch.
+
+    Raises:
+        NsrlError: an unknown name, an unreadable configuration.
+    """
+    unknown = [name for name in only if name not in BENCHMARKS and name not in STRATEGIES]
+    if unknown:
+        raise NsrlError(f"there is no benchmark or strategy {unknown[0]!r}; benchmarks: {', '.join(BENCHMARKS)}; "
+                        f"strategies: {', '.join(STRATEGIES)}")  # fmt: skip
+    strategies = [name for name in STRATEGIES if name in only] or list(STRATEGIES)
+    wanted = [name for name in BENCHMARKS if name in only] or list(BENCHMARKS)
+    bases = {name: load(ContinualConfig, configs / "continual" / f"{name}.yaml") for name in wanted}
+    cells = []
+    for seed in SEEDS[:1] if quick else SEEDS:
+        for order in ORDERS[:1] if quick else ORDERS:
+            for benchmark, base in bases.items():
+                for strategy in strategies:
+                    chosen = base.strategy if base.strategy.name == strategy else StrategySettings(strategy)
+                    own = StrategySettings(strategy, replace(base, strategy=chosen).options)
+                    config = replace(base, seed=seed, out=None, strategy=own, presets={},
+                                     benchmark=replace(base.benchmark, order=order))  # fmt: skip
+                    if quick:
+                        config = replace(config, training=replace(config.training, epochs=1))
+                    cells.append(Cell(benchmark, config))
+    return cells
+
+
+def run_cells(cells: Sequence[Cell], out: Path, *, workers: int = 2, again: bool = False,
+              on_status: Callable[[Status], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run whatever is not in `out` yet, and gather all.
+
+    Args:
+        cells: what to run.
+        out: a JSON file a run goes there.
+        workers: processes at a time, one thread each.
+        again: run also what is there.
+        on_status: called after every run.
+
+    Returns:
+        `environment`, `configs`, `rows` (one a run), `summary` (one a benchmark and strategy), `failures`.
+
+    Raises:
+        NsrlError: no run came to a result.
+    """
+    start = time.monotonic()
+    found = {} if again else {cell.name: metrics for cell in cells if (metrics := cell.stored(out)) is not None}
+    waiting = [cell for cell in cells if cell.name not in found]
+    failures: dict[str, str] = {}
+    # spawned, not forked: torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, _use_one_thread)
+    try:
+        futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(run_cell, cell, out): cell for cell in waiting}
+        for number, future in enumerate(as_completed(futures), start=1):
+            cell = futures[future]
+            error = future.exception()
+            if error is None:
+                found[cell.name] = future.result()
+            else:
+                failures[cell.name] = str(error) if isinstance(error, NsrlError) else repr(error)
+            if on_status is not None:
+                seconds = time.monotonic() - start
+                remaining = seconds / number * (len(waiting) - number)
+                on_status(Status(len(cells), list(found), [], list(failures), seconds, remaining))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if not found:
+        raise NsrlError("no run came to a result: " + "; ".join(f"{name}: {why}" for name, why in failures.items()))
+    return gather(cells, found, failures)
+
+
+def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
+    """One run, in this process; its result is written when it is there."""
+    from nsrl.continual.runner import run_continual
+
+    metrics = run_continual(cell.config)
+    write_json(out / f"{cell.name}.json", {"config": plain(cell.config), "metrics": metrics})
+    return metrics
+
+
+def _use_one_thread() -> None:
+    # not the function of this name in nsrl.runs.training, which brings Stable-Baselines3 into every process
+    torch.set_num_threads(1)
+
+
+def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: dict[str, str]) -> dict[str, Any]:
+    """Rows and summary of the runs that came to a result."""
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        if cell.name in found:
+            metrics = found[cell.name]
+            identity: dict[str, Any] = {"benchmark": cell.benchmark, "strategy": cell.config.strategy.name,
+                        "seed": cell.config.seed, "order": cell.config.benchmark.order}  # fmt: skip
+            rows.append(identity | {key: metrics.get(key) for key in (*MEASURED, "rank", "matrix")})
+    configs = {cell.benchmark: plain(replace(cell.config, strategy=StrategySettings())) for cell in reversed(cells)}
+    for name, config in configs.items():
+        for key in ("seed", "out", "strategy"):
+            config.pop(key)
+        config["presets"] = {cell.config.strategy.name: cell.config.strategy.options for cell in cells
+                             if cell.benchmark == name and cell.config.strategy.options}  # fmt: skip
+    return {
+        "environment": describe_environment(),
+        "configs": configs,
+        "rows": rows,
+        "summary": [
+            summarise(benchmark, strategy, rows)
+            for benchmark in dict.fromkeys(row["benchmark"] for row in rows)
+            for strategy in dict.fromkeys(row["strategy"] for row in rows if row["benchmark"] == benchmark)
+        ],
+        "failures": failures,
+    }
+
+
+def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and 95 % bootstrap interval over seeds and orders of all that is measured.
+
+    Besides, `slowdown`: median over the runs of processor time in training over naive's of the same seed and order; and
+    `acc_below_joint`: mean and interval of joint's ACC minus this one's, paired.
+    """
+    mine = {(row["seed"], row["order"]): row for row in rows
+            if (row["benchmark"], row["strategy"]) == (benchmark, strategy)}  # fmt: skip
+    summary: dict[str, Any] = {"benchmark": benchmark, "strategy": strategy, "runs": len(mine)}
+    for key in MEASURED:
+        values = [row[key] for row in mine.values() if row[key] is not None and row[key] == row[key]]
+        if values:
+            summary[key] = _interval(bootstrap(values)) | {"minimum": min(values), "maximum": max(values)}
+    for other in ("naive", "joint"):
+        theirs = {(row["seed"], row["order"]): row for row in rows
+                  if (row["benchmark"], row["strategy"]) == (benchmark, other)}  # fmt: skip
+        pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
+        if pairs and other == "naive":
+            ratios = sorted(own["train_cpu_seconds"] / naive["train_cpu_seconds"] for own, naive in pairs)
+            summary["slowdown"] = ratios[len(ratios) // 2]
+        elif pairs:
+            below = paired_difference([joint["acc"] for _, joint in pairs], [own["acc"] for own, _ in pairs])
+            summary["acc_below_joint"] = _interval(below)
+    return summary
+
+
+def _interval(interval: Any) -> dict[str, float]:
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high}

@@ -1,0 +1,148 @@
+"""What the budget costs: wall time of a whole fine-tuning run against stock PPO's, interleaved, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.machine import describe_environment
+
+
+def measure_overhead(config: FinetuneConfig, agent: Path, *, repeats: int = 3, steps: int | None = None,
+                     on_run: Callable[[str, float], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune with stock PPO and with NullSpacePPO in turn, in this process, same environments and settings.
+
+    A run is loading the agent, building the model and learning; neither evaluates nor writes anything.
+
+    Args:
+        config: of the fine-tuning run.
+        agent: the pretrained agent.
+        repeats: runs of each; the ratio is that of the medians.
+        steps: instead of the configuration's.
+        on_run: called with the name and the seconds of every run.
+    """
+    from nsrl.rl import agents
+    from nsrl.runs.collecting import obtain_buffer
+    from nsrl.runs.tasks import resolve_tasks
+
+    tasks = resolve_tasks(config)
+    loaded = agents.load(agent)
+    buffer = obtain_buffer(config, loaded, tasks.old)
+    seconds: dict[str, list[float]] = {"stock": [], "null_space": []}
+    split: dict[str, float] = {}
+    for _ in range(repeats):
+        for name in seconds:
+            start = perf_counter()
+            report = _run(name, config, agent, buffer, tasks.new, steps or config.total_timesteps)
+            seconds[name].append(perf_counter() - start)
+            if report is not None:
+                split = {stage: spent / seconds[name][-1] for stage, spent in report["seconds"].items()}
+            if on_run is not None:
+                on_run(name, seconds[name][-1])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "pair": tasks.name,
+        "steps": steps or config.total_timesteps,
+        "seconds": seconds,
+        "ratio": medians["null_space"] / medians["stock"],
+        "share_of_run": split,
+        "environment": describe_environment(),
+    }
+
+
+def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]:
+    """Peak resident memory of both, each in a process of its own, in MB, over the same short run.
+
+    The buffer is collected beforehand; the process of NullSpacePPO loads it, that of stock PPO does without.
+    """
+    from nsrl.rl import agents
+    from nsrl.runs.collecting import obtain_buffer
+    from nsrl.runs.settings import load
+    from nsrl.runs.tasks import resolve_tasks
+
+    peaks = {}
+    config = load(FinetuneConfig, config_path)
+    with TemporaryDirectory() as folder:
+        buffer = Path(folder) / "retention.npz"
+        obtain_buffer(config, agents.load(agent), resolve_tasks(config).old).save(buffer)
+        for name in ("stock", "null_space"):
+            command = [sys.executable, "-m", "nsrl.bench.studies.overhead", name, str(config_path), str(agent), str(buffer),
+                       str(steps)]  # fmt: skip
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
+    return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}
+
+
+def _run(
+    name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int
+) -> dict[str, Any] | None:
+    from nsrl.rl import agents
+    from nsrl.runs.finetuning import build_model
+
+    loaded = agents.load(agent)
+    if name == "null_space":
+        model = build_model(config, loaded, buffer, new_env)
+        model.learn(steps)
+        return asdict(model.retention_report())
+    _stock_model(config, loaded, new_env).learn(steps)
+    return None
+
+
+def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
+    """Stock PPO with the agent's weights, in the same environments and with the same settings."""
+    from stable_baselines3 import PPO
+
+    from nsrl.rl.agents.normalization import RetainingVecNormalize
+    from nsrl.runs.tasks import make_envs
+
+    overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
+    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    settings = {**loaded.hyperparameters, **overrides}
+    if loaded.normalizer is not None:
+        envs = RetainingVecNormalize(envs, loaded.normalizer, gamma=settings["gamma"])
+    policy_kwargs = settings.pop("policy_kwargs", loaded.model.policy_kwargs)
+    stock = PPO(
+        loaded.model.policy_class, envs, policy_kwargs=policy_kwargs, seed=config.seed, device="cpu", **settings
+    )
+    stock.policy.load_state_dict(loaded.model.policy.state_dict())
+    return stock
+
+
+def main(arguments: list[str]) -> int:
+    """The process of one memory measurement: NAME CONFIG AGENT BUFFER STEPS."""
+    from nsrl.rl.retention.buffer import RetentionBuffer
+    from nsrl.runs.settings import load
+    from nsrl.runs.tasks import resolve_tasks
+    from nsrl.runs.training import use_one_thread
+
+    name, config_path, agent, buffer_path, steps = arguments
+    use_one_thread()
+    config = load(FinetuneConfig, config_path)
+    buffer = RetentionBuffer.load(buffer_path) if name == "null_space" else None
+    _run(name, config, Path(agent), buffer, resolve_tasks(config).new, int(steps))
+    print(json.dumps({"peak_mb": _peak_mb()}))
+    return 0
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: on Linux a child starts with its parent's.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,292 @@
+"""NullSpaceTRPO against sb3_contrib.TRPO without a constraint: seconds an update on one rollout, and returns.
+
+nsrl bench trpo
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from nsrl.bench.suites.jobs import Status
+from nsrl.errors import NsrlError
+from nsrl.reading.documents import read_results
+from nsrl.runs.folder import slug, write_json
+from nsrl.runs.machine import describe_environment
+from nsrl.runs.report import Table, number
+
+ALGORITHMS = ("stock", "null_space")
+#: Ours with upstream's trust region: KL and Fisher information are means over action dimensions there, those of the
+#: joint action here, so that it gets `target_kl` and `cg_damping` times their number.
+SCALED = "null_space_scaled"
+LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO", SCALED: "NullSpaceTRPO, scaled"}
+
+
+def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0,
+                 **settings: Any) -> dict[str, Any]:  # fmt: skip
+    """Time one update of both, in turn: same weights, same optimizer state, same rollout, default MlpPolicy.
+
+    The rollout and the optimizer state are those of stock TRPO after two updates. An update is the whole of `train()`,
+    critic included.
+
+    Args:
+        env: environment id.
+        rounds: updates of each that count.
+        warmup: updates of each before them.
+        seed: of the rollout.
+        settings: keyword arguments of both constructors.
+
+    Returns:
+        `seconds` of every update by algorithm, their `medians`, and `ratio`, stock over ours.
+    """
+    models = {name: _build(name, env, seed, settings) for name in ALGORITHMS}
+    stock = models["stock"]
+    steps = stock.n_steps * stock.n_envs
+    stock.learn(3 * steps)  # the last rollout is by the policy before its update, so take one more
+    stock.collect_rollouts(stock.env, stock._init_callback(None), stock.rollout_buffer, stock.n_steps)
+    models["null_space"].learn(1)  # gives it a logger
+    models["null_space"].rollout_buffer = stock.rollout_buffer
+    weights = copy.deepcopy(stock.policy.state_dict())
+    moments = copy.deepcopy(stock.policy.optimizer.state_dict())
+    seconds: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
+    for turn in range(warmup + rounds):
+        for name, model in models.items():
+            model.policy.load_state_dict(weights)
+            model.policy.optimizer.load_state_dict(copy.deepcopy(moments))
+            start = perf_counter()
+            model.train()
+            if turn >= warmup:
+                seconds[name].append(perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "env": env,
+        "states": steps,
+        "settings": settings,
+        "threads": _threads(),
+        "seconds": seconds,
+        "medians": medians,
+        "ratio": medians["stock"] / medians["null_space"],
+        "logged": {name: _logged(model) for name, model in models.items()},
+        "environment": describe_environment(),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on which both are trained from scratch.
+
+    Attributes:
+        env: environment id.
+        steps: environment steps of a run.
+        settings: keyword arguments of both constructors, plain JSON, with `ENVS` environments side by side; those of
+            rl-zoo3 where it has some.
+        seeds: one run of each algorithm a seed.
+        algorithms: names, of `LABELS`.
+    """
+
+    env: str
+    steps: int
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    algorithms: tuple[str, ...] = ALGORITHMS
+
+
+CASES = (
+    Case("CartPole-v1", 100_000, {"n_steps": 128, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
+                                  "cg_damping": 1e-3, "n_critic_updates": 20}, tuple(range(8))),
+    Case("Pendulum-v1", 100_000, {"n_steps": 256, "gamma": 0.9, "n_critic_updates": 15}),
+    Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20},
+         algorithms=(*ALGORITHMS, SCALED)),
+)  # fmt: skip
+ENVS = 8
+
+
+def compare_returns(out: Path, cases: Sequence[Case] = CASES, *, workers: int = 1,
+                    on_status: Callable[[Status], Any] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    """Train both from scratch, each run in a process of its own; runs that are finished in `out` are not run again.
+
+    Both get the same hyper-parameters, as somebody would who exchanges the class.
+
+    Args:
+        out: folder of the runs, a JSON file each.
+        cases: what is learnt.
+        workers: processes at a time.
+        on_status: called after every run.
+
+    Returns:
+        One entry a run: env, steps, algorithm, seed, the mean return over 20 deterministic episodes after training
+        (`final`), that of the last 100 training episodes (`training`), the mean of the latter over all updates
+        (`curve`), both NaN where no episode ended, and seconds.
+
+    Raises:
+        NsrlError: a run that failed, with the last line that it printed; those that wait are not begun then.
+    """
+    if workers < 1 or not cases or not all(case.seeds for case in cases):
+        raise NsrlError(f"cases, their seeds and workers must be at least one, not {list(cases)} and {workers}")
+    orders: list[dict[str, Any]] = [
+        {"name": name, "seed": seed, "env": case.env, "steps": case.steps, "settings": dict(case.settings)}
+        for case in cases
+        for seed in case.seeds
+        for name in case.algorithms
+    ]
+    start, done = perf_counter(), 0
+    found: list[dict[str, Any] | None] = [_read(out, order) for order in orders]
+    total = sum(order["steps"] for order, result in zip(orders, found, strict=True) if result is None)
+
+    def tell() -> None:
+        names = [_file(out, order).stem for order, result in zip(orders, found, strict=True) if result is not None]
+        seconds = perf_counter() - start
+        left = seconds * (total - done) / done if done else None
+        if on_status is not None:
+            on_status(Status(len(orders), names, [], [], seconds, left))
+
+    tell()
+    with ThreadPoolExecutor(workers) as pool:
+        pending = {pool.submit(_run, out, order): number for number, order in enumerate(orders) if not found[number]}
+        try:
+            for future in as_completed(pending):
+                number = pending[future]
+                found[number] = future.result()
+                done += orders[number]["steps"]
+                tell()
+        except BaseException:  # the pool waits for all that is left otherwise
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for result in found if result is not None]
+
+
+def summarise_returns(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a task and algorithm: means over seeds, and the smallest final return."""
+    rows = []
+    for env in dict.fromkeys(run["env"] for run in runs):
+        for name in dict.fromkeys(run["algorithm"] for run in runs if run["env"] == env):
+            chosen = [run for run in runs if run["env"] == env and run["algorithm"] == name]
+            means = {
+                key: statistics.fmean(run[key] for run in chosen) for key in ("final", "training", "curve", "seconds")
+            }
+            rows.append({"env": env, "steps": chosen[0]["steps"], "algorithm": name, "seeds": len(chosen), **means,
+                         "lowest": min(run["final"] for run in chosen)})  # fmt: skip
+    return rows
+
+
+def trpo_tables(content: dict[str, Any]) -> list[Table]:
+    """The tables of a benchmark: seconds an update, and returns."""
+    updates = tuple(
+        (row["env"], f"{row['states']}", f"{1e3 * row['medians']['stock']:.0f}",
+         f"{1e3 * row['medians']['null_space']:.0f}", f"{row['ratio']:.2f}")
+        for row in content["updates"]
+    )  # fmt: skip
+    returns = tuple(
+        (f"{row['env']}, {row['steps'] // 1000}k", f"{row['seeds']}", LABELS[row["algorithm"]], number(row["final"]),
+         number(row["lowest"]), number(row["training"]), number(row["curve"]))
+        for row in content["returns"]
+    )  # fmt: skip
+    return [
+        Table(("one update", "states", "upstream, ms", "ours, ms", "ratio"), updates, "TRPO: median time"),
+        Table(("task", "seeds", "algorithm", "final", "lowest seed", "training", "whole curve"), returns,
+              "TRPO from scratch: mean return"),
+    ]  # fmt: skip
+
+
+def _file(out: Path, order: dict[str, Any]) -> Path:
+    return out / f"{slug(order['env'])}-{order['name']}-seed{order['seed']}.json"
+
+
+def _read(out: Path, order: dict[str, Any]) -> dict[str, Any] | None:
+    path = _file(out, order)
+    if not path.is_file():
+        return None
+    content = read_results(path)
+    if content["order"] != order:
+        raise NsrlError(f"{path} holds a run with other settings; choose another --out, or move it away")
+    return content["result"]
+
+
+def _run(out: Path, order: dict[str, Any]) -> dict[str, Any]:
+    result = _run_apart(order)
+    write_json(_file(out, order), {"order": order, "result": result})
+    return result
+
+
+def _run_apart(order: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "nsrl.bench.studies.trpo", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        lines = (done.stderr.strip() or "nothing was printed").splitlines()
+        raise NsrlError(f"the run of {order['name']} on {order['env']}, seed {order['seed']}, failed: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
+    from gymnasium import spaces
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from nsrl.rl.playing.evaluation import evaluate
+
+    model = _build(name, make_vec_env(env, ENVS, seed=seed), seed, settings)
+    if name == SCALED and isinstance(model.action_space, spaces.Box):
+        dimensions = math.prod(model.action_space.shape)
+        model.target_kl *= dimensions
+        model.cg_damping *= dimensions
+    curve: list[float] = []
+    update = model.train
+
+    def watched() -> None:
+        update()
+        if model.ep_info_buffer:
+            curve.append(statistics.fmean(episode["r"] for episode in model.ep_info_buffer))
+
+    model.train = watched
+    start = perf_counter()
+    model.learn(steps)
+    return {
+        "env": env, "steps": steps, "algorithm": name, "seed": seed, "target_kl": model.target_kl,
+        "final": evaluate(model, env).mean,
+        "training": curve[-1] if curve else math.nan, "curve": statistics.fmean(curve) if curve else math.nan,
+        "seconds": perf_counter() - start,
+    }  # fmt: skip
+
+
+def _build(name: str, env: Any, seed: int, settings: dict[str, Any]) -> Any:
+    from sb3_contrib import TRPO
+
+    import nsrl  # noqa: F401  registers the "nsrl/..." ids
+    from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+
+    algorithm = TRPO if name == "stock" else NullSpaceTRPO
+    return algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings)
+
+
+def _logged(model: Any) -> dict[str, float]:
+    tags = ("policy_objective", "kl_divergence_loss", "value_loss", "cg_iterations", "cg_residual")
+    found = model.logger.name_to_value
+    return {tag: float(found[f"train/{tag}"]) for tag in tags if f"train/{tag}" in found}
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process of one run: its order as JSON; prints its result as JSON."""
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    print(json.dumps(_train(**json.loads(arguments[0]))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

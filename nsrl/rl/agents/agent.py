@@ -1,0 +1,290 @@
+"""Pretrained Stable-Baselines3 agents: loaded safely, with their observation statistics, and saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from nsrl.errors import NsrlError
+from nsrl.rl.agents import hub
+from nsrl.rl.agents.archive import (
+    check_finite,
+    policy_spaces,
+    read_archive,
+    read_members,
+    stored_algorithm,
+    written_atomically,
+)
+from nsrl.rl.agents.locations import find_agent, find_statistics
+from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize, save_stock
+from nsrl.rl.agents.spaces import check_spaces as check_described
+from nsrl.rl.agents.spaces import describe_space
+from nsrl.rl.agents.stock_models import bare, hyperparameters, named_algorithm, rebuilt, stock_class
+from nsrl.rl.policies.actor_critic import action_family
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A pretrained policy and all it needs to act as it was trained."""
+
+    model: OnPolicyAlgorithm
+    """Stock, without environment and with a fresh optimizer (see `nsrl.rl.agents.stock_models.ALGORITHMS`); or the model given."""
+    normalizer: ObservationNormalizer | None = None
+    """What to do to raw observations before `model` sees them; None if nothing."""
+    path: Path | None = None
+    """The zip; None for a model that was already in memory."""
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """See `hyperparameters`."""
+    untrusted: tuple[str, ...] = ()
+    """Hyper-parameters that exist only pickled and are at their defaults."""
+
+
+def load(
+    source: str | os.PathLike[str] | BaseAlgorithm | Agent,
+    env: Any = None,
+    *,
+    trust: bool = False,
+    device: str = "cpu",
+) -> Agent:
+    """Load a pretrained on-policy agent and its observation statistics without running code from its files.
+
+    Actions and distributions are those of `PPO.load`. Not restored: Adam's moments, which push along the old
+    task.
+
+    Args:
+        source: a zip (with or without its suffix), a run folder (see `nsrl.rl.agents.locations`), an address on the
+            Hugging Face hub (`hf://user/repo/file.zip`, see `nsrl.rl.agents.hub`), or an SB3 model.
+        env: an environment that the agent's spaces must fit; also supplies bounds that the zip's text elides.
+        trust: unpickle, as stock `load` does. It can run any code in the file.
+        device: where the policy goes.
+
+    Raises:
+        NsrlError: nothing readable there, an agent that cannot be fine-tuned, or spaces that differ from the
+            env's.
+    """
+    if isinstance(source, Agent):
+        agent = source
+    elif isinstance(source, BaseAlgorithm):
+        _check_supported(source, "the agent")
+        agent = agent_in_memory(source)  # type: ignore[arg-type]
+    else:
+        path = hub.download(source) if hub.is_hub_url(source) else find_agent(os.fspath(source))  # type: ignore[arg-type]
+        agent = _from_disk(path, env, trust, device)
+    if env is not None:
+        check_spaces(agent.model, env)
+    return agent
+
+
+def agent_in_memory(model: OnPolicyAlgorithm) -> Agent:
+    """A model with the statistics of the VecNormalize around its environment."""
+    vec_normalize = model.get_vec_normalize_env()
+    normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize) if vec_normalize is not None else None
+    return Agent(model, normalizer, None, hyperparameters(model))
+
+
+def _from_disk(path: Path, env: Any, trust: bool, device: str) -> Agent:
+    untrusted: tuple[str, ...] = ()
+    if trust:
+        data, _, _ = read_members(path)
+        vec_normalized = data.get("_last_original_obs") is not None
+        algorithm = named_algorithm(stored_algorithm(path, data), path)
+        try:
+            model = algorithm.load(path, device=device)
+        except Exception as error:  # whatever the unpickled objects raise
+            raise NsrlError(f"Stable-Baselines3 cannot load {path}: {type(error).__name__}: {error}") from error
+        check_finite(path, model.policy.state_dict())
+    else:
+        archive = read_archive(path, env)
+        model, untrusted, vec_normalized = rebuilt(archive, device), archive.untrusted, archive.vec_normalized
+    _check_supported(model, str(path))
+    statistics = find_statistics(path)
+    normalizer = ObservationNormalizer.load(statistics, trust=trust) if statistics is not None else None
+    if normalizer is not None:
+        normalizer.check(model.observation_space)
+    if statistics is None and vec_normalized:
+        warnings.warn(
+            f"{path} was trained inside a VecNormalize, but its statistics are not with it: on raw "
+            "observations it will act at random; put vecnormalize.pkl beside the zip",
+            stacklevel=3,
+        )
+    if untrusted:
+        warnings.warn(
+            f"{', '.join(untrusted)} of {path} exist only pickled and are at their defaults; set them, "
+            "or load with trust=True (--trust), which can run any code in the file",
+            stacklevel=3,
+        )
+    return Agent(model, normalizer, path, hyperparameters(model), untrusted)
+
+
+def _check_supported(model: BaseAlgorithm, name: str) -> None:
+    policies = ActorCriticPolicy | MaskableActorCriticPolicy
+    if not isinstance(model, OnPolicyAlgorithm) or not isinstance(model.policy, policies):
+        raise NsrlError(
+            f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO, MaskablePPO) can "
+            "be fine-tuned"
+        )
+    action_family(model.policy)
+
+
+def check_spaces(model_or_spaces: BaseAlgorithm | tuple[spaces.Space, spaces.Space], env: Any) -> None:
+    """Raise NsrlError, naming both, unless a policy for these spaces can act in `env` (see `nsrl.rl.agents.spaces`).
+
+    Args:
+        model_or_spaces: a model, or its observation and action space.
+        env: a gymnasium environment or VecEnv; channels-last images count as SB3 would transpose them.
+    """
+    owner: Any = model_or_spaces
+    if isinstance(model_or_spaces, tuple):
+        owner = SimpleNamespace(observation_space=model_or_spaces[0], action_space=model_or_spaces[1])
+    observations, actions = (describe_space(space) for space in policy_spaces(env))
+    check_described(owner, observations, actions, "the environment")
+
+
+def training_env(
+    env: str | gym.Env | VecEnv,
+    normalizer: ObservationNormalizer | None,
+    *,
+    seed: int | None = None,
+    gamma: float = 0.99,
+    n_envs: int = 1,
+) -> VecEnv:
+    """The new task as a VecEnv whose observations the agent understands.
+
+    Args:
+        env: an environment id, a gymnasium environment, or a VecEnv.
+        normalizer: the agent's statistics, put around a bare environment frozen, with fresh reward
+            statistics; None leaves the environment as it is.
+        seed: seeds the environment.
+        gamma: discount of the reward statistics.
+        n_envs: copies of the environment when `env` is an id.
+
+    Raises:
+        NsrlError: unknown id, other shapes, or a VecNormalize around `env` already that would move its own
+            statistics.
+    """
+    if isinstance(env, str):
+        try:
+            env = make_vec_env(env, n_envs=n_envs, seed=seed)
+        except (gym.error.Error, ImportError) as error:
+            raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
+    wrapped = BaseAlgorithm._wrap_env(env)
+    around = unwrap_vec_normalize(wrapped)
+    if (
+        normalizer is not None
+        and around is not None
+        and around.norm_obs
+        and not isinstance(around, RetainingVecNormalize)
+    ):
+        raise NsrlError(
+            "the environment is inside a VecNormalize whose observation statistics would go on moving; pass "
+            "the bare environment, or one inside nsrl.rl.agents.normalization.RetainingVecNormalize"
+        )
+    if normalizer is not None and (around is None or not around.norm_obs):
+        wrapped = RetainingVecNormalize(wrapped, normalizer, gamma=gamma, norm_reward=around is None)
+    if seed is not None:
+        wrapped.seed(seed)
+    return wrapped
+
+
+def attach_env(
+    source: str | os.PathLike[str] | BaseAlgorithm | Agent,
+    env: str | gym.Env | VecEnv,
+    *,
+    seed: int | None = None,
+    n_envs: int = 1,
+    trust: bool = False,
+) -> OnPolicyAlgorithm:
+    """An agent's model with a task to learn, ready for `protect` and `learn`; for algorithms that stay what they are.
+
+        model = agents.attach_env("maskable.zip", new_env, n_envs=8)
+        protect(model, retain=buffer, kl_budget=0.01).learn(600_000)
+
+    Args:
+        source, trust: as in `load`; a model in memory is changed in place, and keeps its optimizer.
+        env, n_envs: as in `training_env`.
+        seed: of the run.
+
+    Raises:
+        NsrlError: as `load` and `training_env`.
+    """
+    agent = load(source, trust=trust)
+    model = agent.model
+    wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
+    check_spaces(model, wrapped)
+    if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
+        model.n_envs = wrapped.num_envs
+        model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
+            model.n_steps, model.observation_space, model.action_space, device=model.device, gamma=model.gamma,
+            gae_lambda=model.gae_lambda, n_envs=model.n_envs, **model.rollout_buffer_kwargs,
+        )  # fmt: skip
+    model.set_env(wrapped)
+    if seed is not None:
+        model.seed = seed
+        model.set_random_seed(seed)
+    return model
+
+
+def fingerprint(policy: torch.nn.Module) -> str:
+    """SHA-256 (hex) of all weights and buffers: names in order, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_agent(model: BaseAlgorithm, path: str | Path) -> Path:
+    """Save a model as SB3 does, atomically; returns the path, with the suffix that SB3 adds."""
+    return _save(model, path, exclude=())
+
+
+def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
+    """Save a model as an agent of the stock algorithm that it extends, atomically, for use without nsrl.
+
+    A VecNormalize around its environment is written beside it, as `vecnormalize.pkl`, for stock
+    `VecNormalize.load`.
+    """
+    path, vec_normalize = _zip_path(path), model.get_vec_normalize_env()
+    if vec_normalize is None and (foreign := find_statistics(path)) is not None:
+        raise NsrlError(
+            f"beside {path} lies {foreign.name}, which would be taken for the statistics of this agent; it "
+            "has none, so export it to another folder"
+        )
+    export_weights(model, path)
+    if vec_normalize is not None:
+        save_stock(vec_normalize, path.with_name("vecnormalize.pkl"))
+    return path
+
+
+def export_weights(model: OnPolicyAlgorithm, path: str | Path) -> Path:
+    """As `export`, without the statistics."""
+    stock = bare(stock_class(type(model)), ActorCriticPolicy, "cpu")
+    known = {*vars(stock), "observation_space", "action_space", "n_envs", "lr_schedule"}
+    return _save(model, path, exclude=vars(model).keys() - known)
+
+
+def _save(model: BaseAlgorithm, path: str | Path, exclude: Any) -> Path:
+    path = _zip_path(path)
+    with written_atomically(path) as temporary:
+        model.save(temporary, exclude=exclude)
+    return path
+
+
+def _zip_path(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path if path.suffix == ".zip" else Path(f"{path}.zip")

@@ -1,0 +1,153 @@
+"""The stock SB3 model that an archive describes, and the hyper-parameters that a model can hand on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from sb3_contrib import TRPO, MaskablePPO
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
+from torch import Tensor
+
+from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
+from nsrl.rl.agents.archive import Archive
+
+ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO": TRPO, "MaskablePPO": MaskablePPO}
+POLICIES: dict[str, type[BasePolicy]] = {
+    cls.__name__: cls
+    for cls in (
+        ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy,
+        MaskableActorCriticPolicy, MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy,
+    )
+}  # fmt: skip
+# Constructor arguments that describe a run, not an algorithm: a fine-tuning run sets its own.
+OF_THE_RUN = {
+    "self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log",
+    "stats_window_size", "rollout_buffer_class", "rollout_buffer_kwargs", "use_sde", "sde_sample_freq",
+    "_init_setup_model",
+}  # fmt: skip
+# In TRPO these steer the critic's fit and the trust region; in PPO they steer the whole loss and an early
+# stop.
+TRPO_ONLY = {"learning_rate", "batch_size", "target_kl"}
+
+
+def rebuilt(archive: Archive, device: str = "cpu") -> OnPolicyAlgorithm:
+    """The stock SB3 model that an archive describes, without environment and with a fresh optimizer.
+
+    Raises:
+        NsrlError: an algorithm that is not in `ALGORITHMS`, or weights that do not fit the described policy.
+    """
+    algorithm = named_algorithm(archive.algorithm, archive.path)
+    try:
+        # Building draws initial weights; the caller's random numbers are not to depend on that.
+        with torch.random.fork_rng(devices=[]):
+            model = bare(algorithm, POLICIES[archive.policy_class], device)
+            for name in arguments(algorithm) & archive.hyperparameters.keys():
+                setattr(model, name, archive.hyperparameters[name])
+            model.observation_space, model.action_space = archive.observation_space, archive.action_space
+            model.policy_kwargs, model.n_envs = dict(archive.policy_kwargs), 1
+            model.num_timesteps = int(archive.hyperparameters.get("num_timesteps") or 0)
+            given = _fitting(archive, _sketch(archive))
+            model._setup_model()
+    except NsrlError:
+        raise
+    except Exception as error:  # SB3 checks its arguments with assertions, numpy and torch with exceptions of all kinds
+        reason = shown(str(error) or type(error).__name__, 300)
+        raise NsrlError(f"the policy that {archive.path} describes cannot be built: {reason}") from error
+    model.policy.load_state_dict(given)
+    return model
+
+
+def bare(algorithm: type[OnPolicyAlgorithm], policy: type[BasePolicy], device: str) -> OnPolicyAlgorithm:
+    """An instance without environment, spaces and networks, as SB3's own `load` starts from."""
+    return algorithm(policy, None, device=device, _init_setup_model=False)  # type: ignore[call-arg, arg-type]
+
+
+def _sketch(archive: Archive) -> ActorCriticPolicy:
+    """The described policy without memory for its weights, whose sizes a file may choose as it likes."""
+    kwargs = {**archive.policy_kwargs, "ortho_init": False}
+    nowhere = torch.device("meta")
+    sketch: Any = type("Sketch", (POLICIES[archive.policy_class],), {"device": nowhere})
+    with nowhere:
+        return sketch(_unseeded(archive.observation_space), archive.action_space, lambda _: 0.0, **kwargs)
+
+
+def _unseeded(space: spaces.Space) -> Any:
+    """A space with its own random generator, from which convolutional policies draw an observation to see its size."""
+    twin: Any = copy.copy(space)
+    twin._np_random = None
+    if isinstance(twin, spaces.Dict):
+        twin.spaces = {key: _unseeded(part) for key, part in twin.spaces.items()}
+    return twin
+
+
+def _fitting(archive: Archive, policy: ActorCriticPolicy) -> dict[str, Tensor]:
+    """The archive's weights under the names of the policy, whose shapes they have."""
+    expected, given = policy.state_dict(), dict(archive.state_dict)
+    for alias in ("pi_features_extractor", "vf_features_extractor"):
+        # SB3 before 1.7 stored a shared extractor once.
+        for name in [name for name in expected if name.startswith(f"{alias}.") and name not in given]:
+            shared = name.replace(alias, "features_extractor", 1)
+            if shared in given and policy.share_features_extractor:
+                given[name] = given[shared]
+    wanted, found = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, given))
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise NsrlError(
+                f"the weights of {archive.path} do not fit its policy: {shown(name)} has shape "
+                f"{found.get(name, 'none')}, expected {wanted.get(name, 'none')}; save the agent again"
+            )
+    return given
+
+
+def named_algorithm(name: str, path: Path) -> type[OnPolicyAlgorithm]:
+    """One of `ALGORITHMS`; NsrlError for any other, whose actions depend on memory too."""
+    if name not in ALGORITHMS:
+        raise NsrlError(f"{path} is a {name} agent; only PPO, A2C, TRPO and MaskablePPO agents can be fine-tuned")
+    return ALGORITHMS[name]
+
+
+def arguments(algorithm: type[BaseAlgorithm]) -> set[str]:
+    """Constructor arguments of the stock algorithm under `algorithm` that are hyper-parameters."""
+    return set(inspect.signature(stock_class(algorithm).__init__).parameters) - OF_THE_RUN
+
+
+def stock_class(algorithm: type[BaseAlgorithm]) -> type[OnPolicyAlgorithm]:
+    """The one of `ALGORITHMS` that a class is or extends; PPO for any other."""
+    return next((cls for cls in algorithm.__mro__ if cls in ALGORITHMS.values()), PPO)
+
+
+def hyperparameters(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> dict[str, Any]:
+    """Keyword arguments of `algorithm` that fine-tuning inherits from a model: those that both classes have.
+
+    Constant schedules come as plain numbers. Between TRPO and the others, those that mean something else there
+    stay behind.
+    """
+    names = arguments(algorithm) & arguments(type(model))
+    if (stock_class(type(model)) is TRPO) != (stock_class(algorithm) is TRPO):
+        names -= TRPO_ONLY
+    values = {}
+    for name in sorted(names & vars(model).keys()):
+        value = vars(model)[name]
+        value = value.value_schedule if isinstance(value, FloatSchedule) else value
+        values[name] = value.val if isinstance(value, ConstantSchedule) else value
+    return values

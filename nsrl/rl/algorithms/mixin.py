@@ -1,0 +1,281 @@
+"""The mixin that puts a KL budget around any SB3 on-policy algorithm, and `protect`, which applies it in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
+
+from nsrl.errors import NsrlError
+from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations
+from nsrl.rl.budget.baselines import build_engine
+from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.budget.engine import Retention
+from nsrl.rl.policies.actor_critic import action_family, check_steady
+from nsrl.rl.retention.collection import same_statistics
+from nsrl.rl.retention.constraint import RetentionConstraint
+
+if TYPE_CHECKING:
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
+#: Relative difference of a measured KL that rounding may explain.
+ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class RetentionReport:
+    """What has been retained, measured on the buffer now.
+
+    Attributes:
+        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout, kl_by_task: see `Measurement`.
+        budget: the KL budget, nats per state.
+        rank: numerical rank of the whitened Jacobian on a subset of the buffer.
+        parameters: number of protected parameters; `rank / parameters` is the share that is spoken for.
+        effective_dimension: sum s / (s + lambda) at the damping that the budget implies for a step of the size of the
+            last update.
+        states: buffer states (training, held out).
+        updates: policy updates made under the budget.
+        restored: Gauss-Newton restorations made after updates that ended over the budget.
+        rollbacks: updates that had to fall back towards the last feasible parameters.
+        overhead_fraction: share of the learning time spent on retention.
+        seconds: that time, by stage.
+    """
+
+    kl_mean: float
+    kl_max: float
+    kl_heldout: float
+    agreement: float
+    agreement_heldout: float
+    budget: float
+    rank: int
+    parameters: int
+    effective_dimension: float
+    states: tuple[int, int]
+    updates: int
+    restored: int
+    rollbacks: int
+    overhead_fraction: float
+    seconds: dict[str, float]
+    kl_by_task: dict[str, float] = field(default_factory=dict)
+
+
+class ProtectedMixin(OnPolicyAlgorithm):
+    """Adds a retention constraint to an SB3 on-policy algorithm; without one, the algorithm is bit for bit stock.
+
+    It derives from `OnPolicyAlgorithm` so that it shares the memory layout of every algorithm: Python lets `protect`
+    change a model's class only then.
+
+    Attributes:
+        retention: the engine, or None while nothing is protected.
+        updates_in_eval_mode: whether batch normalisation and dropout are off in updates.
+    """
+
+    updates_in_eval_mode = False
+    retention: Retention | None = None
+    _learning_seconds: float = 0.0
+
+    def constrain(self, retain: RetentionBuffer, config: RetentionConfig, *, trust_buffer: bool = False,
+                  method: str = "null_space", penalty: float = 1.0) -> None:  # fmt: skip
+        """Put the budget in force from the next update on.
+
+        The observation statistics of a VecNormalize around the model's environment are frozen: while they move, the
+        policy's map from raw observations to actions does too.
+
+        Args:
+            retain: the buffer; must have been made with this very policy unless `trust_buffer`.
+            config: how the budget is kept.
+            trust_buffer: skip the checks that the buffer's reference outputs are this policy's (see
+                `RetentionBuffer.check`) and its observation statistics those of the environment.
+            method: "null_space", or a baseline through the same loop: "kl_penalty" or "finetune".
+            penalty: coefficient of the KL penalty.
+
+        Raises:
+            NsrlError: spaces or observation statistics differ, another agent's buffer, a network that acts otherwise
+                in train mode, or the policy is over the budget already.
+        """
+        model: Any = self
+        from nsrl.rl.retention.buffer import RetentionBuffer
+
+        if not isinstance(retain, RetentionBuffer):
+            raise NsrlError(
+                f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
+                'retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
+            )
+        if self.updates_in_eval_mode:
+            model.policy.set_training_mode(False)
+        else:
+            check_steady(model.policy, type(self).__name__)
+        around = model.get_vec_normalize_env()
+        if around is not None and around.norm_obs and not trust_buffer:
+            _check_statistics(around, retain)
+        retain.check(model, trust_agent=trust_buffer)
+        config = config.with_overall_budget()
+        constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
+        retention = self._build_engine(constraint, config, method, penalty)
+        kl = constraint.binding_divergence()
+        # The last update of an earlier run may have ended at the budget, and other batches round otherwise.
+        if kl > config.tolerance * (1.0 + ROUNDING) and retention.enforces:
+            raise NsrlError(
+                f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
+                f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
+            )
+        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
+            model.policy.log_std.data.fill_(config.log_std_init)
+        if config.critic == "reset":
+            reset_critic(model.policy)
+        if around is not None:
+            freeze_observations(around)
+        self.retention = retention
+
+    def train(self) -> None:
+        """One policy update of the algorithm, inside the budget."""
+        if self.retention is None:
+            super().train()
+            return
+        self.retention.begin()
+        try:
+            super().train()
+        finally:
+            scalars = self.retention.end()
+        for tag, value in scalars.items():
+            # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
+            self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
+
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        start = perf_counter()
+        try:
+            super().learn(*args, **kwargs)
+        finally:
+            self._learning_seconds += perf_counter() - start
+        if self.retention is not None:
+            self.logger.record("nullspace/overhead_fraction", self._overhead())
+            self.logger.dump(self.num_timesteps)
+        return self
+
+    def retention_report(self) -> RetentionReport:
+        """Measure the policy on the buffer and summarise the run so far.
+
+        Raises:
+            NsrlError: when nothing is protected.
+        """
+        if self.retention is None:
+            raise NsrlError("nothing is protected: pass retain=buffer, or call protect(model, retain=buffer)")
+        retention = self.retention
+        measured = retention.constraint.measure()
+        rank, dimension = retention.diagnose()
+        return RetentionReport(
+            kl_mean=measured.kl_mean, kl_max=measured.kl_max, kl_heldout=measured.kl_heldout,
+            agreement=measured.agreement, agreement_heldout=measured.agreement_heldout,
+            budget=retention.config.kl_budget, rank=rank, parameters=sum(retention.constraint.parameters.sizes),
+            effective_dimension=dimension,
+            states=(len(retention.constraint.train), len(retention.constraint.heldout)),
+            updates=retention.updates, restored=retention.restored, rollbacks=retention.rollbacks,
+            overhead_fraction=self._overhead(), seconds=dict(retention.seconds), kl_by_task=measured.kl_by_task,
+        )  # fmt: skip
+
+    def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
+                      penalty: float) -> Retention:  # fmt: skip
+        return build_engine(self, constraint, config, method, penalty)
+
+    def _overhead(self) -> float:
+        assert self.retention is not None
+        return sum(self.retention.seconds.values()) / max(self._learning_seconds, 1e-9)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]
+
+
+def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
+            config: RetentionConfig | None = None, trust_buffer: bool = False,
+            **options: Any) -> Algorithm:  # fmt: skip
+    """Put a KL budget around an existing SB3 PPO, A2C, TRPO or MaskablePPO, in place.
+
+    The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself
+    (`NullSpaceTRPO` for TRPO); the observation statistics of a VecNormalize around its environment are frozen.
+
+    Args:
+        model: any SB3 on-policy algorithm whose `train()` steps one optimizer.
+        retain: the retention buffer.
+        kl_budget: nats per state.
+        config: all settings at once; or give single fields of `RetentionConfig` as keywords.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NsrlError: not an on-policy algorithm, spaces differ, another agent's buffer, over the budget already.
+    """
+    if not isinstance(model, OnPolicyAlgorithm):
+        raise NsrlError(
+            f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
+            "MaskablePPO) can"
+        )
+    action_family(model.policy)  # type: ignore[arg-type]
+    if config is None:
+        # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
+        config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
+    elif options:
+        config = replace(config, **options)
+    cls = type(model)
+    if not isinstance(model, ProtectedMixin):
+        model.__class__ = _protected_class(cls)  # type: ignore[assignment]
+    try:
+        model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
+    except NsrlError:
+        model.__class__ = cls
+        raise
+    return model
+
+
+def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
+    """Raise NsrlError unless the policy sees the buffer's states as it sees those of its environment."""
+    seen = ObservationNormalizer.from_vec_normalize(around)
+    if seen is None or buffer.normalizer is None or not same_statistics(seen, buffer.normalizer):
+        raise NsrlError(
+            "the VecNormalize around the model's environment has other observation statistics than the buffer, whose "
+            "states the policy would see otherwise than it does in training; collect the buffer with these statistics"
+        )
+
+
+def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:
+    from sb3_contrib import TRPO
+
+    if cls is TRPO:
+        # Its line search would answer for the rollout's KL only, and its optimizer never moves the actor.
+        from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+
+        return NullSpaceTRPO
+    return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
+
+
+def build_config(**options: Any) -> RetentionConfig:
+    """A `RetentionConfig` from keywords; unknown ones are refused with the nearest known name."""
+    import difflib
+    from dataclasses import fields
+
+    known = [field.name for field in fields(RetentionConfig)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise NsrlError(f"unknown retention setting {key!r}{hint}")
+    return RetentionConfig(**options)
+
+
+def reset_critic(policy: Any) -> None:
+    """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head).
+
+    A features extractor of the critic's own is part of it; one that the actor uses too stays.
+    """
+    inside = [policy.mlp_extractor.value_net]
+    if not policy.share_features_extractor:
+        inside.append(policy.vf_features_extractor)
+    for network, gain in [*((network, 2.0**0.5) for network in inside), (policy.value_net, 1.0)]:
+        network.apply(partial(policy.init_weights, gain=gain))

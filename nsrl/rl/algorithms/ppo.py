@@ -1,0 +1,37 @@
+"""NullSpacePPO: PPO that learns a new task inside a KL budget on an old one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3 import PPO
+
+from nsrl.rl.algorithms.pretrained import RETENTION_FIELDS as RETENTION_FIELDS
+from nsrl.rl.algorithms.pretrained import PretrainedMixin, without_optimizer
+
+if TYPE_CHECKING:
+    from nsrl.rl.agents.agent import Agent
+
+
+class NullSpacePPO(PretrainedMixin, PPO):
+    """Proximal policy optimisation under a retention constraint.
+
+    Solves `min L_new(theta) subject to mean_s KL(pi_ref(.|s) || pi_theta(.|s)) <= kl_budget` over the states s of a
+    retention buffer, and keeps it: after every update the KL is measured on the whole buffer and, where it is over,
+    restored. Without a buffer it is stock PPO, bit for bit.
+
+        model = NullSpacePPO.from_pretrained("expert.zip", env=new_env, retain=buffer, kl_budget=0.01)
+        model.learn(600_000, progress_bar=True)
+        print(model.retention_report())
+        model.export("finetuned.zip")          # a stock zip: stable_baselines3.PPO.load just works
+
+    Saved zips are stock PPO zips too; the constraint is not in them (see `nsrl.rl.training.checkpoint` for resuming a
+    run).
+    """
+
+    @classmethod
+    def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
+        inherited = {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters}
+        if not isinstance(source.model, PPO):
+            inherited["policy_kwargs"] = without_optimizer(inherited["policy_kwargs"])
+        return {**inherited, **options}

@@ -1,0 +1,115 @@
+"""The surrogate objective of a rollout: its value, its gradient, and the KL divergence that a step makes on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from nsrl.projection.budget.natural_gradient import PolicyJacobian
+from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
+from nsrl.projection.optimizer import FlatParameters
+from nsrl.rl.policies.actor_critic import action_family, policy_outputs
+from nsrl.rl.policies.heads import actor_candidates, actor_head, reached_at_any, select
+
+
+class Surrogate:
+    """Mean advantage-weighted probability ratio on a rollout, as a function of the policy's present parameters.
+
+    Args:
+        policy: the policy that made the rollout, not moved since.
+        samples: observations, actions, old_log_prob and advantages, one row a state, as SB3's buffers give them.
+        normalize: centre the advantages and divide them by their standard deviation.
+        besides: parameters that are to be moved too, although the rollout may not depend on them.
+
+    Attributes:
+        parameters: those, and all that the action distribution depends on, found by autograd, as one flat vector.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True,
+                 besides: Iterable[nn.Parameter] = ()):  # fmt: skip
+        self.policy = policy
+        self._actions = samples.actions
+        if isinstance(policy.action_space, spaces.Discrete):
+            self._actions = samples.actions.long().flatten()
+        self._old_log_prob = samples.old_log_prob
+        advantages = samples.advantages
+        self._advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if normalize else advantages
+
+        def log_prob(rows: slice) -> Tensor:
+            return self._log_prob(policy_outputs(policy, select(samples.observations, rows)), self._actions[rows])
+
+        reached = {*reached_at_any(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
+        moved = [parameter for parameter in policy.parameters() if parameter in reached]
+        self.parameters = FlatParameters(moved)
+        self._log_std = next((p for p in moved if p is getattr(policy, "log_std", None)), None)
+        self._head = actor_head(policy, samples.observations, [p for p in moved if p is not self._log_std])
+        self._passes = self._head.passes()
+        self._metric = self._build_metric()
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """The objective before the step, and minus its gradient, shape (P,)."""
+        outputs = self._passes.outputs.requires_grad_()
+        with torch.enable_grad():
+            objective = self._objective(outputs)
+        reached = [outputs] if self._log_std is None else [outputs, self._log_std]
+        slope, *spread = torch.autograd.grad(-objective, reached)
+        pulled = self._passes.pull(slope)
+        if self._log_std is not None:
+            start = self._columns()[0]
+            pulled = torch.cat([pulled[:start], spread[0].flatten(), pulled[start:]])
+        outputs.requires_grad_(False)
+        return float(objective.detach()), pulled
+
+    def fisher(self, every: int = 1) -> PolicyJacobian:
+        """Whitened Jacobian whose Gram J^T J is the Fisher information, of every so many states."""
+        passes = self._passes if every == 1 else self._head.select(slice(None, None, every)).passes()
+        return PolicyJacobian(
+            passes, self._metric.seeds(passes.outputs), None if self._log_std is None else self._columns()
+        )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float]:
+        """The objective, and the mean KL(pi_old || pi) in nats a state, at the present parameters.
+
+        The objective is NaN where the policy has diverged so far that it is no distribution any more.
+        """
+        outputs = self._head.outputs()
+        kl = float(self._metric.divergence(self._passes.outputs, outputs).mean())
+        try:
+            return float(self._objective(outputs)), kl
+        except ValueError:  # torch.distributions refuses NaN logits and spreads of zero
+            return math.nan, kl
+
+    def _objective(self, outputs: Tensor) -> Tensor:
+        ratio = torch.exp(self._log_prob(outputs, self._actions) - self._old_log_prob)
+        return (self._advantages * ratio).mean()
+
+    def _log_prob(self, outputs: Tensor, actions: Tensor) -> Tensor:
+        distribution: Any = self.policy.action_dist
+        if action_family(self.policy) == "gaussian":
+            return distribution.proba_distribution(outputs, self.policy.log_std).log_prob(actions)
+        return distribution.proba_distribution(action_logits=outputs).log_prob(actions)
+
+    def _build_metric(self) -> OutputMetric:
+        """The exact metric of the outputs: the rollout's states are where the policy acts, so nothing is tempered."""
+        family = action_family(self.policy)
+        if family == "gaussian":
+            return Gaussian(self.policy.log_std, self.policy.log_std.detach().clone())
+        if family == "bernoulli":
+            return Bernoulli(tempering=0.0)
+        if family == "multi_categorical":
+            return Categorical(tuple(int(n) for n in self.policy.action_space.nvec.flatten()), tempering=0.0)  # type: ignore[attr-defined]
+        return Categorical((self._passes.outputs.shape[1],), tempering=0.0)
+
+    def _columns(self) -> tuple[int, int]:
+        """Where log_std lies in the flat vector."""
+        assert self._log_std is not None
+        position = next(i for i, p in enumerate(self.parameters.parameters) if p is self._log_std)
+        start = sum(self.parameters.sizes[:position])
+        return start, start + self.parameters.sizes[position]

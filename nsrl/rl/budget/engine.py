@@ -1,0 +1,313 @@
+"""Retention: what happens around and inside one policy update so that the KL budget holds after it.
+
+    begin   remember the feasible parameters; linearise if the configuration projects inside the update
+    before  every optimizer step: shape the gradient (Lagrangian or projected)
+    after   every optimizer step: project the realised displacement
+    end     measure on the whole buffer; restore (Gauss-Newton on all states); if that fails, fall back along the
+            segment to the last feasible parameters
+
+It attaches to the optimizer's own step hooks, so the algorithm's `train()` is the stock one.
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import Any
+
+import torch
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from nsrl.projection.budget.multiplier import Multiplier
+from nsrl.projection.budget.projection import KrylovProjection, Projection, SpectralProjection
+from nsrl.projection.optimizer import StepHooks
+from nsrl.reading.values import finite, mapping, whole
+from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.budget.draws import StateDraw, active_subset
+from nsrl.rl.retention.constraint import RetentionConstraint
+from nsrl.rl.retention.measurement import Measurement
+
+#: Entries of a state that checkpoints of older versions, or of other engines, do not have.
+ADDED = ("restored", "guess")
+
+
+class Retention:
+    """Keeps one algorithm's policy inside the budget.
+
+    Args:
+        model: an SB3 on-policy algorithm with one optimizer (PPO, A2C, ...).
+        constraint: policy against buffer.
+        config: how.
+
+    Attributes:
+        last: measurement after the latest update.
+        multiplier: the dual variable.
+        updates: policy updates made.
+        restored: Gauss-Newton restorations made.
+        rollbacks: updates that had to fall back towards the last feasible parameters.
+    """
+
+    def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
+        self.model = model
+        self.constraint = constraint
+        self.config = config
+        self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
+        self.minibatches = StateDraw(constraint.train, config.seed)
+        self.subsets = StateDraw(constraint.train, config.seed + 1)
+        self.updates = 0
+        self.restored = 0
+        self.rollbacks = 0
+        self.last: Measurement = constraint.measure()
+        self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
+        self._coefficients: list[float] = []
+        self._projections: list[Projection] = []
+        self._gap = 1.0
+        self._hooks: StepHooks | None = None
+        self._projector: SpectralProjection | None = None
+
+    def begin(self) -> None:
+        """Prepare one policy update."""
+        self._feasible = self.constraint.parameters.read()
+        self._steps = 0
+        self._coefficients, self._projections = [], []
+        self._frozen = self.updates < self.config.critic_warmup
+        self._projector = None
+        if self.config.projects and not self._frozen:
+            self._linearise()
+        self._hooks = StepHooks(self.model.policy.optimizer, self._before_step, self._after_step)
+
+    def end(self) -> dict[str, float]:
+        """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
+        assert self._hooks is not None
+        self._hooks.detach()
+        proposed = self.constraint.parameters.read() - self._feasible
+        restored, rolled_back = self._enforce()
+        start = perf_counter()
+        self.last = self.constraint.measure()
+        self.seconds["measure"] += perf_counter() - start
+        self.updates += 1
+        self.rollbacks += rolled_back
+        made = float((self.constraint.parameters.read() - self._feasible).norm())
+        return self._scalars(made / max(float(proposed.norm()), 1e-12), restored)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that continue the run where it is (the policy's parameters are not among them)."""
+        return {
+            "multiplier": self.multiplier.integral,
+            "target": self.multiplier.target,
+            "gap": self._gap,
+            "updates": self.updates,
+            "restored": self.restored,
+            "rollbacks": self.rollbacks,
+            "seconds": dict(self.seconds),
+            **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
+            **{f"subsets_{key}": value for key, value in self.subsets.state().items()},
+        }
+
+    def check_state(self, state: Any) -> None:
+        """Raise Unreadable unless `state_dict()` can have given this."""
+        mapping(state, "retention", [key for key in self.state_dict() if key not in ADDED], ADDED)
+        for key in ("multiplier", "target", "gap"):
+            finite(state[key], key)
+        for key in ("updates", "restored", "rollbacks"):
+            whole(state.get(key, 0), key)
+        for key, value in mapping(state["seconds"], "seconds", (), self.seconds).items():
+            finite(value, key)
+        for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
+            draw.check_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; call it after the policy's parameters are back."""
+        self.multiplier.integral, self.multiplier.target = float(state["multiplier"]), float(state["target"])
+        self._gap = float(state["gap"])
+        self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
+        self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
+        self.seconds.update(state["seconds"])
+        for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
+            draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
+        self.last = self.constraint.measure()
+
+    @property
+    def enforces(self) -> bool:
+        """Whether the budget is a promise (baselines only watch it)."""
+        return True
+
+    def diagnose(self, states: int = 64) -> tuple[int, float]:
+        """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier."""
+        model = self.constraint.linearise(self.constraint.train[:states])
+        parts = SpectralProjection(model.jacobian, model.residual, model.divergence).spectrum
+        return parts.rank, parts.effective_dimension(self._damping)
+
+    @property
+    def _damping(self) -> float:
+        """Lambda of the last projection; for the Lagrangian 1 / (multiplier * learning rate), its equivalent."""
+        if self._projections:
+            return self._projections[-1].damping
+        coefficient = self._coefficients[-1] if self._coefficients else 0.0
+        rate = self.model.policy.optimizer.param_groups[0]["lr"]
+        return 1.0 / (coefficient * rate) if coefficient > 0.0 and rate > 0.0 else math.inf
+
+    # -- inside the update ------------------------------------------------------------------------------------------
+
+    def _before_step(self) -> None:
+        if self._frozen:
+            spread = getattr(self.model.policy, "log_std", None)  # unprotected with preserve="mode", yet the actor's
+            for parameter in [*self.constraint.parameters.parameters, spread]:
+                if parameter is not None:
+                    parameter.grad = None
+            return
+        if self.config.effective_gradient == "lagrangian":
+            self._add_lagrangian()
+        elif self.config.effective_gradient == "projected":
+            start = perf_counter()
+            assert self._projector is not None
+            damping = self._projections[-1].damping if self._projections else 0.0
+            if not math.isinf(damping):
+                flat = self.constraint.parameters
+                flat.set_gradient(self._projector.null(flat.gradient(), damping))
+            self.seconds["project"] += perf_counter() - start
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self._frozen or self._projector is None or self.config.effective_projection == "none":
+            return
+        if self._steps % self.config.project_every == 0:
+            start = perf_counter()
+            flat = self.constraint.parameters
+            projection = self._projector.project(flat.read() - self._feasible, self._aim)
+            flat.write(self._feasible + projection.displacement)
+            self._projections.append(projection)
+            self.seconds["project"] += perf_counter() - start
+
+    def _add_lagrangian(self) -> None:
+        start = perf_counter()
+        kl, pull = self.constraint.probe(self.minibatches.draw(self.config.batch_states))
+        coefficient = self.multiplier.update(kl)
+        if coefficient > 0.0:
+            self.constraint.parameters.add_gradients(pull(), coefficient)
+        self._coefficients.append(coefficient)
+        self.seconds["lagrangian"] += perf_counter() - start
+
+    def _linearise(self) -> None:
+        start = perf_counter()
+        model = self.constraint.linearise(*self._subset())
+        scale = None
+        if self.config.effective_projection == "optimizer":
+            scale = self.constraint.parameters.scale_of(self.model.policy.optimizer)
+        self._projector = SpectralProjection(model.jacobian, model.residual, model.divergence, scale)
+        self.seconds["linearise"] += perf_counter() - start
+
+    def _subset(self) -> tuple[Tensor, Tensor | None]:
+        """States to linearise, and how many training states each of them stands for (None: all for equally many)."""
+        train, drawn = self.constraint.train, self.subsets.draw(self.config.subset_states)
+        if self.config.selection == "random" or len(drawn) == len(train):
+            return drawn, None
+        return active_subset(self.constraint, drawn)
+
+    @property
+    def _aim(self) -> float:
+        return self.config.target * self.config.kl_budget
+
+    # -- after the update -------------------------------------------------------------------------------------------
+
+    def _enforce(self) -> tuple[int, int]:
+        """Bring the measured KL under the budget; returns (restorations made, 1 if the segment fallback was used)."""
+        start = perf_counter()
+        kl, on_training = self.constraint.divergences()
+        self._calibrate(kl, on_training)
+        self.seconds["measure"] += perf_counter() - start
+        start = perf_counter()
+        kl, restored = self._restore_inside(kl)
+        rolled_back = 0
+        if kl > self.config.tolerance:
+            self._fall_back()
+            rolled_back = 1
+        self.seconds["restore"] += perf_counter() - start
+        return restored, rolled_back
+
+    def _restore_inside(self, kl: float) -> tuple[float, int]:
+        """Restore while that helps and the KL is over the budget; returns the KL reached and how often."""
+        restored = 0
+        while kl > self.config.tolerance and restored < self.config.restore_steps:
+            better = self._restore(kl)
+            restored += 1
+            self.restored += 1
+            if better >= kl * 0.99:
+                return min(kl, better), restored
+            kl = better
+        return kl, restored
+
+    def _calibrate(self, kl: float, on_training: float) -> None:
+        """Aim the multiplier, which sees training states only, at what the whole buffer measures.
+
+        Held-out states have a larger KL. Uncorrected, the multiplier would rest below its aim while every update ends
+        over the budget and is restored.
+        """
+        if math.isfinite(kl) and on_training > 0.0:
+            # One task of several can have spent its budget while the others have spent nothing of theirs.
+            ratio = min(max(kl / on_training, 1.0), max(2.0, len(self.constraint.shares)))
+            self._gap += 0.1 * (ratio - self._gap)
+        self.multiplier.target = self._aim / self._gap
+
+    def _restore(self, kl: float) -> float:
+        """One Gauss-Newton step towards the reference on all training states, backtracking on the measured KL."""
+        if not math.isfinite(kl):
+            return kl
+        flat = self.constraint.parameters
+        model = self.constraint.linearise(self.constraint.train)
+        aim = self._aim if self.config.kl_budget > 0 else 0.25 * self.config.tolerance
+        solver = KrylovProjection(model.jacobian, model.residual, model.divergence)
+        here = flat.read()
+        # The model sees the training states, the budget holds for all of them: aim lower by the measured difference.
+        step = solver.project(torch.zeros_like(here), aim * min(1.0, model.divergence / kl)).displacement
+        length = 1.0
+        for _ in range(5):
+            flat.write(here + length * step)
+            reached = self.constraint.binding_divergence()
+            if reached < kl:
+                return reached
+            length *= 0.5
+        flat.write(here)
+        return kl
+
+    def _fall_back(self) -> None:
+        """Bisect the segment from the last feasible parameters for the farthest point within the budget."""
+        flat = self.constraint.parameters
+        here = flat.read()
+        direction = torch.nan_to_num(here - self._feasible, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = 0.5 * (low + high)
+            flat.write(self._feasible + middle * direction)
+            if self.constraint.binding_divergence() <= self.config.tolerance:
+                low = middle
+            else:
+                high = middle
+        flat.write(self._feasible + low * direction)
+
+    def _scalars(self, kept: float, restored: int) -> dict[str, float]:
+        scalars: dict[str, Any] = {
+            "retain/kl_mean": self.last.kl_mean,
+            "retain/kl_max": self.last.kl_max,
+            "retain/kl_heldout": self.last.kl_heldout,
+            "retain/agreement": self.last.agreement,
+            "nullspace/update_kept": kept,
+            "nullspace/restore_steps": restored,
+            "nullspace/rollbacks": self.rollbacks,
+            **{f"retain/{task}/kl_mean": kl for task, kl in self.last.kl_by_task.items()},
+        }
+        if not math.isinf(self._damping):
+            scalars["nullspace/lambda"] = self._damping
+        if self._coefficients:
+            scalars["nullspace/multiplier"] = sum(self._coefficients) / len(self._coefficients)
+        if self._projector is not None:
+            parts = self._projector.spectrum
+            damping = self._damping
+            scalars["nullspace/rank"] = parts.rank
+            scalars["nullspace/rank_fraction"] = parts.rank / self._projector.jacobian.shape[1]
+            scalars["nullspace/effective_dim"] = parts.effective_dimension(damping)
+            if self._projections:
+                scalars["nullspace/kl_predicted"] = self._projections[-1].predicted
+                scalars["nullspace/update_kept"] = kept * self._projections[-1].kept
+        return scalars

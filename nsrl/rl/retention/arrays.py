@@ -1,0 +1,260 @@
+"""Where retention buffers come from besides a roll-out: arrays and data sets (`RetentionBuffer.from_...`)."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from nsrl.errors import NsrlError
+from nsrl.rl.agents.agent import Agent
+from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.agents.spaces import describe_space
+from nsrl.rl.playing.action_masks import INVALID, is_maskable
+from nsrl.rl.playing.rollout import Observations, evaluation_mode, map_arrays, reference_outputs
+from nsrl.rl.retention import minari
+from nsrl.rl.retention.collection import distribution, resolve_agent, same_statistics, split
+from nsrl.rl.retention.provenance import circumstances, identity
+
+if TYPE_CHECKING:
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+Reference = BaseAlgorithm | Agent | str | os.PathLike[str]
+
+FAMILIES: dict[type[spaces.Space], str] = {
+    spaces.Discrete: "categorical",
+    spaces.MultiDiscrete: "multi_categorical",
+    spaces.MultiBinary: "bernoulli",
+    spaces.Box: "gaussian",
+}
+
+
+def from_arrays(
+    kind: type[RetentionBuffer],
+    observations: Observations,
+    agent: Reference | None = None,
+    *,
+    outputs: Any = None,
+    action_space: spaces.Space | None = None,
+    observation_space: spaces.Space | None = None,
+    log_std: Any = None,
+    action_masks: Any = None,
+    weights: Any = None,
+    normalizer: ObservationNormalizer | None = None,
+    heldout: float | np.ndarray = 0.2,
+    seed: int = 0,
+    task: str | None = None,
+    trust: bool = False,
+) -> RetentionBuffer:
+    """A buffer of given states, with the outputs of an agent on them or with given outputs.
+
+    Args:
+        kind: the class of the buffer; `RetentionBuffer.from_arrays` passes it.
+        observations: raw observations, (N, ...), or a dict of such arrays; images with their channels first.
+        agent: the reference policy; or else give `outputs` and `action_space`.
+        outputs: reference logits or means, (N, O).
+        action_space: what the outputs are for; it tells the family.
+        observation_space: of the policy to be protected; default Box observations of the arrays' shapes.
+        log_std: reference log standard deviations of given means, (O,).
+        action_masks: which actions are valid in each state, (N, O) bool; of a MaskablePPO.
+        weights: importance of each state, (N,), in any unit; stored with mean 1.
+        normalizer: what the policy to be protected does to raw observations; default the agent's.
+        heldout: share of the states held out, or which they are, (N,) bool.
+        seed: of the held-out split.
+        task: name of the task in logs.
+        trust: let `agents.load` unpickle, when `agent` is a path.
+
+    Raises:
+        NsrlError: for arrays that do not fit each other or the agent.
+    """
+    if (agent is None) == (outputs is None):
+        raise NsrlError("give either the agent whose outputs are the reference, or the outputs themselves")
+    observations = _as_arrays(observations)
+    if agent is not None:
+        fields = _labelled(observations, agent, normalizer, trust, action_masks)
+    else:
+        fields = _recorded(observations, outputs, action_space, observation_space, log_std, normalizer)
+    if action_masks is not None:
+        if "categorical" not in fields["family"]:
+            raise NsrlError("action_masks are for Discrete and MultiDiscrete actions only; leave them out")
+        fields["outputs"] = _masked(fields["outputs"], action_masks)
+    n = len(fields["outputs"])
+    fields["provenance"] |= {
+        "env_id": None,
+        "task": task or "old",
+        "seed": int(seed),
+        "select": "arrays",
+        "n_states": n,
+    }
+    return kind(**fields, weights=_mean_one(weights), heldout=_heldout(n, heldout, seed))
+
+
+def from_minari(
+    kind: type[RetentionBuffer],
+    dataset: Any,
+    agent: Reference,
+    n_states: int = 2048,
+    select: str = "expert",
+    seed: int = 0,
+    *,
+    quantile: float = 0.5,
+    reward_scale: float | None = None,
+    heldout: float | np.ndarray = 0.2,
+    task: str | None = None,
+    trust: bool = False,
+) -> RetentionBuffer:
+    """A buffer of states from a Minari data set; the reference outputs are the agent's, not the data's actions.
+
+    Data without an agent: `nsrl.rl.retention.cloning.clone` makes one by behaviour cloning of the data's actions.
+
+    Args:
+        kind: the class of the buffer; `RetentionBuffer.from_minari` passes it.
+        dataset: a `minari.MinariDataset`, the id of a local one, or its folder. Needs the extra `minari`.
+        agent: the reference policy.
+        n_states: states in the buffer, N.
+        select: "expert" draws from all states, "advantage" from those of highest advantage, as in `collect`.
+        seed: of the draw and the held-out split.
+        quantile, reward_scale: as in `collect`.
+        heldout, task, trust: as in `from_arrays`; the task is by default the environment's id.
+
+    Raises:
+        NsrlError: minari is not installed, no such data set, too few states, or an agent with other spaces.
+    """
+    data = minari.opened(dataset)
+    model, trained, source = resolve_agent(agent, trust, data)
+    observations, origin = minari.chosen_states(data, model, trained, n_states, select, seed, quantile, reward_scale)
+    fields = _labelled(observations, Agent(model, trained), None, trust)
+    name = task or origin["env_id"] or data.id
+    fields["provenance"] |= {**origin, "agent": source, "task": name, "seed": int(seed), "n_states": int(n_states)}
+    return kind(**fields, heldout=_heldout(n_states, heldout, seed))
+
+
+def _labelled(
+    observations: Observations, agent: Reference, normalizer: ObservationNormalizer | None, trust: bool,
+    action_masks: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of a buffer with an agent's outputs."""
+    model, trained, source = resolve_agent(agent, trust)
+    if is_maskable(model.policy) and action_masks is None:
+        raise NsrlError(
+            f"{type(model).__name__} acts under action masks, which only from_arrays takes: pass it action_masks, "
+            "(N, O) bool, or collect the buffer from the environment"
+        )
+    if trained is not None and normalizer is not None and not same_statistics(trained, normalizer):
+        raise NsrlError(
+            "the normalizer has other observation statistics than the agent; leave it out to use the agent's"
+        )
+    normalizer = trained or normalizer
+    _check_shapes(observations, model.observation_space)
+    if normalizer is not None:
+        normalizer.check(model.observation_space)
+    with evaluation_mode(model.policy):
+        outputs = reference_outputs(model.policy, observations, normalizer)  # type: ignore[arg-type]
+    return {
+        "observations": observations,
+        "outputs": outputs,
+        **distribution(model),
+        "normalizer": normalizer,
+        "provenance": identity(model, source),
+    }
+
+
+def _recorded(
+    observations: Observations,
+    outputs: Any,
+    action_space: spaces.Space | None,
+    observation_space: spaces.Space | None,
+    log_std: Any,
+    normalizer: ObservationNormalizer | None,
+) -> dict[str, Any]:
+    """Fields of a buffer with given outputs."""
+    if action_space is None or type(action_space) not in FAMILIES:
+        raise NsrlError(
+            f"action_space is {action_space}, but must say what the outputs are for: a Discrete, MultiDiscrete, "
+            "MultiBinary or Box space"
+        )
+    outputs = np.asarray(outputs, dtype=np.float32)
+    observation_space = observation_space or _box_space(observations)
+    _check_shapes(observations, observation_space)
+    width = _outputs_of(action_space)
+    if outputs.ndim != 2 or outputs.shape[1] != width:
+        raise NsrlError(f"outputs has shape {outputs.shape}, but {action_space} needs (N, {width})")
+    if normalizer is not None:
+        normalizer.check(observation_space)
+    described = {"observation_space": observation_space, "action_space": action_space}
+    return {
+        "observations": observations,
+        "outputs": outputs,
+        "family": FAMILIES[type(action_space)],
+        "log_std": None if log_std is None else np.asarray(log_std, dtype=np.float32),
+        "nvec": tuple(int(n) for n in action_space.nvec) if isinstance(action_space, spaces.MultiDiscrete) else None,
+        "normalizer": normalizer,
+        "provenance": {**{key: describe_space(space) for key, space in described.items()}, **circumstances()},
+    }
+
+
+def _masked(outputs: np.ndarray, action_masks: Any) -> np.ndarray:
+    """Reference logits with those of invalid actions at -1e8, as `nsrl.rl.retention.collection` has them."""
+    masks = np.asarray(action_masks)
+    if masks.dtype != np.bool_ or masks.shape != outputs.shape or not masks.any(1).all():
+        raise NsrlError(
+            f"action_masks has dtype {masks.dtype} and shape {masks.shape}, but must be bool, {outputs.shape}, with a "
+            "valid action in each row"
+        )
+    return np.where(masks, outputs, np.float32(INVALID))
+
+
+def _mean_one(weights: Any) -> Any:
+    if weights is None:
+        return None
+    weights = np.asarray(weights, dtype=np.float32)
+    mean = float(weights.mean()) if weights.size else 0.0
+    return weights / np.float32(mean) if mean > 0.0 else weights
+
+
+def _heldout(n: int, heldout: float | np.ndarray, seed: int) -> np.ndarray:
+    if isinstance(heldout, np.ndarray):
+        return heldout
+    if not 0.0 <= heldout < 1.0:
+        raise NsrlError(f"heldout is {heldout!r}, but must be in [0, 1) or an array that says which states are")
+    return split(n, heldout, np.random.default_rng(seed))
+
+
+def _as_arrays(observations: Any) -> Observations:
+    arrays = map_arrays(np.asarray, dict(observations) if isinstance(observations, dict) else observations)
+    named = arrays if isinstance(arrays, dict) else {"": arrays}
+    if not named or any(array.ndim == 0 or len(array) == 0 for array in named.values()):
+        raise NsrlError("observations is empty; give at least one state, samples first")
+    return arrays
+
+
+def _check_shapes(observations: Observations, space: spaces.Space) -> None:
+    """Raise NsrlError, naming both, unless these are observations of the space."""
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    named = observations if isinstance(observations, dict) else {"": observations}
+    if isinstance(space, spaces.Dict) != isinstance(observations, dict) or parts.keys() != named.keys():
+        raise NsrlError(f"observations has the keys {sorted(named)}, but the agent reads {space}")
+    for key, array in named.items():
+        if array.shape[1:] != parts[key].shape:
+            name = f"observations[{key!r}]" if key else "observations"
+            raise NsrlError(f"{name} has shape {array.shape}, but {parts[key]} needs (N, ...) with {parts[key].shape}")
+
+
+def _box_space(observations: Observations) -> spaces.Space:
+    def box(array: np.ndarray) -> spaces.Box:
+        return spaces.Box(-np.inf, np.inf, array.shape[1:], np.float32)
+
+    if isinstance(observations, dict):
+        return spaces.Dict({key: box(array) for key, array in observations.items()})
+    return box(observations)
+
+
+def _outputs_of(space: spaces.Space) -> int:
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    return int(np.prod(space.shape or ()))

@@ -1,0 +1,294 @@
+"""The retention constraint: a policy held against the reference outputs of a buffer.
+
+Measures the KL, differentiates it, linearises it. Knows nothing of training loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from nsrl.errors import NsrlError
+from nsrl.projection.budget.natural_gradient import PolicyJacobian
+from nsrl.projection.budget.two_regions import Quadratic
+from nsrl.projection.jacobians.blocks import DenseBlock
+from nsrl.projection.jacobians.linearise import FactoredJacobian, Jacobian, StackedJacobian, jacobian
+from nsrl.projection.jacobians.matrix_free import Passes
+from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
+from nsrl.projection.optimizer import FlatParameters
+from nsrl.rl.playing.action_masks import MaskedCategorical, is_maskable, valid_actions
+from nsrl.rl.policies.actor_critic import Observation, action_family, policy_outputs
+from nsrl.rl.policies.heads import Head, actor_candidates, actor_head, reached_at_any, select
+from nsrl.rl.policies.spreads import StatewiseGaussian
+from nsrl.rl.retention.measurement import Measurement
+from nsrl.rl.retention.weights import StateWeights, rows_times, weighted_mean
+
+if TYPE_CHECKING:
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """The model of `nsrl.projection.budget.two_regions.Quadratic` with a factored Jacobian, whose Gram matrix can be formed."""
+
+    jacobian: Jacobian
+    residual: Tensor
+    divergence: float
+
+
+class RetentionConstraint:
+    """Mean KL between a policy and the reference outputs stored in a buffer.
+
+    Args:
+        policy: the SB3 policy that is being trained; its actor parameters are the columns of the Jacobian.
+        buffer: the retention buffer.
+        preserve: "distribution" or "mode" (see `RetentionConfig`).
+        tempering: of softmax Hessians.
+        task_budgets: budget of each task of the buffer (see `RetentionConfig`); the states of a task then weigh, all
+            together, 1 / budget.
+
+    Attributes:
+        shares: with task budgets, each one's as a multiple of their harmonic mean; else empty.
+        names: names of the protected parameters, in `named_parameters()` order.
+        parameters: the same as one flat vector.
+        train, heldout: indices of the states of either kind whose weight is not zero.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, buffer: RetentionBuffer, preserve: str = "distribution",
+                 tempering: float = 0.01, task_budgets: Mapping[str, float] | None = None):  # fmt: skip
+        self.policy = policy
+        self.buffer = buffer
+        self.preserve = preserve
+        self.tempering = tempering
+        self.family = action_family(policy)
+        if self.family != buffer.family:
+            raise NsrlError(
+                f"the buffer holds {buffer.family} outputs but the policy's action distribution is {self.family}; "
+                "collect the buffer from an agent with the same action space"
+            )
+        device = policy.device
+        self.inputs: Observation = buffer.inputs(device=device)
+        self.reference = torch.tensor(buffer.outputs, device=device)
+        counts = buffer.weights > 0.0
+        self.train = torch.tensor(np.flatnonzero(counts & ~buffer.heldout), device=device)
+        self.heldout = torch.tensor(np.flatnonzero(counts & buffer.heldout), device=device)
+        self._weights = StateWeights(buffer, task_budgets, device)
+        self.shares = self._weights.shares
+        self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.spreads, device=device)
+        self._valid = valid_actions(self.reference) if is_maskable(policy) else None
+        self.names = self._protected_names()
+        named = dict(policy.named_parameters())
+        self.parameters = FlatParameters([named[name] for name in self.names])
+        self._log_std = named["log_std"] if self.protects_log_std else None
+        self._reached = [p for p in self.parameters.parameters if p is not self._log_std]
+        self._sizes = [p.numel() for p in self._reached]
+        # Without a state of its own the features extractor gives the same features for good: extract them once.
+        extractor = policy.pi_features_extractor
+        stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
+        self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
+
+    @property
+    def protects_log_std(self) -> bool:
+        """Whether the state-independent standard deviation is part of the constraint, and moves."""
+        return self.family == "gaussian" and self.preserve == "distribution" and self.policy.log_std.requires_grad
+
+    @property
+    def metric(self) -> OutputMetric:
+        """The output metric on the whole buffer, at the current standard deviation."""
+        return self._metric_on(None, self._weights.relative())
+
+    def _metric_on(self, indices: Tensor | None, weights: Tensor | None) -> OutputMetric:
+        """The output metric on some states (None: all) of these weights."""
+        if self.family == "gaussian":
+            spread = self._reference_log_std
+            assert spread is not None
+            if spread.ndim == 2 and indices is not None:
+                spread = spread[indices]
+            current = self.policy.log_std if self.preserve == "distribution" else spread
+            if spread.ndim == 1 and weights is None:
+                return Gaussian(current, spread)
+            return StatewiseGaussian(current, spread, weights)
+        if self.family == "bernoulli":
+            return Bernoulli(self.tempering)
+        sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
+        if self._valid is None:
+            return Categorical(sizes, self.tempering)
+        return MaskedCategorical(sizes, self.tempering, self._valid if indices is None else self._valid[indices])
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """Evaluate the policy on the whole buffer (one forward pass)."""
+        outputs = self._outputs()
+        metric = self.metric
+        kl = metric.divergence(self.reference, outputs)
+        held = self.heldout
+        return Measurement(
+            kl_mean=self._weights.mean(kl),
+            kl_max=float(kl.max()),
+            kl_heldout=self._weights.mean(kl, held) if len(held) else math.nan,
+            agreement=metric.agreement(self.reference, outputs),
+            agreement_heldout=(
+                self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
+            ),
+            kl_by_task=self._weights.mean_by_task(kl),
+        )
+
+    @torch.no_grad()
+    def state_divergences(self) -> Tensor:
+        """KL of every state of the buffer, shape (N,), float64."""
+        return self.metric.divergence(self.reference, self._outputs())
+
+    @torch.no_grad()
+    def divergences(self) -> tuple[float, float]:
+        """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged."""
+        kl = self.state_divergences()
+        binding, training = self._binding(kl), self._weights.mean(kl, self.train)
+        return (binding, training) if math.isfinite(binding) else (math.inf, math.inf)
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """Mean KL over the whole buffer; infinity where the policy has diverged to NaN."""
+        kl = self._weights.mean(self.state_divergences())
+        return kl if math.isfinite(kl) else math.inf
+
+    @torch.no_grad()
+    def binding_divergence(self) -> float:
+        """The KL that counts against the budget; infinity where the policy has diverged to NaN.
+
+        It is the mean over the whole buffer. With task budgets it is the mean KL of the task that has spent most of its
+        own, divided by that one's share: at most the overall budget if and only if every task is within its own.
+        """
+        return self._binding(self.state_divergences())
+
+    def _binding(self, kl: Tensor) -> float:
+        whole = self._weights.mean(kl)
+        if not math.isfinite(whole):
+            return math.inf
+        tasks = self._weights.tasks
+        return max((self._weights.mean(kl, tasks[task]) / share for task, share in self.shares.items()), default=whole)
+
+    def gradient(self, indices: Tensor) -> tuple[float, Tensor]:
+        """Mean KL of some states and its gradient in the protected parameters, shape (P,)."""
+        kl, pull = self.probe(indices)
+        return kl, torch.cat([piece.flatten() for piece in pull()])
+
+    def probe(self, indices: Tensor) -> tuple[float, Callable[[], list[Tensor]]]:
+        """Mean KL of some states, and a function that goes back for its gradients, one a protected parameter."""
+        weights = self._weights.relative(indices)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        passes = self._passes(indices)
+        with torch.no_grad():
+            # dKL/dz is known in closed form: the backward pass starts at the outputs, not at the KL.
+            kl = weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            slope = rows_times(weights, metric.slope(reference, passes.outputs)) / len(indices)
+
+        def pull() -> list[Tensor]:
+            pieces = list(passes.pull(slope).split(self._sizes))
+            if self._log_std is not None:
+                assert isinstance(metric, Gaussian)
+                spread = math.sqrt(2.0) * metric.log_std_residual(reference, passes.outputs)
+                pieces.insert(self.names.index("log_std"), spread)
+            return [piece.view_as(p) for piece, p in zip(pieces, self.parameters.parameters, strict=True)]
+
+        return kl, pull
+
+    def _outputs(self) -> Tensor:
+        """The policy on the whole buffer, (N, O), without a graph."""
+        return policy_outputs(self.policy, self.inputs) if self._still is None else self._still.outputs()
+
+    def _passes(self, indices: Tensor) -> Passes:
+        """The policy at some states, with the products of its Jacobian in the protected parameters."""
+        if self._still is None:
+            return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
+        return self._still.select(indices).passes()
+
+    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Linearisation:
+        """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
+
+        Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
+
+        Args:
+            indices: the states.
+            importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
+                the buffer's weights. None where the states are a uniform sample.
+        """
+        weights = self._weights.relative(indices, importance)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        root = None if weights is None else weights.sqrt()
+        scale = 1.0 / math.sqrt(len(indices))
+        factored = jacobian(
+            self.policy, select(self.inputs, indices), forward=_forward, parameters=self.names,
+            seed=lambda outputs: rows_times(root, metric.seeds(outputs)), scale=scale,
+        )  # fmt: skip
+        outputs = factored.outputs
+        residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
+        divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
+        if not self.protects_log_std:
+            return Linearisation(factored, residual, divergence)
+        assert isinstance(metric, Gaussian)
+        rows = self._log_std_rows(factored)
+        residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
+        return Linearisation(StackedJacobian([factored, rows]), residual, divergence)
+
+    def quadratic(self, indices: Tensor) -> Quadratic:
+        """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
+        weights = self._weights.relative(indices)
+        metric, reference = self._metric_on(indices, weights), self.reference[indices]
+        root = None if weights is None else weights.sqrt()
+        passes = self._passes(indices)
+        with torch.no_grad():
+            seeds = rows_times(root, metric.seeds(passes.outputs))
+            residual = rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
+            divergence = weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            if not self.protects_log_std:
+                return Quadratic(PolicyJacobian(passes, seeds), residual, divergence)
+            assert isinstance(metric, Gaussian)
+            residual = torch.cat([residual, metric.log_std_residual(reference, passes.outputs)])
+        return Quadratic(PolicyJacobian(passes, seeds, self._log_std_columns), residual, divergence)
+
+    @property
+    def _log_std_columns(self) -> tuple[int, int]:
+        start = sum(self.parameters.sizes[: self.names.index("log_std")])
+        return start, start + self.policy.log_std.numel()
+
+    def _log_std_rows(self, factored: FactoredJacobian) -> FactoredJacobian:
+        """One row a dimension, sqrt(2) d log_std: the Fisher information of a standard deviation is 2."""
+        size = self.policy.log_std.numel()
+        values = math.sqrt(2.0) * torch.eye(size, device=self.reference.device).unsqueeze(0)
+        block = DenseBlock(values, self._log_std_columns)
+        return FactoredJacobian([block], (size, factored.shape[1]), size, factored.names, factored.outputs[:1])
+
+    def _protected_names(self) -> tuple[str, ...]:
+        """Parameters that the outputs depend on, found by autograd rather than by name.
+
+        Which those are may depend on the state (a mixture of experts) and change as the policy does, so what neither
+        the outputs nor the values of any state depend on counts as the actor's too: its columns are zero so far.
+        """
+        outputs = policy_outputs(self.policy, select(self.inputs, self.train[:2]))
+        if outputs.shape[1] != self.reference.shape[1]:
+            raise NsrlError(
+                f"the buffer holds {self.reference.shape[1]} outputs a state but the policy has "
+                f"{outputs.shape[1]}; collect the buffer from an agent with the same action space"
+            )
+        policy, count, wanted = self.policy, len(self.reference), actor_candidates(self.policy)
+        ours = set(reached_at_any(
+            policy, lambda rows: policy_outputs(policy, select(self.inputs, rows)), count, wanted
+        ))  # fmt: skip
+        if wanted - ours:
+            ours |= wanted.difference(reached_at_any(
+                policy, lambda rows: policy.predict_values(select(self.inputs, rows)), count, wanted - ours
+            ))  # fmt: skip
+        return tuple(
+            name for name, p in policy.named_parameters() if p in ours or (name == "log_std" and self.protects_log_std)
+        )
+
+
+def _forward(policy: nn.Module, observations: Observation) -> Tensor:
+    return policy_outputs(cast(ActorCriticPolicy, policy), observations)

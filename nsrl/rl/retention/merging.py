@@ -1,0 +1,144 @@
+"""Several retention buffers as one: for sequences of tasks, and for states that several agents visited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import Env
+from stable_baselines3.common.vec_env import VecEnv
+
+from nsrl.errors import NsrlError
+from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.agents.spaces import same_actions, same_observations
+from nsrl.rl.playing.action_masks import INVALID, is_maskable
+from nsrl.rl.retention.arrays import Reference, from_arrays
+from nsrl.rl.retention.collection import resolve_agent, same_statistics
+from nsrl.rl.retention.minari import concatenated
+from nsrl.rl.retention.provenance import circumstances
+
+if TYPE_CHECKING:
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+
+def from_agents(
+    kind: type[RetentionBuffer],
+    agents: Sequence[Reference],
+    envs: Any,
+    n_states: int = 2048,
+    *,
+    reference: Reference | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    **options: Any,
+) -> RetentionBuffer:
+    """The merged buffers of several agents, `n_states` of each, agent i with the seed `seed + i`.
+
+    Args:
+        kind: the class of the buffer; `RetentionBuffer.from_agents` passes it.
+        agents: of equal spaces.
+        envs: the environment of each, or one for all.
+        n_states: states of each agent.
+        reference: the policy whose outputs all states get, as when weaker agents visit what an expert should not
+            forget; None gives each state the outputs of the agent that visited it.
+        seed: of the first agent's collection.
+        trust: let `agents.load` unpickle, where agents are paths.
+        options: as in `RetentionBuffer.collect`.
+
+    Raises:
+        NsrlError: as `RetentionBuffer.collect` and `merge`.
+    """
+    if envs is None or isinstance(envs, str | Env | VecEnv):
+        envs = [envs] * len(agents)
+    if len(envs) != len(agents):
+        raise NsrlError(
+            f"there are {len(agents)} agents and {len(envs)} environments; give one for each, or one for all"
+        )
+    buffers = []
+    for index, (agent, env) in enumerate(zip(agents, envs, strict=True)):
+        buffer = kind.collect(agent, env, n_states, seed=seed + index, trust=trust, **options)
+        if reference is not None:
+            masked = is_maskable(resolve_agent(reference, trust)[0].policy)
+            buffer = from_arrays(
+                kind, buffer.observations, reference, heldout=buffer.heldout, seed=seed + index, trust=trust,
+                task=buffer.provenance["task"], action_masks=buffer.outputs > 0.5 * INVALID if masked else None,
+            )  # fmt: skip
+        buffers.append(buffer)
+    return merge(kind, buffers)
+
+
+def merge(
+    kind: type[RetentionBuffer], buffers: Sequence[RetentionBuffer], normalizer: ObservationNormalizer | None = None
+) -> RetentionBuffer:
+    """One buffer that holds the states of several, as for a sequence of tasks.
+
+    Each state keeps its reference outputs, its relative weight and its source, by which KL is reported per task.
+
+    Args:
+        kind: the class of the buffer; `RetentionBuffer.merge` passes it.
+        buffers: of equal spaces; the policy to be protected has to be the one that one of them was made with.
+        normalizer: what that policy does to raw observations, where the buffers differ in it.
+
+    Raises:
+        NsrlError: no buffers, other spaces, or other observation statistics.
+    """
+    if not buffers:
+        raise NsrlError("there are no buffers to merge; give at least one")
+    first = buffers[0]
+    for other in buffers[1:]:
+        _check_alike(first, other)
+        if normalizer is None and not _read_alike(first.normalizer, other.normalizer):
+            raise NsrlError(
+                f"the buffers of {first.tasks[0]} and {other.tasks[0]} have different observation statistics; pass "
+                "normalizer, the statistics of the policy that is to be protected"
+            )
+    starts = np.cumsum([0, *(len(buffer.origins) for buffer in buffers[:-1])])
+    shared: dict[str, Any] = {
+        key: first.provenance[key] for key in ("observation_space", "action_space") if key in first.provenance
+    }
+    return kind(
+        observations=concatenated([buffer.observations for buffer in buffers]),
+        outputs=np.concatenate([buffer.outputs for buffer in buffers]),
+        family=first.family,
+        log_std=_joined_spreads(buffers),
+        nvec=first.nvec,
+        heldout=np.concatenate([buffer.heldout for buffer in buffers]),
+        weights=np.concatenate([buffer.weights / buffer.weights.mean() for buffer in buffers]),
+        source=np.concatenate([buffer.source + start for buffer, start in zip(buffers, starts, strict=True)]),
+        normalizer=normalizer or first.normalizer,
+        provenance={
+            **shared,
+            **circumstances(),
+            "task": "+".join(dict.fromkeys(task for buffer in buffers for task in buffer.tasks)),
+            "select": "merged",
+            "sources": [origin for buffer in buffers for origin in buffer.origins],
+        },
+    )
+
+
+def _check_alike(first: RetentionBuffer, other: RetentionBuffer) -> None:
+    """Raise NsrlError unless both buffers are of policies with equal spaces."""
+    for key, same in (("observation_space", same_observations), ("action_space", same_actions)):
+        one, two = first.provenance.get(key), other.provenance.get(key)
+        if one is None or two is None or not same(one, two):
+            texts = ["unknown" if described is None else described["text"] for described in (one, two)]
+            raise NsrlError(
+                f"the buffers of {first.tasks[0]} and {other.tasks[0]} have different spaces ({key}: {texts[0]} and "
+                f"{texts[1]}); widen the older one with nsrl.rl.surgery.widen_buffer, or keep them apart"
+            )
+
+
+def _read_alike(first: ObservationNormalizer | None, second: ObservationNormalizer | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return same_statistics(first, second)
+
+
+def _joined_spreads(buffers: Sequence[RetentionBuffer]) -> np.ndarray | None:
+    """Log standard deviations: those that all share, or one row a source."""
+    rows = [np.broadcast_to(b.log_std, (len(b.origins), b.outputs.shape[1])) for b in buffers if b.log_std is not None]
+    if not rows:
+        return None
+    stacked = np.concatenate(rows)
+    return stacked[0] if (stacked == stacked[0]).all() else stacked

@@ -1,0 +1,195 @@
+"""Fine-tuning as a run: from a configuration to a folder with agent, buffer, curves, metrics and report."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nsrl.errors import NsrlError
+from nsrl.rl import agents
+from nsrl.rl.agents.agent import Agent
+from nsrl.rl.agents.normalization import RetainingVecNormalize
+from nsrl.rl.algorithms.ppo import RETENTION_FIELDS, NullSpacePPO
+from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.training.callbacks import TaskEvaluation
+from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.runs.collecting import obtain_buffer
+from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
+from nsrl.runs.folder import RunFolder, choose_folder, read_lines, slug, write_json, write_text
+from nsrl.runs.hyperparameters import chosen
+from nsrl.runs.machine import describe_environment
+from nsrl.runs.report import describe_method, write_finetuning_report
+from nsrl.runs.settings import to_yaml
+from nsrl.runs.tasks import Tasks, check_fits, make_envs, resolve_tasks
+from nsrl.runs.training import (
+    FINAL_SEED,
+    Interrupted,
+    Outcome,
+    Stopwatch,
+    check_resumable,
+    check_trusted,
+    describe_returns,
+    train,
+)
+
+Model = NullSpacePPO | NullSpaceTRPO
+
+
+def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress: bool = False) -> Outcome:
+    """Fine-tune a pretrained agent; nothing is written before all input has been found to be good.
+
+    Args:
+        config: everything about the run.
+        out: overrides the configuration's output folder.
+        progress: show a progress bar on stderr, or lines where that is no terminal.
+
+    Raises:
+        NsrlError: bad input.
+        Interrupted: Ctrl-C or SIGTERM; `resume_finetuning` goes on.
+    """
+    tasks = resolve_tasks(config)
+    folder = choose_folder("finetune", tasks.name, config.out if out is None else out)
+    if config.agent is None:
+        raise NsrlError("no agent: set agent to an SB3 zip or a run folder, as `nsrl pretrain` makes one")
+    agent = agents.load(config.agent, trust=config.trust)
+    check_fits(agent.model, tasks.old)
+    check_fits(agent.model, tasks.new)
+    buffer = obtain_buffer(config, agent, tasks.old)
+    model = build_model(config, agent, buffer, tasks.new)
+    folder.prepare()
+    _save_agent(agent, folder.pretrained)
+    buffer.save(folder.buffer)
+    # The configuration comes last: a folder that has one can be resumed.
+    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
+
+
+def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
+    """Go on with an interrupted run from its last checkpoint; everything comes from its folder.
+
+    Args:
+        path: the folder.
+        trust: unpickle the agent, where the run did; a folder cannot vouch for itself.
+        progress: show a progress bar on stderr, or lines where that is no terminal.
+
+    Raises:
+        NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
+        Interrupted: as `finetune`.
+    """
+    folder = RunFolder(Path(path))
+    config = folder.read_config(FinetuneConfig)
+    check_resumable(folder)
+    check_trusted(folder, config, trust)
+    tasks = resolve_tasks(config)
+    agent = agents.load(folder.pretrained, trust=config.trust)
+    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
+    return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
+
+
+def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> Model:
+    """The model of a run before its first step.
+
+    Raises:
+        NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
+    """
+    overrides = chosen(config.algorithm, config.ppo, config.trpo)
+    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    if agent.normalizer is not None:
+        gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
+        envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
+    retention = {key: getattr(config.retention, key) for key in RETENTION_FIELDS}
+    algorithm = NullSpacePPO if config.algorithm == "ppo" else NullSpaceTRPO
+    return algorithm.from_pretrained(
+        agent, envs, retain=buffer, method=config.method, penalty=config.penalty, trust_buffer=config.trust_buffer,
+        seed=config.seed, **retention, **overrides,
+    )  # fmt: skip
+
+
+def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: Model, *,
+         progress: bool, resume: bool) -> Outcome:  # fmt: skip
+    """Train and write down what came out."""
+    watch = Stopwatch()
+    old = slug(tasks.old)
+    settings = config.evaluation
+    evaluation = TaskEvaluation(
+        (tasks.new, agent.normalizer), {old: (tasks.old, agent.normalizer)},
+        every=settings.every, episodes=settings.episodes, deterministic=settings.deterministic,
+    )  # fmt: skip
+    bar = FineTuningProgress(evaluation) if progress else None
+    try:
+        before = _measure(config, tasks, agent, model)  # not restored yet
+        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar)
+        metrics: dict[str, Any] = {
+            "command": "finetune",
+            "name": tasks.name,
+            "old_env": tasks.old,
+            "new_env": tasks.new,
+            "algorithm": config.algorithm,
+            "method": config.method,
+            "penalty": config.penalty if config.method == "kl_penalty" else None,
+            "kl_budget": config.retention.kl_budget,
+            "seed": config.seed,
+            "timesteps": int(model.num_timesteps),
+            "before": before,
+            "after": _measure(config, tasks, agent, model),
+            "buffer": {"states": len(model_buffer(model)), "heldout": len(model_buffer(model).heldout_indices)},
+            "retention": asdict(model.retention_report()),
+            "training_seconds": seconds,
+        }
+        model.export(folder.agent)
+        metrics["wall_seconds"] = watch.read()
+        metrics["environment"] = describe_environment()
+        draw_finetuning(folder, metrics)
+        write_finetuning_report(folder, metrics)
+        write_json(folder.metrics, metrics)
+    except KeyboardInterrupt as error:
+        raise Interrupted(folder.path, 130) from error
+    folder.checkpoint.unlink(missing_ok=True)
+    return Outcome(folder, metrics)
+
+
+def model_buffer(model: Model) -> RetentionBuffer:
+    """The buffer that a model is held to."""
+    assert model.retention is not None
+    return model.retention.constraint.buffer
+
+
+def draw_finetuning(folder: RunFolder, metrics: dict[str, Any]) -> Path:
+    """The learning curves of a run."""
+    curve = curve_from_history(describe_method(metrics), read_lines(folder.history), ("old", "new"))
+    return draw_curves(
+        [curve],
+        folder.figure,
+        tasks=[("old", f"old task: {metrics['old_env']}"), ("new", f"new task: {metrics['new_env']}")],
+        budget=metrics["kl_budget"] if metrics["method"] == "null_space" else None,
+        references=first_returns(curve),
+    )
+
+
+def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -> dict[str, Any]:
+    """What a policy does on both tasks, and how far it is from the reference."""
+    settings = config.evaluation
+    found: dict[str, Any] = {}
+    for key, env in (("old_return", tasks.old), ("new_return", tasks.new)):
+        found[key] = describe_returns(
+            evaluate(model, env, normalizer=agent.normalizer, episodes=settings.final_episodes, seed=FINAL_SEED,
+                     deterministic=settings.deterministic)
+        )  # fmt: skip
+    assert model.retention is not None
+    return {**found, **asdict(model.retention.constraint.measure())}
+
+
+def _save_agent(agent: Agent, path: Path) -> None:
+    """Copy the agent's zip, or save the model that was given, with the statistics beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if agent.path is not None:
+        shutil.copyfile(agent.path, path)
+    else:
+        agents.save_agent(agent.model, path)
+    if agent.normalizer is not None:
+        agent.normalizer.save(path.with_name("vecnormalize.npz"))

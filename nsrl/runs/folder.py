@@ -1,0 +1,221 @@
+"""The folder of one run: what lies in it, under which name, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nsrl.errors import NsrlError
+from nsrl.reading.documents import Results, parse_json, read_results
+from nsrl.reading.limits import ELEMENTS, JSON, Unreadable, about, read_bytes
+from nsrl.runs.settings import Config, load
+
+RUNS = Path("runs")
+NUMBERS = (bool, int, float)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run's folder; nothing is there until `prepare`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The fully resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def agent(self) -> Path:
+        """The resulting agent, a stock SB3 zip (statistics, if any, in vecnormalize.pkl beside it)."""
+        return self.path / "agent.zip"
+
+    @property
+    def pretrained(self) -> Path:
+        """The agent that fine-tuning started from, so that the folder says it all."""
+        return self.path / "pretrained" / "agent.zip"
+
+    @property
+    def buffer(self) -> Path:
+        """The retention buffer."""
+        return self.path / "retention.npz"
+
+    @property
+    def metrics(self) -> Path:
+        """The results; it is written last, so that a run is finished when it is there."""
+        return self.path / "metrics.json"
+
+    @property
+    def history(self) -> Path:
+        """What was measured during training, one JSON object a line."""
+        return self.path / "history.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, Markdown."""
+        return self.path / "report.md"
+
+    @property
+    def figure(self) -> Path:
+        """The learning curves."""
+        return self.path / "curves.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard events."""
+        return self.path / "tb"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What an interrupted run continues from."""
+        return self.path / "checkpoint.zip"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.metrics.is_file()
+
+    def prepare(self) -> None:
+        """Make the folder; call it when everything else has been validated.
+
+        Raises:
+            NsrlError: the folder has been taken meanwhile, or cannot be made.
+        """
+        check_free(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NsrlError(
+                f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
+            ) from error
+
+    def read_config(self, config: type[Config]) -> Config:
+        """The configuration of the run that lives here.
+
+        Raises:
+            NsrlError: no run here, or a damaged configuration.
+        """
+        if not self.config.is_file():
+            raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the one that was printed")
+        return load(config, self.config)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The results of a finished run.
+
+        Raises:
+            NsrlError: there are none, or they are damaged.
+        """
+        return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
+
+
+def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -> RunFolder:
+    """The folder that a run will have: `out`, or runs/COMMAND-NAME-TIME; it is not made yet.
+
+    Raises:
+        NsrlError: `out` holds something already, or is a file.
+    """
+    if out is not None:
+        folder = Path(out).expanduser()
+        check_free(folder)
+        return RunFolder(folder)
+    stem = f"{command}-{slug(name)}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (RUNS / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
+    return RunFolder(next(path for path in candidates if not path.exists()))
+
+
+def check_free(folder: Path) -> None:
+    """Raise NsrlError unless `folder` is missing or empty."""
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            hint = f", or continue that run with --resume {folder}" if (folder / "config.yaml").is_file() else ""
+            raise NsrlError(f"the output folder {folder} is in use; choose another --out{hint}")
+    elif folder.exists():
+        raise NsrlError(f"the output folder {folder} is a file; choose another --out")
+
+
+def slug(name: str) -> str:
+    """A name fit for a folder: nsrl/CartPole-v0 becomes CartPole-v0."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "run"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all; NaN, which JSON does not have, becomes null."""
+    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; what follows a line that a crash cut short is left out.
+
+    Raises:
+        NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        content = read_bytes(path, JSON).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; remove it") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = parse_json(line, partial(Results.of, path))
+        except Unreadable:
+            break
+        measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
+        if not measured or number > ELEMENTS // 10:
+            raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
+        rows.append(row)
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file."""
+    write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one object to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row)) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import nsrl_envs  # noqa: F401  gymnasium >= 1.0 reads no plugin entry points: importing registers the "nsrl/..." ids
 
 if TYPE_CHECKING:
-    from nsrl.rl.algorithms.mixin import protect as protect
     from nsrl.rl.algorithms.ppo import NullSpacePPO as NullSpacePPO
+    from nsrl.rl.algorithms.protect import protect as protect
     from nsrl.rl.algorithms.trpo import NullSpaceTRPO as NullSpaceTRPO
     from nsrl.rl.retention.buffer import RetentionBuffer as RetentionBuffer
 
@@ -21,7 +21,7 @@ _HOMES = {
     "NullSpacePPO": "nsrl.rl.algorithms.ppo",
     "NullSpaceTRPO": "nsrl.rl.algorithms.trpo",
     "RetentionBuffer": "nsrl.rl.retention.buffer",
-    "protect": "nsrl.rl.algorithms.mixin",
+    "protect": "nsrl.rl.algorithms.protect",
 }
 
 

@@ -1,9 +1,13 @@
-"""Named arrays and a JSON header in one npz file: written atomically, never pickled."""
+"""Files written whole or not at all: text, JSON, JSON lines, and arrays in an npz without pickles."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,11 @@ import numpy as np
 
 from nsrl.errors import NsrlError
 from nsrl.reading.arrays import read_arrays
-from nsrl.reading.documents import parse_json
-from nsrl.reading.limits import OF_OBSERVATIONS, Unreadable, opened
+from nsrl.reading.documents import Results, parse_json
+from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes
 from nsrl.reading.values import mapping
-from nsrl.rl.agents.archive import written_atomically
+
+NUMBERS = (bool, int, float)
 
 
 def write_npz(
@@ -63,3 +68,90 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
         return arrays, mapping(parse_json(text.tobytes() if text.dtype == np.uint8 else b""), "it")
     except Unreadable as error:
         raise NsrlError(f"{path}: key 'header' is not JSON text of an object ({error}); make the file again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all; NaN, which JSON does not have, becomes null."""
+    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; what follows a line that a crash cut short is left out.
+
+    Raises:
+        NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        content = read_bytes(path, JSON).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; remove it") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = parse_json(line, partial(Results.of, path))
+        except Unreadable:
+            break
+        measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
+        if not measured or number > ELEMENTS // 10:
+            raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
+        rows.append(row)
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file."""
+    write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one object to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row)) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+@contextmanager
+def written_atomically(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an exception."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

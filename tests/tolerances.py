@@ -24,7 +24,7 @@ from torch import Tensor
 
 #: Constants of the bounds, which are small whole numbers, and the depth of a network of a few layers.
 SAFETY = 16.0
-#: Width, in log lambda, at which `nsrl.projection.budget.damping.solve_damping` stops to halve. Where in it the answer
+#: Width, in log lambda, at which `nsrl.projection.budget.model.solve_damping` stops to halve. Where in it the answer
 #: lies is up to rounding. A fraction s / (s + lambda) moves by at most a quarter of it, what is left of a KL by twice
 #: it.
 ROOT = 1e-7

@@ -15,7 +15,7 @@ from nsrl.errors import NsrlError
 from nsrl.ntk.path.recorder import PathRecorder
 from nsrl.ntk.path.result import PathResult
 from nsrl.ntk.path.weightings import tracin
-from nsrl.rl.playing.rollout import map_arrays
+from nsrl.rl.policies.observations import map_arrays
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 

@@ -16,7 +16,7 @@ from nsrl.rl.retention.constraint import RetentionConstraint
 
 
 @dataclass(frozen=True)
-class RetainedBehaviour:
+class BehaviourSpectrum:
     """Spectrum of the whitened Jacobian of the retention constraint, K = J J^T: the buffer's own Fisher metric.
 
     A step d in the direction of eigenvalue s changes the mean KL by 1/2 s |d|^2.
@@ -76,7 +76,7 @@ def some_states(constraint: RetentionConstraint, states: int | None) -> Tensor:
 def retained_behaviour(
     agent: Any, buffer: RetentionBuffer | None = None, *, states: int | None = 256, preserve: str = "distribution",
     trust_buffer: bool = False,
-) -> RetainedBehaviour:  # fmt: skip
+) -> BehaviourSpectrum:  # fmt: skip
     """Spectrum of what a buffer retains of an agent's behaviour.
 
     Args:
@@ -97,4 +97,4 @@ def retained_behaviour(
         constraint = constraint_of(agent, buffer, preserve=preserve, trust_buffer=trust_buffer)
     chosen = some_states(constraint, states)
     J = constraint.linearise(chosen).jacobian
-    return RetainedBehaviour(spectrum(J.gram()), J.shape[1], len(chosen))
+    return BehaviourSpectrum(spectrum(J.gram()), J.shape[1], len(chosen))

@@ -21,8 +21,8 @@ from nsrl.analysis.forecast import Forecast, forecast
 from nsrl.analysis.ranking import RankAgreement, rank_agreement
 from nsrl.analysis.transitions import collect_transitions, transitions_of
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
-from nsrl.rl.agents.archive import written_atomically
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint

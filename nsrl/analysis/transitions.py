@@ -16,7 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
-from nsrl.projection.jacobians.linearise import FactoredJacobian, jacobian
+from nsrl.projection.jacobians.factored import FactoredJacobian
+from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.rl.policies.actor_critic import Observation, policy_outputs
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.suites.jobs import Job, Status, gather, run_jobs
+from nsrl.files import read_lines, write_text
 from nsrl.rl import agents
 from nsrl.runs.collecting import collect_buffer
 from nsrl.runs.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
-from nsrl.runs.folder import RunFolder, choose_folder, read_lines, write_text
+from nsrl.runs.folder import RunFolder, choose_folder
 from nsrl.runs.pretraining import pretrain, resume_pretraining
 from nsrl.runs.report import Table, comparison_table, duration
 from nsrl.runs.settings import to_yaml

@@ -71,10 +71,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
-    from nsrl.bench.suites.learning import learning_table
     from nsrl.bench.suites.pairs import read_suite, run_suite, write_suite
-    from nsrl.bench.suites.report import suite_table
-    from nsrl.bench.suites.scatter import draw_tradeoff
+    from nsrl.bench.suites.report import draw_tradeoff, learning_table, suite_table
     from nsrl.bench.suites.sequences import draw_sequence_suite, run_sequence_suite, sequence_suite_table
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
@@ -98,7 +96,7 @@ def _trpo(out: Path, reference: Path, workers: int) -> int:
     from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
-    from nsrl.runs.folder import write_json
+    from nsrl.files import write_json
     from nsrl.runs.machine import describe_environment
     from nsrl.runs.training import use_one_thread
 
@@ -122,8 +120,8 @@ def _overhead(configs: Path, out: Path, reference: Path) -> int:
     from nsrl.bench.suites.jobs import run_jobs
     from nsrl.bench.suites.pairs import read_suite
     from nsrl.cli.status_line import StatusLine
+    from nsrl.files import write_json
     from nsrl.runs.config import FinetuneConfig
-    from nsrl.runs.folder import write_json
     from nsrl.runs.training import use_one_thread
 
     use_one_thread()
@@ -152,7 +150,7 @@ def _speed(options: argparse.Namespace) -> int:
     from nsrl.bench.speed.benchmark import Settings, measure_speed
     from nsrl.bench.speed.report import draw_scaling, speed_tables
     from nsrl.cli.command import print_table
-    from nsrl.runs.folder import write_json
+    from nsrl.files import write_json
     from nsrl.runs.machine import describe_environment
 
     threads = describe_environment()["cpus"] if options.threads is None else options.threads
@@ -179,7 +177,7 @@ def _continual(options: argparse.Namespace) -> int:
     from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
     from nsrl.cli.command import print_table
     from nsrl.cli.status_line import StatusLine
-    from nsrl.runs.folder import write_json
+    from nsrl.files import write_json
 
     only = tuple(options.only.split(",")) if options.only else ()
     out = options.out or Path("runs/bench/continual_quick" if options.quick else "runs/bench/continual")

@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 def _spectrum(options: argparse.Namespace) -> int:
     from nsrl.analysis import retained_behaviour
     from nsrl.cli.command import print_table
+    from nsrl.files import write_json
     from nsrl.rl.retention.buffer import RetentionBuffer
-    from nsrl.runs.folder import write_json
     from nsrl.runs.report import Table
     from nsrl.runs.training import use_one_thread
 

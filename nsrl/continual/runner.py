@@ -143,7 +143,7 @@ def _explained(model: nn.Module, benchmark: Benchmark, index: int, part: str, de
     return max(0.0, 1.0 - float(torch.cat(errors).mean() / variance))
 
 
-class Stopwatch:
+class TrainingClock:
     """Time of the clock and of the processor, without the pauses; it runs from the beginning."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: Co
     loader = benchmark.loader(index, batch_size=training.batch_size, seed=_task_seed(config, index),
                               augment=training.augment, device=training.device)  # fmt: skip
     torch.manual_seed(_task_seed(config, index))
-    watch = Stopwatch()
+    watch = TrainingClock()
     strategy.before_task(task, _whole(benchmark, index, config))
     losses = []
     for epoch in range(training.epochs):

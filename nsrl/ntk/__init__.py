@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nsrl.ntk.dynamics import kernel_descent as kernel_descent
     from nsrl.ntk.fourier import FourierFeatures as FourierFeatures
     from nsrl.ntk.fourier import frequency_spectrum as frequency_spectrum
+    from nsrl.ntk.functions import LinearizedModel as LinearizedModel
+    from nsrl.ntk.functions import linearize as linearize
     from nsrl.ntk.infinite import InfiniteNetwork as InfiniteNetwork
     from nsrl.ntk.kernels import Tile as Tile
     from nsrl.ntk.kernels import empirical_ntk as empirical_ntk
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from nsrl.ntk.lazy import kappa as kappa
     from nsrl.ntk.lazy import kernel_drift as kernel_drift
     from nsrl.ntk.lazy import relative_weight_change as relative_weight_change
-    from nsrl.ntk.linear import LinearizedModel as LinearizedModel
-    from nsrl.ntk.linear import linearize as linearize
     from nsrl.ntk.random_functions import RandomFunctionModel as RandomFunctionModel
     from nsrl.ntk.random_functions import fourier_functions as fourier_functions
     from nsrl.ntk.random_functions import random_function_kernel as random_function_kernel
@@ -46,7 +46,7 @@ _HOMES = {
     "infinite": ("InfiniteNetwork",),
     "kernels": ("Tile", "empirical_ntk", "ntk_tiles"),
     "lazy": ("Laziness", "ScaledModel", "kappa", "kernel_drift", "relative_weight_change"),
-    "linear": ("LinearizedModel", "linearize"),
+    "functions": ("LinearizedModel", "linearize"),
     "random_functions": ("RandomFunctionModel", "fourier_functions", "random_function_kernel"),
     "regression": ("NTKClassifier", "NTKPrincipalComponents", "NTKRegressor", "NadarayaWatson"),
     "slopes": ("Slope", "fit_slope"),

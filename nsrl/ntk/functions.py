@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.utils import _pytree as pytree
 
 from nsrl.errors import NsrlError
 from nsrl.projection.jacobians.capture import refuse_sample_mixing
@@ -125,3 +127,82 @@ class ParameterFunction:
                 "one where it is not registered (a list, a dictionary, a view taken once); read it from its layer"
             )
         self._verified = True
+
+
+class LinearizedModel(nn.Module):
+    """First-order Taylor expansion of a model in its parameters, as a module to train, evaluate and differentiate.
+
+    Attributes:
+        displacement: d = w - w0, the only parameter, shape (P,) in the model's `named_parameters()` order (the columns
+            of `nsrl.projection.jacobian`); zero at first, where the two models agree.
+    """
+
+    displacement: nn.Parameter
+
+    def __init__(self, model: nn.Module, forward: Forward | None = None):
+        super().__init__()
+        names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        self._function = ParameterFunction(frozen, forward, names)
+        self.displacement = nn.Parameter(torch.zeros_like(self._function.origin))
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Outputs (N, O), affine in the displacement, by one Jacobian-vector product."""
+        outputs, change = self._function.first_order(inputs, self.displacement)
+        return outputs + change
+
+
+def linearize(model: nn.Module, *, forward: Forward | None = None) -> LinearizedModel:
+    """The model's first-order expansion at its present parameters, of which it keeps a copy.
+
+    Args:
+        model: in eval mode. Its layers must support forward-mode differentiation (flash attention does not).
+        forward: function (model, inputs) -> outputs (N, O); default `model(inputs)`.
+
+    Raises:
+        JacobianError: batch normalisation or dropout in train mode.
+        NsrlError: no trainable parameters.
+    """
+    return LinearizedModel(model, forward)
+
+
+def count_samples(inputs: Any) -> int:
+    """Number of samples of the inputs.
+
+    Raises:
+        NsrlError: no samples, leaves that are no tensors, or leaves with different numbers of samples.
+    """
+    leaves = pytree.tree_leaves(inputs)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            what = "a number" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise NsrlError(f"the inputs must be tensors with the samples first, not {what}; use torch.as_tensor")
+    counts = sorted({leaf.shape[0] for leaf in leaves})
+    if len(counts) > 1:
+        raise NsrlError(f"the parts of the inputs have different numbers of samples: {', '.join(map(str, counts))}")
+    if not counts or counts[0] == 0:
+        raise NsrlError("the inputs have no samples; a kernel needs at least one")
+    return counts[0]
+
+
+def take_samples(inputs: Any, start: int, stop: int) -> Any:
+    """The samples from start to stop, in the same container."""
+    return pytree.tree_map(lambda leaf: leaf[start:stop], inputs)
+
+
+def refuse_mismatch(x1: Any, x2: Any) -> None:
+    """Raise unless the two sets of inputs differ in their number of samples only.
+
+    Raises:
+        NsrlError: also for inputs without samples.
+    """
+    count_samples(x1), count_samples(x2)
+    (ours, our_tree), (theirs, their_tree) = pytree.tree_flatten(x1), pytree.tree_flatten(x2)
+    if our_tree != their_tree:
+        raise NsrlError("x1 and x2 are different containers; both must be what the model is called with")
+    for mine, yours in zip(ours, theirs, strict=True):
+        if mine.shape[1:] != yours.shape[1:] or mine.dtype != yours.dtype:
+            raise NsrlError(
+                f"x1 has samples of shape {tuple(mine.shape[1:])} ({mine.dtype}), x2 of {tuple(yours.shape[1:])} "
+                f"({yours.dtype}); both must be what the model is called with"
+            )

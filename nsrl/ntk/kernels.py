@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
-from nsrl.ntk.memory import available_bytes, readable_bytes
-from nsrl.ntk.samples import count_samples, refuse_mismatch, take_samples
+from nsrl.ntk.functions import count_samples, refuse_mismatch, take_samples
+from nsrl.projection.jacobians.factored import FactoredJacobian
 from nsrl.projection.jacobians.fallback import Forward
-from nsrl.projection.jacobians.linearise import FactoredJacobian, jacobian
+from nsrl.projection.jacobians.linearise import jacobian
+from nsrl.projection.solvers.plan import available_bytes, readable_bytes
 
 Kind = Literal["full", "trace", "diagonal"]
 #: Bytes that the factors of one batch may take when no batch size is given.

@@ -1,6 +1,7 @@
 """The projection core: factored Jacobians, budgeted null-space projections, optimizer hooks. Torch only."""
 
-from nsrl.projection.budget.projection import KrylovProjection, Projection, SpectralProjection
+from nsrl.projection.budget.model import Projection
+from nsrl.projection.budget.projection import KrylovProjection, SpectralProjection
 from nsrl.projection.constraints.attach import AttachedConstraint, attach_constraint
 from nsrl.projection.constraints.constraint import Constraint, Projected
 from nsrl.projection.constraints.diagonal import DiagonalConstraint
@@ -11,14 +12,14 @@ from nsrl.projection.constraints.kronecker import KroneckerConstraint
 from nsrl.projection.constraints.lowrank import LowRankConstraint
 from nsrl.projection.jacobians.capture import JacobianError
 from nsrl.projection.jacobians.columns import parameter_columns
-from nsrl.projection.jacobians.linearise import FactoredJacobian, StackedJacobian, jacobian
+from nsrl.projection.jacobians.factored import FactoredJacobian, StackedJacobian
+from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.jacobians.sharded import ShardedJacobian, shard_layers, sharded_jacobian
 from nsrl.projection.optimizer import attach_projection
 from nsrl.projection.precision import full_precision
-from nsrl.projection.solvers.certificate import Certificate
 from nsrl.projection.solvers.factorise import factorise, null_projection, solve
 from nsrl.projection.solvers.plan import Plan
-from nsrl.projection.solvers.solver import Solution
+from nsrl.projection.solvers.solver import Certificate, Solution
 from nsrl.projection.solvers.spectrum import Spectrum, spectrum
 
 __all__ = [

@@ -24,9 +24,12 @@ from nsrl.reading.zips import Members, opened_zip
 
 #: How a file of before torch 1.6 begins: a pickle of this number, then one of the form's version.
 MAGIC, STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
 #: How often a storage may be seen through tensors: SB3 shows an extractor of features under three names.
 VIEWS = 8
+
 DIMENSIONS = 16
+
 #: torch.save compresses nothing.
 STORED = Expansion(0, 1)
 
@@ -118,6 +121,7 @@ STORAGES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool,
 }  # fmt: skip
+
 NAMES: Names = {
     **BUILTINS,
     **{("torch", f"{name}Storage"): type(name, (StorageType,), {"dtype": dtype}) for name, dtype in STORAGES.items()},
@@ -262,3 +266,14 @@ class _Filling:
         else:
             raise Unreadable(f"it holds {shown(kind.__name__)}, neither a tensor nor plain")
         return made
+
+
+def check_torch_state(state: Any) -> None:
+    """Raise Unreadable unless this is a state that a generator of torch can have."""
+    here = torch.get_rng_state()
+    if not isinstance(state, torch.Tensor) or (state.dtype, state.shape) != (here.dtype, here.shape):
+        raise Unreadable("the state of torch's generator is damaged")
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError as error:
+        raise Unreadable("the state of torch's generator is damaged") from error

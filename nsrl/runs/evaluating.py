@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.constraint import RetentionConstraint
 from nsrl.runs.collecting import read_buffer
 from nsrl.runs.config import EvaluateConfig
-from nsrl.runs.folder import choose_folder, write_json, write_text
+from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import check_fits, resolve_tasks

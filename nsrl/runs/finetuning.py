@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import read_lines, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
-from nsrl.rl.algorithms.ppo import RETENTION_FIELDS, NullSpacePPO
+from nsrl.rl.algorithms.mixin import RETENTION_FIELDS
+from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
 from nsrl.runs.collecting import obtain_buffer
 from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
-from nsrl.runs.folder import RunFolder, choose_folder, read_lines, slug, write_json, write_text
+from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import describe_method, write_finetuning_report
@@ -153,7 +156,7 @@ def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, 
     return Outcome(folder, metrics)
 
 
-def model_buffer(model: Model) -> RetentionBuffer:
+def model_buffer(model: Model) -> RetainedStates:
     """The buffer that a model is held to."""
     assert model.retention is not None
     return model.retention.constraint.buffer

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.reading.documents import Results, parse_json, read_results
-from nsrl.reading.limits import ELEMENTS, JSON, Unreadable, about, read_bytes
+from nsrl.reading.documents import read_results
 from nsrl.runs.settings import Config, load
 
 RUNS = Path("runs")
-NUMBERS = (bool, int, float)
 
 
 @dataclass(frozen=True)
@@ -148,74 +142,3 @@ def check_free(folder: Path) -> None:
 def slug(name: str) -> str:
     """A name fit for a folder: nsrl/CartPole-v0 becomes CartPole-v0."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "run"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        NsrlError: it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON, whole or not at all; NaN, which JSON does not have, becomes null."""
-    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; what follows a line that a crash cut short is left out.
-
-    Raises:
-        NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
-    """
-    rows: list[dict[str, Any]] = []
-    try:
-        content = read_bytes(path, JSON).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return rows
-    except OSError as error:
-        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
-    except Unreadable as error:
-        raise NsrlError(f"{about(path, error)}; remove it") from error
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            row = parse_json(line, partial(Results.of, path))
-        except Unreadable:
-            break
-        measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
-        if not measured or number > ELEMENTS // 10:
-            raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
-        rows.append(row)
-    return rows
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replace a JSON-lines file."""
-    write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row)) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -10,6 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.errors import NsrlError
+from nsrl.files import read_lines, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.playing.evaluation import evaluate
@@ -17,7 +18,7 @@ from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
 from nsrl.runs.config import PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves
-from nsrl.runs.folder import RunFolder, choose_folder, read_lines, slug, write_json, write_text
+from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import write_pretraining_report
 from nsrl.runs.settings import to_yaml

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsrl.runs.folder import RunFolder, write_text
+from nsrl.files import write_text
+from nsrl.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def register(env: str) -> None:
 
 def check_fits(model: Any, env: str) -> None:
     """Raise NsrlError, naming both spaces, unless a model can act in an environment."""
-    from nsrl.rl.agents.agent import check_spaces
+    from nsrl.rl.agents.spaces import check_spaces
 
     copies = make_envs(env, 1, 0)
     try:

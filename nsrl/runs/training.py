@@ -12,13 +12,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
+from nsrl.files import append_line, read_lines, write_lines
 from nsrl.rl.playing.evaluation import Returns
 from nsrl.rl.training.callbacks import TaskEvaluation
-from nsrl.rl.training.checkpoint import Checkpoint, graceful_interrupts, remaining, restore
+from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
+from nsrl.rl.training.interruption import graceful_interrupts
 from nsrl.rl.training.progress import FineTuningProgress
 from nsrl.rl.training.tensorboard import open_logger
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
-from nsrl.runs.folder import RunFolder, append_line, read_lines, write_lines
+from nsrl.runs.folder import RunFolder
 
 #: First seed of the evaluations before and after, which share no episode with those during training.
 FINAL_SEED = 20_000

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsrl.cli.main import main
-from nsrl.runs.folder import read_lines
+from nsrl.files import read_lines
 
 ROLLOUT = 256
 DEMO = (

@@ -17,7 +17,7 @@ from nsrl.projection import (
     jacobian,
     parameter_columns,
 )
-from nsrl.projection.budget.damping import solve_damping
+from nsrl.projection.budget.model import solve_damping
 from nsrl.projection.constraints.constraint import Constraint, Eigenspace
 from nsrl.projection.jacobians.blocks import LinearBlock
 from nsrl.projection.solvers.nystrom import NystromSolver

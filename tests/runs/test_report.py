@@ -7,8 +7,9 @@ from matplotlib.image import imread
 
 from nsrl.cli.command import print_table
 from nsrl.errors import NsrlError
+from nsrl.files import append_line, read_lines, write_json, write_lines, write_text
 from nsrl.runs.figures import Curve, curve_from_history, draw_curves, first_returns
-from nsrl.runs.folder import append_line, choose_folder, read_lines, slug, write_json, write_lines, write_text
+from nsrl.runs.folder import choose_folder, slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import Table, comparison_table, duration, percent, returns, scientific
 

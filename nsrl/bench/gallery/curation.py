@@ -16,8 +16,8 @@ from typing import Any
 from nsrl.bench.gallery.page import WHOLE, write_page
 from nsrl.bench.gallery.registry import FIGURES
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
-from nsrl.rl.agents.archive import written_atomically
 
 
 def make_gallery(

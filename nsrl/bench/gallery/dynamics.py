@@ -11,9 +11,9 @@ from nsrl.bench.gallery.beginnings import line
 from nsrl.bench.gallery.figure import COLOURS, Plate, label, panels
 from nsrl.ntk.dynamics import OutputDynamics
 from nsrl.ntk.fourier import FourierFeatures, frequency_spectrum
+from nsrl.ntk.functions import linearize
 from nsrl.ntk.infinite import InfiniteNetwork
 from nsrl.ntk.kernels import empirical_ntk
-from nsrl.ntk.linear import linearize
 from nsrl.ntk.training import descend
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nsrl.rl.agents.archive import written_atomically
+from nsrl.files import written_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

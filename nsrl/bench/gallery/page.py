@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.gallery.registry import FIGURES, GUESTS
+from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
-from nsrl.rl.agents.archive import written_atomically
 
 ROOMS = {
     "beginnings": "Networks at initialisation",

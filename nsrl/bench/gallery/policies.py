@@ -11,9 +11,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
 from nsrl.analysis import (
+    BehaviourSpectrum,
     ForecastStudy,
     ForgettingAttribution,
-    RetainedBehaviour,
     collect_transitions,
     forecast,
     retained_behaviour,
@@ -60,7 +60,7 @@ def policy_spectrum(quick: bool) -> Plate:
     return Plate(figure, numbers)
 
 
-def spectrum_plate(found: RetainedBehaviour) -> Plate:
+def spectrum_plate(found: BehaviourSpectrum) -> Plate:
     """The spectrum of one behaviour."""
     figure, (axis,) = panels(1, 5.0)
     values = found.spectrum.values[: found.spectrum.rank]

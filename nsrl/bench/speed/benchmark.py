@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.speed.cases import CASES, ON_DEVICE, Case, Problem
-from nsrl.bench.speed.device import free_bytes
+from nsrl.bench.speed.clock import free_bytes
 from nsrl.bench.speed.methods import METHODS, OURS, Method
-from nsrl.bench.speed.targets import check_targets
+from nsrl.bench.speed.report import check_targets
 from nsrl.bench.speed.worker import Failure, ask_worker
 from nsrl.errors import NsrlError
+from nsrl.files import write_json
 from nsrl.reading.documents import read_results
-from nsrl.runs.folder import write_json
 from nsrl.runs.machine import describe_environment
 
 #: Distributions of the rivals, for the record.

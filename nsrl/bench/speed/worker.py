@@ -57,8 +57,7 @@ def main(arguments: list[str]) -> int:
 def do_task(task: dict[str, Any]) -> dict[str, Any]:
     """The task itself, in this process."""
     from nsrl.bench.speed.cases import CASES
-    from nsrl.bench.speed.clock import measure_first_run, measure_in_turn
-    from nsrl.bench.speed.device import copy_bandwidth
+    from nsrl.bench.speed.clock import copy_bandwidth, measure_first_run, measure_in_turn
     from nsrl.bench.speed.methods import METHODS
     from nsrl.bench.speed.scaling import measure_scaling
 

@@ -17,8 +17,8 @@ from nsrl.bench.suites.statistics import bootstrap, paired_difference
 from nsrl.continual.config import ContinualConfig, StrategySettings
 from nsrl.continual.strategies import STRATEGIES
 from nsrl.errors import NsrlError
+from nsrl.files import write_json
 from nsrl.reading.documents import read_results
-from nsrl.runs.folder import write_json
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.settings import load, plain
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsrl.runs.folder import write_text
+from nsrl.files import write_text
 from nsrl.runs.report import Table, duration, number, scientific
 
 #: Strategies of nsrl's own.

@@ -76,8 +76,8 @@ def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]
         buffer = Path(folder) / "retention.npz"
         obtain_buffer(config, agents.load(agent), resolve_tasks(config).old).save(buffer)
         for name in ("stock", "null_space"):
-            command = [sys.executable, "-m", "nsrl.bench.studies.overhead", name, str(config_path), str(agent), str(buffer),
-                       str(steps)]  # fmt: skip
+            command = [sys.executable, "-m", "nsrl.bench.studies.overhead", name, str(config_path), str(agent),
+                       str(buffer), str(steps)]  # fmt: skip
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
     return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}

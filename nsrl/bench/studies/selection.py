@@ -15,13 +15,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nsrl.bench.suites.learning import learning_curves
 from nsrl.bench.suites.pairs import Suite, read_suite
+from nsrl.bench.suites.report import learning_curves
 from nsrl.bench.suites.statistics import bootstrap
 from nsrl.errors import NsrlError
+from nsrl.files import write_json, written_atomically
 from nsrl.reading.documents import read_results
-from nsrl.rl.agents.archive import written_atomically
-from nsrl.runs.folder import write_json
 from nsrl.runs.report import Table, number
 
 

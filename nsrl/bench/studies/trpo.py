@@ -20,8 +20,9 @@ from typing import Any
 
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
+from nsrl.files import write_json
 from nsrl.reading.documents import read_results
-from nsrl.runs.folder import slug, write_json
+from nsrl.runs.folder import slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import Table, number
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsrl.errors import NsrlError
+from nsrl.files import read_lines, write_json, write_text
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
-from nsrl.runs.folder import RunFolder, read_lines, write_json, write_text
+from nsrl.runs.folder import RunFolder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.sequences.config import SequenceConfig
 from nsrl.runs.settings import flat, plain, to_yaml

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.suites.jobs import Job, Status, run_jobs
-from nsrl.bench.suites.learning import learning_curves
+from nsrl.bench.suites.report import learning_curves
 from nsrl.bench.suites.statistics import bootstrap
 from nsrl.errors import NsrlError
+from nsrl.files import read_lines, write_json
 from nsrl.reading.limits import Unreadable, about, shown
 from nsrl.reading.values import items, mapping, whole
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
-from nsrl.runs.folder import read_lines, slug, write_json
+from nsrl.runs.folder import slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.sequences.config import SequenceConfig
 from nsrl.runs.settings import Config, build, check_keys, load, plain, read_yaml

@@ -22,8 +22,8 @@ from nsrl.runs.folder import RunFolder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import Table, scientific
 from nsrl.runs.sequences.config import SequenceConfig
+from nsrl.runs.sequences.report import draw_sequence
 from nsrl.runs.sequences.results import Reference, continual_results
-from nsrl.runs.sequences.sequence_figure import draw_sequence
 from nsrl.runs.sequences.stages import read_reference
 from nsrl.runs.settings import plain
 

@@ -15,7 +15,7 @@ from nsrl.continual.strategies.projected import ProjectedStrategy, freeze_uncove
 from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
 from nsrl.projection import FeatureConstraint, parameter_columns
-from nsrl.projection.constraints.moments import LayerMoments
+from nsrl.projection.constraints.feature_moments import LayerMoments
 from nsrl.projection.optimizer import FlatParameters
 
 

@@ -15,7 +15,7 @@ from nsrl.continual.strategies.gpm import weight_features
 from nsrl.continual.strategies.projected import ProjectedStrategy, freeze_uncovered
 from nsrl.continual.tasks import Loader, Task
 from nsrl.projection import FeatureConstraint, SmallestMultiple, parameter_columns
-from nsrl.projection.constraints.moments import LayerMoments
+from nsrl.projection.constraints.feature_moments import LayerMoments
 from nsrl.projection.optimizer import FlatParameters
 
 

@@ -18,8 +18,9 @@ from nsrl.ntk.path.result import PathResult, StepRecord
 from nsrl.ntk.path.rules import Rule, find_rule
 from nsrl.ntk.path.steps import gradient_scale
 from nsrl.ntk.path.weightings import KernelNode, Weighting, contribution
+from nsrl.projection.jacobians.factored import FactoredJacobian
 from nsrl.projection.jacobians.fallback import Forward
-from nsrl.projection.jacobians.linearise import FactoredJacobian, jacobian
+from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.optimizer import FlatParameters, StepHooks
 
 _UNRECORDED: ContextVar[bool] = ContextVar("unrecorded", default=False)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nsrl.projection.jacobians.factored import Jacobian
-from nsrl.projection.solvers.certificate import Certificate
+from nsrl.projection.jacobians.matrix_free import Products
+from nsrl.projection.solvers.solver import Certificate
 
 
 @dataclass(frozen=True)
@@ -121,3 +122,68 @@ class Projector:
     def _made(self, displacement: Tensor, proposal: Tensor, reached: Tensor, certificate: Certificate) -> Projection:
         predicted = self.offset + 0.5 * float(reached.square().sum())
         return Projection(displacement, predicted, _kept(displacement, proposal), certificate)
+
+
+def solve_damping(values: Tensor, weights: Tensor, target: float, floor: float = 0.0) -> float:
+    """The lambda at which 1/2 sum weights (lambda / (values + lambda))^2 equals `target`.
+
+    Monotone in lambda, so bisection on log lambda finds it; O(k) an evaluation.
+
+    Args:
+        values: eigenvalues s >= 0, shape (k,).
+        weights: squared components b^2 of J d0 + rho in the eigenbasis, shape (k,).
+        target: what the quadratic term may amount to.
+        floor: share of the largest eigenvalue that is round-off; a smaller lambda would invert noise.
+
+    Returns:
+        lambda in [0, infinity]; 0 when even the hard projection leaves more than `target`.
+
+    Raises:
+        ValueError: NaN or infinite eigenvalues or components, or a target that is NaN: bisection would end anywhere.
+    """
+    total = 0.5 * float(weights.sum())
+    top = float(values.max()) if values.numel() else 0.0
+    if not (math.isfinite(total) and math.isfinite(top)) or math.isnan(target):
+        raise ValueError("the eigenvalues, components or target of a budget are NaN or infinite; a model has diverged")
+    if total <= target:
+        return math.inf
+    if top <= 0.0:
+        return 0.0
+    low = math.log(top) + max(math.log(floor) if floor > 0.0 else -60.0, -60.0)
+    high = math.log(top) + 0.5 * math.log(max(total / max(target, 1e-300), 1.0)) + 60.0
+
+    def excess(log_damping: float) -> float:
+        damping = math.exp(log_damping)
+        return 0.5 * float((weights * (damping / (values + damping)).square()).sum()) - target
+
+    if excess(low) > 0.0:
+        return 0.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if excess(middle) > 0.0:
+            high = middle
+        else:
+            low = middle
+        if high - low < 1e-7:
+            break
+    return math.exp(low)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J_ret d|^2.
+
+    Attributes:
+        jacobian: J_ret, whitened.
+        residual: rho.
+        divergence: KL(0).
+    """
+
+    jacobian: Products
+    residual: Tensor
+    divergence: float
+
+    def predict(self, displacement: Tensor) -> float:
+        """KL after a displacement (P,)."""
+        change = self.jacobian.matvec(displacement).double()
+        return self.divergence + float(change @ self.residual.double()) + 0.5 * float(change @ change)

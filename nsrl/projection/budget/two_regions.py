@@ -21,46 +21,34 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nsrl.projection.budget.natural_gradient import LocalModel, Products, Step, conjugate_gradients
+from nsrl.projection.budget.model import Quadratic
+from nsrl.projection.budget.natural_gradient import LocalModel, Step
+from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
 from nsrl.projection.solvers.kfac import KroneckerPreconditioner
 
 #: Range in which the ratio of the multipliers, retention over rollout, is looked for. Where the budget alone binds, its
 #: end leaves that share, 1e-12, of the rollout's radius unused of the budget.
 MULTIPLIERS = (1e-6, 1e12)
+
 #: Largest multiplier that conjugate gradients are run with: beyond it they only see the buffer.
 STIFF = 1e3
+
 #: Residual of stationarity that is let be, in units of the precision of conjugate gradients: 0.3 costs 1 % of the gain.
 STATIONARITY = 3.0
+
 #: Share of the largest eigenvalue below which a combination of float32 directions is round-off.
 ROUND_OFF = 1e-6
+
 #: Of that range on a logarithmic scale: mu comes out to 13 digits.
 HALVINGS = 48
+
 #: Share by which round-off may lead the modelled KL over a bound: both are met to it at the root in mu, in float64.
 SLACK = 1e-9
 
 Interval = tuple[float, float]
+
 #: a, b and c of a s^2 + 2 b s + c.
 Form = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J_ret d|^2.
-
-    Attributes:
-        jacobian: J_ret, whitened.
-        residual: rho.
-        divergence: KL(0).
-    """
-
-    jacobian: Products
-    residual: Tensor
-    divergence: float
-
-    def predict(self, displacement: Tensor) -> float:
-        """KL after a displacement (P,)."""
-        change = self.jacobian.matvec(displacement).double()
-        return self.divergence + float(change @ self.residual.double()) + 0.5 * float(change @ change)
 
 
 @dataclass(frozen=True)
@@ -108,7 +96,7 @@ def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, gue
         guess: those of the step before, which change slowly: they say what the subspace is to begin with.
         rounds: growths of the subspace at most, each by one run of conjugate gradients.
     """
-    subspace = Subspace(local, retention)
+    subspace = SearchSpace(local, retention)
     usable = 0.0 < float(local.gradient.norm()) < math.inf  # without a gradient a guess would lead nowhere
     scale, multiplier = _softened(guess) if guess and usable else (0.0, 0.0)
     if multiplier > 0.0:
@@ -144,7 +132,7 @@ def _softened(guess: Multipliers) -> tuple[float, float]:
     return guess.scale * (multiplier / guess.multiplier if guess.multiplier > 0.0 else 1.0), multiplier
 
 
-class Subspace:
+class SearchSpace:
     """Directions, with the images that F and K are made of, and the problem solved in their span.
 
     Attributes:

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nsrl.projection.constraints.constraint import Constraint, Eigenspace
-from nsrl.projection.constraints.feature_moments import Subspace
+from nsrl.projection.constraints.feature_moments import LayerMoments, Subspace
 from nsrl.projection.constraints.filters import Hard
-from nsrl.projection.constraints.moments import LayerMoments
 from nsrl.projection.jacobians.blocks import Range, overlap
 from nsrl.projection.jacobians.calls import LayerCalls
-from nsrl.projection.jacobians.capture import Forward, refuse_sample_mixing
+from nsrl.projection.jacobians.capture import refuse_sample_mixing
 from nsrl.projection.jacobians.columns import LayerColumns, parameter_columns
-from nsrl.projection.jacobians.layers import is_transposed_linear
-from nsrl.projection.jacobians.patches import is_convolution, patches
+from nsrl.projection.jacobians.fallback import Forward
+from nsrl.projection.jacobians.layers import is_convolution, is_transposed_linear, patches
 from nsrl.projection.jacobians.state import differentiable
 
 

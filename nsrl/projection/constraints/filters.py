@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from nsrl.projection.budget.projection import solve_damping
+from nsrl.projection.budget.model import solve_damping
 from nsrl.projection.solvers.spectrum import tolerance
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nsrl.projection.jacobians.attention import Projections, shown
 from nsrl.projection.jacobians.blocks import Block, Range
 from nsrl.projection.jacobians.fallback import Forward
-from nsrl.projection.jacobians.layers import Site, Usage, find_builder, shares_columns
+from nsrl.projection.jacobians.layers import Projections, Site, Usage, find_builder, shares_columns, shown
 
 #: Precisions in which a Jacobian means something.
 EXACT = (torch.float32, torch.float64)

@@ -12,20 +12,51 @@ squares the condition number: a float32 one is useless from a condition of 3e3 o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nsrl.projection.jacobians.threads import share_out
+Item = TypeVar("Item")
+
+
+def share_out(work: Callable[[Item], Any], items: Sequence[Item]) -> None:
+    """Call `work` on every item, on as many threads as torch uses, each of them with one torch thread.
+
+    torch releases the interpreter's lock inside its operators. Parts of a result that different items write to must
+    not overlap. An exception of any item is raised here.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    grad = torch.is_grad_enabled()
+
+    def begin() -> None:
+        # Both are settings of a thread; the first also becomes the default of new threads until it is put back below.
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(grad)
+
+    try:
+        with ThreadPoolExecutor(min(threads, len(items)), initializer=begin) as pool:
+            list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
+
 
 #: Numbers that a temporary may hold (32 MB in float64): larger ones are fetched from the system anew each time.
 CHUNK = 2**22
+
 #: An operation of `pairs` takes this much longer than one of `materialised`, for 16 outputs and more: its matrices are
 #: thin. To build a row takes as long as this many operations an entry, besides the sum over positions.
 THIN, BUILD = 2.0, 100
+
 #: Samples and features that `pairs` treats at once: its temporaries stay in a cache.
 SAMPLES, FEATURES = 4, 256
+
 #: A symmetric matrix is computed in this many stripes of samples, of which only the lower half is needed.
 STRIPES = 8
 

@@ -11,13 +11,11 @@ from torch.utils import _pytree as pytree
 
 from nsrl.projection.jacobians.blocks import Block, Range
 from nsrl.projection.jacobians.capture import EXACT, Capture, JacobianError, in_precision, refuse_sample_mixing
-from nsrl.projection.jacobians.factored import FactoredJacobian, Jacobian, StackedJacobian
+from nsrl.projection.jacobians.factored import FactoredJacobian
 from nsrl.projection.jacobians.fallback import Forward, free_blocks, row_by_row
 from nsrl.projection.jacobians.state import differentiable
 from nsrl.projection.jacobians.verification import Probe, refuse_dependence, refuse_mixing
 from nsrl.projection.precision import full_precision
-
-__all__ = ["FactoredJacobian", "Jacobian", "StackedJacobian", "jacobian"]
 
 
 @full_precision()

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsrl.projection.solvers.kfac import LayerFactors
-
 #: States that Kronecker factors are made of, at least, where there are as many: they only have to be roughly right.
 FACTOR_STATES = 512
+
 #: Layers with more inputs or outputs have none: inverting a factor of 2048 takes seconds, one of an image gigabytes.
 WIDEST = 1024
 
@@ -243,3 +242,140 @@ def linear_chain(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter
         else:
             return None
     return tuple(stages) if stages and not position else None
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The two factors of a linear layer's block of J^T J.
+
+    Attributes:
+        inputs: mean of a a^T, with a 1 at the end of a where there is a bias, shape (d, d).
+        outputs: sum of g g^T, shape (d_out, d_out).
+        weight: column at which the weight begins.
+        bias: column at which the bias begins; None without one.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    weight: int
+    bias: int | None
+
+    def shifted(self, column: Callable[[int], int]) -> LayerFactors:
+        """The same block among other columns, given where each is there."""
+        return replace(self, weight=column(self.weight), bias=None if self.bias is None else column(self.bias))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The protected parameters among those that the rollout moves (log_std is not protected with preserve="mode").
+
+    Attributes:
+        columns: which entries of the rollout's flat vector are protected, shape (P,), bool.
+    """
+
+    columns: Tensor
+
+    @classmethod
+    def of(cls, protected: Sequence[nn.Parameter], moved: Sequence[nn.Parameter]) -> Embedding:
+        """The embedding of some parameters in a list of them."""
+        kept = set(protected)
+        return cls(torch.cat([torch.full((p.numel(),), p in kept, device=p.device) for p in moved]))
+
+    def jacobian(self, inner: Products) -> Products:
+        """A Jacobian over the protected parameters as one over all that are moved."""
+        return _Embedded(inner, self.columns)
+
+    def projector(self, inner: Product) -> Product:
+        """A projector of the protected parameters that leaves the others alone."""
+
+        def project(vector: Tensor) -> Tensor:
+            projected = vector.clone()
+            projected[self.columns] = inner(vector[self.columns])
+            return projected
+
+        return project
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    inner: Products
+    columns: Tensor
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.inner.matvec(vector[self.columns])
+
+    def rmatvec(self, rows: Tensor) -> Tensor:
+        pulled = self.inner.rmatvec(rows)
+        out = pulled.new_zeros(len(self.columns))
+        out[self.columns] = pulled
+        return out
+
+    def factors(self) -> list[LayerFactors]:
+        places = self.columns.nonzero().flatten().tolist()
+        return [factors.shifted(places.__getitem__) for factors in self.inner.factors()]
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Products(Protocol):
+    """A Jacobian as conjugate gradients need it."""
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """J v, shape (k,), for v of shape (P,)."""
+        ...
+
+    def rmatvec(self, rows: Tensor) -> Tensor:
+        """J^T u, shape (P,), for u of shape (k,)."""
+        ...
+
+    def factors(self) -> list[LayerFactors]:
+        """Kronecker factors of the blocks of J^T J that are known; none of the others."""
+        ...
+
+
+class PolicyJacobian:
+    """Whitened Jacobian of a policy's outputs at one batch: J^T J is the Fisher information, a mean over states.
+
+    A product with J^T J is two passes through the network and positive semi-definite by construction.
+
+    Args:
+        passes: through the actor, on N states.
+        seeds: S, shape (N, R, O): S^T S / N is the Fisher information of a state's outputs, times its weight.
+        log_std: columns, as start and stop, of a state-independent log standard deviation, which the network does
+            not reach and whose Fisher information is 2; None without.
+    """
+
+    def __init__(self, passes: Passes, seeds: Tensor, log_std: tuple[int, int] | None = None):
+        self._passes = passes
+        self._seeds = seeds / math.sqrt(len(passes.outputs))
+        self._log_std = log_std
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """J v for v of shape (P,): shape (N R + entries of log_std,)."""
+        if self._log_std is None:
+            return torch.einsum("nro,no->nr", self._seeds, self._passes.push(vector)).flatten()
+        start, stop = self._log_std
+        moved = self._passes.push(torch.cat([vector[:start], vector[stop:]]))
+        rows = torch.einsum("nro,no->nr", self._seeds, moved).flatten()
+        return torch.cat([rows, math.sqrt(2.0) * vector[start:stop]])
+
+    def rmatvec(self, rows: Tensor) -> Tensor:
+        """J^T u for such rows u: shape (P,)."""
+        n, r, _ = self._seeds.shape
+        cotangents = torch.einsum("nro,nr->no", self._seeds, rows[: n * r].view(n, r))
+        pulled = self._passes.pull(cotangents)
+        if self._log_std is None:
+            return pulled
+        start = self._log_std[0]
+        return torch.cat([pulled[:start], math.sqrt(2.0) * rows[n * r :], pulled[start:]])
+
+    def factors(self) -> list[LayerFactors]:
+        """Kronecker factors of the blocks of J^T J: of linear layers in a chain, and of log_std."""
+        found = self._passes.factors(self._seeds)
+        if self._log_std is None:
+            return found
+        start, stop = self._log_std
+        moved = [factors.shifted(lambda column: column + (stop - start if column >= start else 0)) for factors in found]
+        identity = torch.eye(stop - start, dtype=self._seeds.dtype, device=self._seeds.device)
+        return [*moved, LayerFactors(identity[:1, :1], 2.0 * identity, start, None)]

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsrl.projection.jacobians.factored import Jacobian
-from nsrl.projection.jacobians.factors import is_whole, storage
-from nsrl.projection.solvers.direct import DualSolver
+from nsrl.projection.jacobians.factored import Jacobian, is_whole, storage
+from nsrl.projection.solvers.direct import DualSolver, PrimalSolver
 from nsrl.projection.solvers.nystrom import NystromSolver
 from nsrl.projection.solvers.plan import METHODS, SHARE, free_memory, largest_sketch, plan
-from nsrl.projection.solvers.primal import PrimalSolver
 from nsrl.projection.solvers.solver import Solution, Solver
 
 

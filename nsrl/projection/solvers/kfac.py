@@ -8,35 +8,16 @@ the iterations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nsrl.projection.jacobians.matrix_free import LayerFactors
+
 #: Damping is at least this share of the block's mean eigenvalue, so that factors without full rank have an inverse.
 LEAST_DAMPING = 1e-6
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """The two factors of a linear layer's block of J^T J.
-
-    Attributes:
-        inputs: mean of a a^T, with a 1 at the end of a where there is a bias, shape (d, d).
-        outputs: sum of g g^T, shape (d_out, d_out).
-        weight: column at which the weight begins.
-        bias: column at which the bias begins; None without one.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    weight: int
-    bias: int | None
-
-    def shifted(self, column: Callable[[int], int]) -> LayerFactors:
-        """The same block among other columns, given where each is there."""
-        return replace(self, weight=column(self.weight), bias=None if self.bias is None else column(self.bias))
 
 
 class KroneckerPreconditioner:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from nsrl.projection.jacobians.factored import Jacobian
+from nsrl.projection.jacobians.matrix_free import Product
+from nsrl.projection.solvers.conjugate_gradients import batched_conjugate_gradients
 from nsrl.projection.solvers.solver import Solver
 from nsrl.projection.solvers.spectrum import tolerance
 
 #: Lambda of a hard projection, as a share of the largest eigenvalue: conjugate gradients need one.
 RELATIVE_DAMPING = 1e-12
-
-Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,43 +96,6 @@ def _approximation(test: Tensor, image: Tensor) -> Sketch:
     return Sketch((singular.square() - shift).clamp_min(0.0), vectors)
 
 
-def conjugate_gradients(
-    product: Product, rows: Tensor, *, precondition: Product | None = None, tolerance: float = 1e-10,
-    iterations: int = 1000,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Solve a positive definite system for every column of `rows` (k, c), float64, from zero.
-
-    Args:
-        product: the matrix times a float64 matrix (k, c).
-        rows: right-hand sides.
-        precondition: multiplies with an approximate inverse.
-        tolerance: a column is done when its (recursive) residual is this share of its norm.
-        iterations: largest number of products.
-
-    Returns:
-        The solution (k, c) and the number of products made.
-    """
-    solution, wrong = torch.zeros_like(rows), rows.clone()
-    aim = tolerance * rows.norm(dim=0)
-    near = precondition(wrong) if precondition else wrong
-    direction, slope = near, (wrong * near).sum(0)
-    for step in range(iterations):
-        open_columns = wrong.norm(dim=0) > aim
-        if not bool(open_columns.any()):
-            return solution, step
-        image = product(direction)
-        curvature = (direction * image).sum(0)
-        # Round-off ends in a curvature that is not positive: that column can get no better.
-        length = torch.where(open_columns & (curvature > 0.0), slope / curvature, 0.0)
-        if not bool((length > 0.0).any()):
-            return solution, step + 1
-        solution, wrong = solution + length * direction, wrong - length * image
-        near = precondition(wrong) if precondition else wrong
-        before, slope = slope, (wrong * near).sum(0)
-        direction = near + torch.where(before > 0.0, slope / before, 0.0) * direction
-    return solution, iterations
-
-
 class NystromSolver(Solver):
     """Conjugate gradients behind a randomised preconditioner; K is never formed.
 
@@ -178,7 +141,7 @@ class NystromSolver(Solver):
         return 0.0 if self._is_hard else self.damping
 
     def _inverse(self, rows: Tensor) -> Tensor:
-        solution, made = conjugate_gradients(
+        solution, made = batched_conjugate_gradients(
             lambda columns: self._gram(columns) + self.damping * columns, rows,
             precondition=lambda columns: self.sketch.preconditioned(columns, self.damping), iterations=self.iterations,
         )  # fmt: skip

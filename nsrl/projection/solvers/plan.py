@@ -15,20 +15,25 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from nsrl.projection.jacobians.factored import CHUNK
+
 METHODS = ("dual", "primal", "nystrom")
+
 #: Share of the free memory that a solve may take by default.
 SHARE = 0.5
+
 #: Conjugate-gradient iterations that a good preconditioner leaves to do, for the cost model.
 ITERATIONS = 30
+
 #: Matrices of the size of a sketch: test matrix and image, both once more while they grow, root, basis, temporaries.
 SKETCHES = 8.0
-#: Numbers that a chunk of dense rows may hold.
-CHUNK = 2**23
 
 _logger = logging.getLogger("nsrl.projection")
+
 _logged: set[tuple[tuple[int, int], str]] = set()
 
 
@@ -43,6 +48,7 @@ class Rates:
 
 #: One core of a server CPU, measured at n = 768 to 1536 (4.8e10, 2.0e10, 4.2e10) and rounded down.
 CPU_CORE = Rates(gemm=4e10, cholesky=1.5e10, eigh=3e10)
+
 #: An H100-class GPU, whose float64 tensor cores do 6.7e13; consumer GPUs are 30 times slower in float64.
 GPU = Rates(gemm=3e13, cholesky=5e12, eigh=5e11)
 
@@ -178,3 +184,30 @@ def _cost(
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.3g} GiB"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that a new tensor on the device may take; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    # Linux counts what its caches would give back; elsewhere the machine's whole memory has to do.
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes with a binary unit: 1536 -> "1.5 KiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,27 +1,29 @@
 """Pretrained Stable-Baselines3 agents: loaded safely, with their observation statistics, and saved."""
 
-from nsrl.rl.agents.agent import (
-    Agent,
-    agent_in_memory,
-    attach_env,
-    check_spaces,
-    export,
-    export_weights,
-    fingerprint,
-    load,
-    save_agent,
-    training_env,
+from typing import Any
+
+from nsrl.face import lazily
+from nsrl.rl.agents.agent import Agent, export, export_weights, fingerprint, load, save_agent
+from nsrl.rl.agents.spaces import check_spaces
+
+# By name and on first use: an agent plays and learns on higher floors.
+_above, _load = lazily(
+    __name__,
+    {"nsrl.rl.algorithms.protect": "attach_env", "nsrl.rl.playing.evaluation": "evaluate"},
 )
 
 __all__ = [
     "Agent",
-    "agent_in_memory",
     "attach_env",
     "check_spaces",
+    "evaluate",
     "export",
     "export_weights",
     "fingerprint",
     "load",
     "save_agent",
-    "training_env",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return _load(name)

@@ -7,35 +7,23 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import gymnasium as gym
 import torch
-from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents import hub
-from nsrl.rl.agents.archive import (
-    check_finite,
-    policy_spaces,
-    read_archive,
-    read_members,
-    stored_algorithm,
-    written_atomically,
-)
-from nsrl.rl.agents.locations import find_agent, find_statistics
-from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize, save_stock
-from nsrl.rl.agents.spaces import check_spaces as check_described
-from nsrl.rl.agents.spaces import describe_space
+from nsrl.files import written_atomically
+from nsrl.rl.agents.archive import check_finite, read_archive, read_members, stored_algorithm
+from nsrl.rl.agents.locations import download, find_agent, find_statistics, is_hub_url
+from nsrl.rl.agents.normalization import ObservationNormalizer, save_stock
+from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import bare, hyperparameters, named_algorithm, rebuilt, stock_class
-from nsrl.rl.policies.actor_critic import action_family
+from nsrl.rl.policies.distributions import action_family
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class Agent:
     """A pretrained policy and all it needs to act as it was trained."""
 
     model: OnPolicyAlgorithm
-    """Stock, without environment and with a fresh optimizer (see `nsrl.rl.agents.stock_models.ALGORITHMS`); or the model given."""
+    """Stock, without environment and with a fresh optimizer (see `stock_models.ALGORITHMS`); or the model given."""
     normalizer: ObservationNormalizer | None = None
     """What to do to raw observations before `model` sees them; None if nothing."""
     path: Path | None = None
@@ -68,7 +56,7 @@ def load(
 
     Args:
         source: a zip (with or without its suffix), a run folder (see `nsrl.rl.agents.locations`), an address on the
-            Hugging Face hub (`hf://user/repo/file.zip`, see `nsrl.rl.agents.hub`), or an SB3 model.
+            Hugging Face hub (`hf://user/repo/file.zip`, see `nsrl.rl.agents.locations`), or an SB3 model.
         env: an environment that the agent's spaces must fit; also supplies bounds that the zip's text elides.
         trust: unpickle, as stock `load` does. It can run any code in the file.
         device: where the policy goes.
@@ -83,7 +71,7 @@ def load(
         _check_supported(source, "the agent")
         agent = agent_in_memory(source)  # type: ignore[arg-type]
     else:
-        path = hub.download(source) if hub.is_hub_url(source) else find_agent(os.fspath(source))  # type: ignore[arg-type]
+        path = download(source) if is_hub_url(source) else find_agent(os.fspath(source))  # type: ignore[arg-type]
         agent = _from_disk(path, env, trust, device)
     if env is not None:
         check_spaces(agent.model, env)
@@ -141,104 +129,6 @@ def _check_supported(model: BaseAlgorithm, name: str) -> None:
     action_family(model.policy)
 
 
-def check_spaces(model_or_spaces: BaseAlgorithm | tuple[spaces.Space, spaces.Space], env: Any) -> None:
-    """Raise NsrlError, naming both, unless a policy for these spaces can act in `env` (see `nsrl.rl.agents.spaces`).
-
-    Args:
-        model_or_spaces: a model, or its observation and action space.
-        env: a gymnasium environment or VecEnv; channels-last images count as SB3 would transpose them.
-    """
-    owner: Any = model_or_spaces
-    if isinstance(model_or_spaces, tuple):
-        owner = SimpleNamespace(observation_space=model_or_spaces[0], action_space=model_or_spaces[1])
-    observations, actions = (describe_space(space) for space in policy_spaces(env))
-    check_described(owner, observations, actions, "the environment")
-
-
-def training_env(
-    env: str | gym.Env | VecEnv,
-    normalizer: ObservationNormalizer | None,
-    *,
-    seed: int | None = None,
-    gamma: float = 0.99,
-    n_envs: int = 1,
-) -> VecEnv:
-    """The new task as a VecEnv whose observations the agent understands.
-
-    Args:
-        env: an environment id, a gymnasium environment, or a VecEnv.
-        normalizer: the agent's statistics, put around a bare environment frozen, with fresh reward
-            statistics; None leaves the environment as it is.
-        seed: seeds the environment.
-        gamma: discount of the reward statistics.
-        n_envs: copies of the environment when `env` is an id.
-
-    Raises:
-        NsrlError: unknown id, other shapes, or a VecNormalize around `env` already that would move its own
-            statistics.
-    """
-    if isinstance(env, str):
-        try:
-            env = make_vec_env(env, n_envs=n_envs, seed=seed)
-        except (gym.error.Error, ImportError) as error:
-            raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
-    wrapped = BaseAlgorithm._wrap_env(env)
-    around = unwrap_vec_normalize(wrapped)
-    if (
-        normalizer is not None
-        and around is not None
-        and around.norm_obs
-        and not isinstance(around, RetainingVecNormalize)
-    ):
-        raise NsrlError(
-            "the environment is inside a VecNormalize whose observation statistics would go on moving; pass "
-            "the bare environment, or one inside nsrl.rl.agents.normalization.RetainingVecNormalize"
-        )
-    if normalizer is not None and (around is None or not around.norm_obs):
-        wrapped = RetainingVecNormalize(wrapped, normalizer, gamma=gamma, norm_reward=around is None)
-    if seed is not None:
-        wrapped.seed(seed)
-    return wrapped
-
-
-def attach_env(
-    source: str | os.PathLike[str] | BaseAlgorithm | Agent,
-    env: str | gym.Env | VecEnv,
-    *,
-    seed: int | None = None,
-    n_envs: int = 1,
-    trust: bool = False,
-) -> OnPolicyAlgorithm:
-    """An agent's model with a task to learn, ready for `protect` and `learn`; for algorithms that stay what they are.
-
-        model = agents.attach_env("maskable.zip", new_env, n_envs=8)
-        protect(model, retain=buffer, kl_budget=0.01).learn(600_000)
-
-    Args:
-        source, trust: as in `load`; a model in memory is changed in place, and keeps its optimizer.
-        env, n_envs: as in `training_env`.
-        seed: of the run.
-
-    Raises:
-        NsrlError: as `load` and `training_env`.
-    """
-    agent = load(source, trust=trust)
-    model = agent.model
-    wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
-    check_spaces(model, wrapped)
-    if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
-        model.n_envs = wrapped.num_envs
-        model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
-            model.n_steps, model.observation_space, model.action_space, device=model.device, gamma=model.gamma,
-            gae_lambda=model.gae_lambda, n_envs=model.n_envs, **model.rollout_buffer_kwargs,
-        )  # fmt: skip
-    model.set_env(wrapped)
-    if seed is not None:
-        model.seed = seed
-        model.set_random_seed(seed)
-    return model
-
-
 def fingerprint(policy: torch.nn.Module) -> str:
     """SHA-256 (hex) of all weights and buffers: names in order, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
@@ -288,3 +178,20 @@ def _save(model: BaseAlgorithm, path: str | Path, exclude: Any) -> Path:
 def _zip_path(path: str | Path) -> Path:
     path = Path(path).expanduser()
     return path if path.suffix == ".zip" else Path(f"{path}.zip")
+
+
+def resolve_agent(
+    agent: BaseAlgorithm | Agent | str | os.PathLike[str], trust: bool = False, env: VecEnv | None = None
+) -> tuple[OnPolicyAlgorithm, ObservationNormalizer | None, str | None]:
+    """The model, its observation statistics, and the name of its file; its spaces fit `env` if that is given.
+
+    Raises:
+        NsrlError: for anything but an on-policy agent or the path of one, and for other spaces.
+    """
+    if not isinstance(agent, str | os.PathLike | BaseAlgorithm | Agent):
+        raise NsrlError(
+            f"the agent is a {type(agent).__name__}, but must be an on-policy Stable-Baselines3 model, "
+            "an nsrl Agent or the path of one"
+        )
+    loaded = load(agent, env=env, trust=trust)
+    return loaded.model, loaded.normalizer, None if loaded.path is None else loaded.path.name

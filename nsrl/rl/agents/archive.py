@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor
 
 from nsrl.errors import NsrlError
@@ -24,26 +20,39 @@ from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.pickles import ForeignName
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.zips import opened_zip
-from nsrl.rl.agents.described_spaces import described_space
-from nsrl.rl.agents.descriptions import described_policy_class, described_policy_kwargs, described_schedule
+from nsrl.rl.agents.descriptions import (
+    described_policy_class,
+    described_policy_kwargs,
+    described_schedule,
+    described_space,
+)
+from nsrl.rl.agents.spaces import policy_spaces
 
 TRUST = "trust=True (--trust) would unpickle it, which can run any code in the file"
+
 VERSION = "_stable_baselines3_version"
+
 #: Tensors of a policy; a stock one has some twenty, and each becomes a module.
 MOST_TENSORS = 1000
+
 #: What the numbers of an algorithm may come to: beyond, a run would never end or not fit into any memory.
 LARGEST = {
     "n_steps": 10**6, "batch_size": 10**8, "n_epochs": 10**5, "n_critic_updates": 10**5, "cg_max_steps": 10**5,
     "line_search_max_iter": 10**5, "sub_sampling_factor": 10**7,
 }  # fmt: skip
+
 FRACTIONS = (
     "learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm",
     "target_kl", "cg_damping", "line_search_shrinking_factor",
 )  # fmt: skip
+
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
+
 #: Where the rollout buffers are that the algorithms choose by themselves.
 STOCK_BUFFERS = ("stable_baselines3.common.buffers", "sb3_contrib.common.maskable.buffers")
+
 SB3_POLICIES = "stable_baselines3.common.policies"
+
 POLICY_CLASSES = {
     (SB3_POLICIES, "ActorCriticPolicy"),
     (SB3_POLICIES, "ActorCriticCnnPolicy"),
@@ -179,37 +188,6 @@ def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:
         if key in data:
             return algorithm
     raise NsrlError(f"{path} holds none of the algorithms PPO, A2C and TRPO; only on-policy agents can be fine-tuned")
-
-
-def policy_spaces(env: Any) -> tuple[spaces.Space, spaces.Space]:
-    """Observation and action space as a policy in `env` sees them: SB3 moves image channels to the front."""
-    observation_space = env.observation_space
-    if isinstance(observation_space, spaces.Dict):
-        entries = [(key, _channels_first(space)) for key, space in observation_space.spaces.items()]
-        return spaces.Dict(entries), env.action_space
-    return _channels_first(observation_space), env.action_space
-
-
-@contextmanager
-def written_atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an exception."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _channels_first(space: spaces.Space) -> spaces.Space:
-    if isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
-        return VecTransposeImage.transpose_space(space)
-    return space
 
 
 def read_weights(path: Path, weights: bytes) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.reading.arrays import read_arrays
 from nsrl.reading.limits import STATISTICS, Expansion, opened
-from nsrl.rl.agents.archive import written_atomically
 from nsrl.rl.agents.unpickling import Statistic, read_statistics
 
 #: How a zip, which an npz is, begins.
 ZIP = b"PK\x03\x04"
+
 OF_STATISTICS = Expansion(STATISTICS, 1)
 
 
@@ -296,3 +297,9 @@ def _frozen(value: Any) -> Statistic:
     array = np.array(value, dtype=np.float64)
     array.setflags(write=False)
     return array
+
+
+def same_statistics(first: ObservationNormalizer, second: ObservationNormalizer) -> bool:
+    """Whether two normalisers map every observation alike."""
+    one, other = first.to_arrays() | {"count": np.zeros(())}, second.to_arrays() | {"count": np.zeros(())}
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)

@@ -20,8 +20,8 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.rl.agents.agent import export_weights
-from nsrl.rl.agents.archive import written_atomically
 from nsrl.rl.agents.normalization import save_stock
 from nsrl.rl.agents.stock_models import hyperparameters
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecTransposeImage
 
 from nsrl.errors import NsrlError
 from nsrl.reading.limits import shown
@@ -54,7 +56,7 @@ def same_actions(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return {**first, "text": "", "dtype": ""} == {**second, "text": "", "dtype": ""}
 
 
-def check_spaces(model: BaseAlgorithm, observations: dict[str, Any], actions: dict[str, Any], whose: str) -> None:
+def check_described(model: BaseAlgorithm, observations: dict[str, Any], actions: dict[str, Any], whose: str) -> None:
     """Raise NsrlError, naming both, unless the described spaces are those of the model."""
     for kind, same, found, space in (
         ("observation", same_observations, observations, model.observation_space),
@@ -67,3 +69,32 @@ def check_spaces(model: BaseAlgorithm, observations: dict[str, Any], actions: di
                 f"{whose} has the {kind} space {shown(described.get('text'), 200)}, but the agent has "
                 f"{expected['text']}; use the task and the wrappers that the agent was trained with"
             )
+
+
+def policy_spaces(env: Any) -> tuple[spaces.Space, spaces.Space]:
+    """Observation and action space as a policy in `env` sees them: SB3 moves image channels to the front."""
+    observation_space = env.observation_space
+    if isinstance(observation_space, spaces.Dict):
+        entries = [(key, _channels_first(space)) for key, space in observation_space.spaces.items()]
+        return spaces.Dict(entries), env.action_space
+    return _channels_first(observation_space), env.action_space
+
+
+def _channels_first(space: spaces.Space) -> spaces.Space:
+    if isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
+        return VecTransposeImage.transpose_space(space)
+    return space
+
+
+def check_spaces(model_or_spaces: BaseAlgorithm | tuple[spaces.Space, spaces.Space], env: Any) -> None:
+    """Raise NsrlError, naming both, unless a policy for these spaces can act in `env` (see `nsrl.rl.agents.spaces`).
+
+    Args:
+        model_or_spaces: a model, or its observation and action space.
+        env: a gymnasium environment or VecEnv; channels-last images count as SB3 would transpose them.
+    """
+    owner: Any = model_or_spaces
+    if isinstance(model_or_spaces, tuple):
+        owner = SimpleNamespace(observation_space=model_or_spaces[0], action_space=model_or_spaces[1])
+    observations, actions = (describe_space(space) for space in policy_spaces(env))
+    check_described(owner, observations, actions, "the environment")

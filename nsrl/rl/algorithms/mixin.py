@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import inspect
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations
+from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
+from nsrl.rl.agents.stock_models import stock_class
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
-from nsrl.rl.policies.actor_critic import action_family, check_steady
-from nsrl.rl.retention.collection import same_statistics
+from nsrl.rl.playing.environments import training_env
+from nsrl.rl.policies.actor_critic import check_steady
+from nsrl.rl.policies.distributions import is_maskable
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from nsrl.rl.agents.agent import Agent
     from nsrl.rl.retention.buffer import RetentionBuffer
 
-Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 #: Relative difference of a measured KL that rounding may explain.
 ROUNDING = 1e-4
 
@@ -192,48 +199,6 @@ class ProtectedMixin(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "retention", "_learning_seconds"]
 
 
-def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
-            config: RetentionConfig | None = None, trust_buffer: bool = False,
-            **options: Any) -> Algorithm:  # fmt: skip
-    """Put a KL budget around an existing SB3 PPO, A2C, TRPO or MaskablePPO, in place.
-
-    The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself
-    (`NullSpaceTRPO` for TRPO); the observation statistics of a VecNormalize around its environment are frozen.
-
-    Args:
-        model: any SB3 on-policy algorithm whose `train()` steps one optimizer.
-        retain: the retention buffer.
-        kl_budget: nats per state.
-        config: all settings at once; or give single fields of `RetentionConfig` as keywords.
-
-    Returns:
-        The same object.
-
-    Raises:
-        NsrlError: not an on-policy algorithm, spaces differ, another agent's buffer, over the budget already.
-    """
-    if not isinstance(model, OnPolicyAlgorithm):
-        raise NsrlError(
-            f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
-            "MaskablePPO) can"
-        )
-    action_family(model.policy)  # type: ignore[arg-type]
-    if config is None:
-        # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
-        config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
-    elif options:
-        config = replace(config, **options)
-    cls = type(model)
-    if not isinstance(model, ProtectedMixin):
-        model.__class__ = _protected_class(cls)  # type: ignore[assignment]
-    try:
-        model.constrain(retain, config, trust_buffer=trust_buffer)  # type: ignore[attr-defined]
-    except NsrlError:
-        model.__class__ = cls
-        raise
-    return model
-
-
 def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
     """Raise NsrlError unless the policy sees the buffer's states as it sees those of its environment."""
     seen = ObservationNormalizer.from_vec_normalize(around)
@@ -242,17 +207,6 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
             "the VecNormalize around the model's environment has other observation statistics than the buffer, whose "
             "states the policy would see otherwise than it does in training; collect the buffer with these statistics"
         )
-
-
-def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:
-    from sb3_contrib import TRPO
-
-    if cls is TRPO:
-        # Its line search would answer for the rollout's KL only, and its optimizer never moves the actor.
-        from nsrl.rl.algorithms.trpo import NullSpaceTRPO
-
-        return NullSpaceTRPO
-    return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
 
 
 def build_config(**options: Any) -> RetentionConfig:
@@ -279,3 +233,118 @@ def reset_critic(policy: Any) -> None:
         inside.append(policy.vf_features_extractor)
     for network, gain in [*((network, 2.0**0.5) for network in inside), (policy.value_net, 1.0)]:
         network.apply(partial(policy.init_weights, gain=gain))
+
+
+RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
+
+
+class PretrainedMixin(ProtectedMixin):
+    """Adds `from_pretrained` and `export` to an algorithm with a retention constraint."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        agent: Any,
+        env: Any,
+        retain: RetentionBuffer | None = None,
+        kl_budget: float = 0.01,
+        *,
+        method: str = "null_space",
+        penalty: float = 1.0,
+        tensorboard_log: str | None = None,
+        trust: bool = False,
+        trust_buffer: bool = False,
+        normalize: bool = True,
+        n_envs: int = 1,
+        seed: int | None = None,
+        device: str = "cpu",
+        verbose: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Take over a pretrained agent for fine-tuning.
+
+        Actor and critic weights and the hyper-parameters that mean the same here are the agent's; the optimizer is
+        fresh (old Adam moments would push along the old task's momentum).
+
+        Args:
+            agent: path of an SB3 zip, of a run folder with VecNormalize statistics, or a loaded SB3 model.
+            env: the new task: an environment id, a gymnasium environment or an SB3 VecEnv. When the agent was trained
+                with VecNormalize, a bare environment is wrapped with its observation statistics frozen and fresh
+                reward statistics.
+            retain: buffer of old-task states; None fine-tunes plainly.
+            kl_budget: nats per state.
+            method: "null_space", or a baseline through the same loop: "kl_penalty" (coefficient `penalty`) or
+                "finetune" (the KL is only measured).
+            penalty: coefficient of the KL penalty.
+            trust: allow unpickling objects inside the zip.
+            trust_buffer: accept a buffer that was made with another policy.
+            normalize: wrap `env` as above when the agent has statistics.
+            n_envs: copies of the environment, when `env` is an id.
+            seed: of the fine-tuning run, and of the draws from the buffer.
+            options: fields of `RetentionConfig` and keyword arguments of the algorithm, which override the agent's.
+
+        Raises:
+            NsrlError: unreadable agent, one that keeps its own algorithm (MaskablePPO), spaces that differ, a foreign
+                or damaged buffer, a bad budget or option.
+        """
+        from nsrl.rl import agents
+
+        retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
+        _check_options(cls, options)
+        config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
+        source = agents.load(agent, trust=trust, device=device)
+        if is_maskable(source.model.policy):
+            raise NsrlError(
+                f"{source.path or 'the agent'} is a {type(source.model).__name__}, whose action masks {cls.__name__} "
+                "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
+                "protect(model, retain=buffer) and model.learn(...)"
+            )
+        settings = cls._inherited(source, options)
+        policy_kwargs = dict(settings.pop("policy_kwargs") or {})
+        env = training_env(env, source.normalizer if normalize else None, seed=seed,
+                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
+        agents.check_spaces(source.model, env)
+        policy: Any = source.model.policy_class
+        try:
+            model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
+                             seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
+        except AssertionError as error:  # SB3 checks its arguments with assertions
+            raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
+        try:
+            model.policy.load_state_dict(source.model.policy.state_dict())
+        except RuntimeError as error:
+            raise NsrlError(
+                f"policy_kwargs {policy_kwargs} makes another network than the agent's; leave net_arch and the like out"
+            ) from error
+        if retain is not None:
+            model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
+        return model
+
+    @classmethod
+    def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the algorithm, `policy_kwargs` among them: the agent's, overridden by `options`."""
+        raise NotImplementedError
+
+    def export(self, path: str | Path) -> Path:
+        """Write a zip of the stock algorithm (atomically), which its `load` reads and which acts identically.
+
+        When the environment is VecNormalize-wrapped, its statistics are written beside it as `vecnormalize.pkl`.
+        """
+        from nsrl.rl import agents
+
+        return agents.export(self, path)
+
+
+def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) -> None:
+    stock = stock_class(algorithm)
+    known = [*inspect.signature(stock.__init__).parameters, *RETENTION_FIELDS]
+    for key in options:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see RetentionConfig and the arguments of the algorithm"
+            raise NsrlError(f"{key!r} is no setting of {stock.__name__} or of retention; {hint}")
+
+
+def without_optimizer(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a policy without its choice of an optimizer: A2C's RMSprop is no other algorithm's."""
+    return {key: value for key, value in policy_kwargs.items() if key not in ("optimizer_class", "optimizer_kwargs")}

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3 import PPO
 
-from nsrl.rl.algorithms.pretrained import RETENTION_FIELDS as RETENTION_FIELDS
-from nsrl.rl.algorithms.pretrained import PretrainedMixin, without_optimizer
+from nsrl.rl.algorithms.mixin import PretrainedMixin, without_optimizer
 
 if TYPE_CHECKING:
     from nsrl.rl.agents.agent import Agent

@@ -11,11 +11,11 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from nsrl.projection.budget.natural_gradient import PolicyJacobian
+from nsrl.projection.jacobians.matrix_free import PolicyJacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.policies.actor_critic import action_family, policy_outputs
-from nsrl.rl.policies.heads import actor_candidates, actor_head, reached_at_any, select
+from nsrl.rl.policies.actor_critic import actor_candidates, actor_head, policy_outputs, reached_at_any, select
+from nsrl.rl.policies.distributions import action_family
 
 
 class Surrogate:

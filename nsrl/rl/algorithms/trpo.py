@@ -15,14 +15,14 @@ from torch import nn
 from nsrl.errors import NsrlError
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
 from nsrl.rl.agents.stock_models import hyperparameters
-from nsrl.rl.algorithms.pretrained import PretrainedMixin, without_optimizer
+from nsrl.rl.algorithms.mixin import PretrainedMixin, without_optimizer
 from nsrl.rl.algorithms.surrogate import Surrogate
 from nsrl.rl.algorithms.value_fit import fit_values
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.budget.trust_region import PenalisedRegion, RetentionRegion, build_region
-from nsrl.rl.policies.actor_critic import action_family
-from nsrl.rl.policies.heads import reached_at_any, select
+from nsrl.rl.policies.actor_critic import reached_at_any, select
+from nsrl.rl.policies.distributions import action_family
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from nsrl.rl.policies.actor_critic import Observation
-from nsrl.rl.policies.heads import critic_head
+from nsrl.rl.policies.actor_critic import Observation, critic_head
 
 Stepper = Callable[[list[Tensor]], Any]
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from time import perf_counter
 from typing import Any
 
-import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import Tensor, nn
+from torch import nn
 
 from nsrl.errors import NsrlError
-from nsrl.projection.budget.natural_gradient import LocalModel, Product, Products, Step
+from nsrl.projection.budget.natural_gradient import LocalModel, Step
 from nsrl.projection.budget.two_regions import Multipliers, retained_step
-from nsrl.projection.solvers.kfac import LayerFactors
+from nsrl.projection.jacobians.matrix_free import Embedding
 from nsrl.reading.values import finite, mapping
 from nsrl.rl.budget.baselines import Monitor, build_engine
 from nsrl.rl.budget.config import RetentionConfig
@@ -24,56 +23,6 @@ from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: Settings that shape the many small steps of a first-order optimizer.
 FIRST_ORDER = ("gradient", "projection", "project_every", "batch_states", "rate", "damping")
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The protected parameters among those that the rollout moves (log_std is not protected with preserve="mode").
-
-    Attributes:
-        columns: which entries of the rollout's flat vector are protected, shape (P,), bool.
-    """
-
-    columns: Tensor
-
-    @classmethod
-    def of(cls, protected: Sequence[nn.Parameter], moved: Sequence[nn.Parameter]) -> Embedding:
-        """The embedding of some parameters in a list of them."""
-        kept = set(protected)
-        return cls(torch.cat([torch.full((p.numel(),), p in kept, device=p.device) for p in moved]))
-
-    def jacobian(self, inner: Products) -> Products:
-        """A Jacobian over the protected parameters as one over all that are moved."""
-        return _Embedded(inner, self.columns)
-
-    def projector(self, inner: Product) -> Product:
-        """A projector of the protected parameters that leaves the others alone."""
-
-        def project(vector: Tensor) -> Tensor:
-            projected = vector.clone()
-            projected[self.columns] = inner(vector[self.columns])
-            return projected
-
-        return project
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    inner: Products
-    columns: Tensor
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self.inner.matvec(vector[self.columns])
-
-    def rmatvec(self, rows: Tensor) -> Tensor:
-        pulled = self.inner.rmatvec(rows)
-        out = pulled.new_zeros(len(self.columns))
-        out[self.columns] = pulled
-        return out
-
-    def factors(self) -> list[LayerFactors]:
-        places = self.columns.nonzero().flatten().tolist()
-        return [factors.shifted(places.__getitem__) for factors in self.inner.factors()]
 
 
 class RetentionRegion(Retention):

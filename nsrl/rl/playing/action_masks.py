@@ -10,39 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
-from nsrl.projection.metrics import Categorical
-
-#: Logit of an invalid action, as in `sb3_contrib.common.maskable.distributions`.
-INVALID = -1e8
-
-
-def is_maskable(policy: Any) -> bool:
-    """Whether a policy takes action masks."""
-    return isinstance(getattr(policy, "action_dist", None), MaskableDistribution)
-
-
-def with_masks(logits: Tensor, valid: Tensor) -> Tensor:
-    """Logits (N, O) in which those of invalid actions are -1e8; `valid` is (N, O) bool."""
-    return torch.where(valid, logits, torch.full_like(logits, INVALID))
-
-
-def valid_actions(reference: Tensor) -> Tensor | None:
-    """Which actions a buffer's reference logits (N, O) call valid, (N, O) bool; None if all are."""
-    valid = reference > 0.5 * INVALID
-    return None if bool(valid.all()) else valid
+from nsrl.rl.policies.distributions import is_maskable, with_masks
 
 
 def read_masks(env: gym.Env | VecEnv, outputs: int) -> np.ndarray:
@@ -90,39 +69,3 @@ def masked_by(env: VecEnv, policy: BasePolicy) -> Iterator[list[np.ndarray]]:
         yield masks
     finally:
         hook.remove()
-
-
-@dataclass(frozen=True)
-class MaskedCategorical(Categorical):
-    """`Categorical` over the valid actions only: outputs are masked before they are compared, and so are their rows.
-
-    Attributes:
-        valid: valid actions of each state, (N, O) bool.
-    """
-
-    valid: Tensor | None = None
-
-    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """KL between the masked distributions, shape (N,)."""
-        return super().divergence(reference, self._masked(outputs))
-
-    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """P - p_ref per head, zero for invalid actions, shape (N, O)."""
-        return super().slope(reference, self._masked(outputs))
-
-    def seeds(self, outputs: Tensor) -> Tensor:
-        """As `Categorical.seeds`; the columns of invalid actions are zero."""
-        assert self.valid is not None
-        return super().seeds(self._masked(outputs)) * self.valid.unsqueeze(1)
-
-    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """As `Categorical.residual`."""
-        return super().residual(reference, self._masked(outputs))
-
-    def agreement(self, reference: Tensor, outputs: Tensor) -> float:
-        """Share of states on which every head has the same most likely valid action."""
-        return super().agreement(reference, self._masked(outputs))
-
-    def _masked(self, outputs: Tensor) -> Tensor:
-        assert self.valid is not None
-        return with_masks(outputs, self.valid)

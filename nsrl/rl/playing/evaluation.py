@@ -14,18 +14,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
+from nsrl.rl.agents.agent import resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.playing.action_masks import mask_reader, with_masks
-from nsrl.rl.playing.rollout import (
-    Observations,
-    evaluation_mode,
-    own_randomness,
-    raw_observations,
-    sample_actions,
-    stack,
-)
-from nsrl.rl.policies.actor_critic import action_family, policy_outputs
-from nsrl.rl.retention.collection import resolve_agent
+from nsrl.rl.playing.action_masks import mask_reader
+from nsrl.rl.playing.environments import Environments, open_copies
+from nsrl.rl.playing.rollout import evaluation_mode, own_randomness, raw_observations
+from nsrl.rl.policies.actor_critic import policy_outputs
+from nsrl.rl.policies.distributions import action_family, sample_actions, with_masks
+from nsrl.rl.policies.observations import Observations, stack
 
 if TYPE_CHECKING:
     from nsrl.rl.agents.agent import Agent
@@ -33,9 +29,9 @@ if TYPE_CHECKING:
 #: Steps after which an episode counts as one that never ends.
 LONGEST = 100_000
 
-Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
 #: Raw observations of all rows, the episode that each row is in, and valid actions (None: all), to actions.
 Actor = Callable[[Observations, Sequence[int], np.ndarray | None], np.ndarray]
+
 #: Valid actions of the current observations.
 Masks = Callable[[gym.Env | VecEnv], np.ndarray] | None
 
@@ -104,7 +100,7 @@ def evaluate(
     """
     if episodes < 1 or n_envs < 1:
         raise NsrlError(f"episodes and n_envs must be at least 1, not {episodes} and {n_envs}")
-    from nsrl.rl.agents.agent import check_spaces
+    from nsrl.rl.agents.spaces import check_spaces
 
     learner, own_normalizer, _ = resolve_agent(model, trust=False)
     normalizer = own_normalizer if normalizer is None else normalizer
@@ -125,20 +121,6 @@ def evaluate(
     finally:
         for copy in opened:
             copy.close()
-
-
-def open_copies(env: str, count: int) -> list[gym.Env]:
-    """Independent copies of an environment.
-
-    Raises:
-        NsrlError: unknown id or a missing dependency.
-    """
-    # gymnasium >= 1.0 does not look for plugins by itself; the prefix makes it import the module.
-    name = f"nsrl_envs:{env}" if env.startswith("nsrl/") else env
-    try:
-        return [gym.make(name, disable_env_checker=True) for _ in range(count)]
-    except (gym.error.Error, ImportError) as error:
-        raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
 
 
 def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, deterministic: bool) -> Actor:

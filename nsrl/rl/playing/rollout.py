@@ -7,31 +7,22 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
-from nsrl.rl.policies.actor_critic import Observation, policy_outputs
+from nsrl.rl.policies.actor_critic import policy_outputs
+from nsrl.rl.policies.distributions import sample_actions
+from nsrl.rl.policies.observations import Normalizer, Observations, in_batches, map_arrays, policy_inputs, stack
 
-Observations = np.ndarray | dict[str, np.ndarray]
 Progress = Callable[[int, int], Any]
 
 # A roll-out goes on until every env has ended an episode, but not beyond these steps: some tasks never end.
 LONGEST_WAIT = 1000
-BATCH = 4096
-
-
-class Normalizer(Protocol):
-    """What a roll-out needs of an `ObservationNormalizer`."""
-
-    def normalize(self, obs: Any) -> Any:
-        """Map raw observations to what the policy was trained on."""
 
 
 @dataclass(frozen=True)
@@ -59,59 +50,6 @@ class Rollout:
     def flat_observations(self) -> Observations:
         """Observations as (T * E, ...), step-major."""
         return map_arrays(lambda array: array.reshape(-1, *array.shape[2:]), self.observations)
-
-
-def map_arrays(function: Callable[[np.ndarray], np.ndarray], observations: Observations) -> Observations:
-    """Apply a function to the array, or to each array of a Dict observation."""
-    if isinstance(observations, dict):
-        return {key: function(array) for key, array in observations.items()}
-    return function(observations)
-
-
-def stack(observations: list[Any]) -> Observations:
-    """Stack observations along a new first axis."""
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: np.stack([observation[key] for observation in observations]) for key in first}
-    return np.stack(observations)
-
-
-def policy_inputs(observations: Observations, normalizer: Normalizer | None, device: Any = "cpu") -> Observation:
-    """Raw observations as the tensors that `policy.extract_features` takes.
-
-    Floating point becomes float32; images stay uint8 and indices stay integers, since the policy scales and
-    one-hot-encodes them itself.
-    """
-    if normalizer is not None:
-        observations = normalizer.normalize(observations)
-
-    def writeable(array: np.ndarray) -> np.ndarray:
-        return np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype)
-
-    return obs_as_tensor(map_arrays(writeable, observations), torch.device(device))  # type: ignore[arg-type]
-
-
-def in_batches(
-    function: Callable[[Observation], Tensor],
-    policy: ActorCriticPolicy,
-    observations: Observations,
-    normalizer: Normalizer | None,
-) -> np.ndarray:
-    """`function` of the policy's inputs for N raw observations, (N, ...) float32, without gradients."""
-    n = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, n, BATCH):
-            batch = map_arrays(lambda array, start=start: array[start : start + BATCH], observations)  # type: ignore[misc]
-            parts.append(function(policy_inputs(batch, normalizer, policy.device)).float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def reference_outputs(
-    policy: ActorCriticPolicy, observations: Observations, normalizer: Normalizer | None
-) -> np.ndarray:
-    """Logits or means of the policy on N raw observations, (N, O) float32."""
-    return in_batches(lambda inputs: policy_outputs(policy, inputs), policy, observations, normalizer)
 
 
 @contextmanager
@@ -156,23 +94,6 @@ def evaluation_mode(policy: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def sample_actions(policy: ActorCriticPolicy, family: str, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-    """Draw one action a row from the policy's distribution, in the form that SB3 hands to `env.step`."""
-    space = policy.action_space
-    outputs = outputs.float().cpu()
-    if family == "gaussian":
-        assert isinstance(space, spaces.Box)
-        noise = torch.randn(outputs.shape, generator=generator)
-        actions = (outputs + policy.log_std.detach().cpu().exp() * noise).numpy()  # type: ignore[operator]
-        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
-    if family == "bernoulli":
-        return torch.bernoulli(outputs.sigmoid(), generator=generator).numpy().astype(space.dtype)
-    nvec = list(space.nvec) if isinstance(space, spaces.MultiDiscrete) else [outputs.shape[1]]
-    draws = [torch.multinomial(part.softmax(1), 1, generator=generator) for part in outputs.split(nvec, 1)]
-    actions = torch.cat(draws, 1).numpy()
-    return actions if isinstance(space, spaces.MultiDiscrete) else actions[:, 0]
 
 
 def roll_out(

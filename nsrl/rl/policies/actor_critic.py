@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-from sb3_contrib.common.maskable.distributions import (
-    MaskableBernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-)
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-    SquashedDiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-)
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
+from nsrl.projection.jacobians.matrix_free import GraphPasses, LayerPasses, Passes, Stage, is_plain, linear_chain
 
 #: Where modules are that only the critic has.
 CRITIC = ("mlp_extractor.value_net", "value_net", "vf_features_extractor")
+
 Observation = Tensor | dict[str, Tensor]
-
-FAMILIES: dict[type, str] = {
-    CategoricalDistribution: "categorical",
-    MultiCategoricalDistribution: "multi_categorical",
-    BernoulliDistribution: "bernoulli",
-    DiagGaussianDistribution: "gaussian",
-    MaskableCategoricalDistribution: "categorical",
-    MaskableMultiCategoricalDistribution: "multi_categorical",
-}
-#: Why a distribution of SB3 is refused, and what to do instead.
-REFUSED: dict[type, str] = {
-    StateDependentNoiseDistribution: (
-        "the noise of gSDE depends on the state through learnt features, so its spread is no parameter that could be "
-        "held; train the agent with use_sde=False"
-    ),
-    SquashedDiagGaussianDistribution: (
-        "a tanh lies between its mean and the action, which nsrl does not model; train the agent with "
-        "squash_output=False, as PPO and A2C do by default"
-    ),
-    MaskableBernoulliDistribution: (
-        "masked MultiBinary actions have two logits each, not one; declare them as MultiDiscrete([2, 2, ...]), which "
-        "is the same to MaskablePPO"
-    ),
-}
-
-
-def action_family(policy: BasePolicy) -> str:
-    """Name of the action distribution: "categorical", "multi_categorical", "bernoulli" or "gaussian".
-
-    Raises:
-        NsrlError: for a policy with memory, or a distribution whose outputs are not plain logits or a mean (gSDE,
-            squashed Gaussian).
-    """
-    if hasattr(policy, "lstm_actor"):
-        raise NsrlError(
-            f"{type(policy).__name__} acts on its memory as well as on the observation, so the states of a buffer do "
-            "not say what it does; only PPO, A2C, TRPO and MaskablePPO can be protected (stacked frames can stand in "
-            "for memory)"
-        )
-    kind = type(getattr(policy, "action_dist", None))
-    family = FAMILIES.get(kind)
-    if family is None:
-        why = REFUSED.get(kind, "it is none of the distributions that SB3's on-policy algorithms make")
-        raise NsrlError(f"policies with {kind.__name__} cannot be protected: {why}")
-    return family
 
 
 def check_steady(policy: BasePolicy, algorithm: str) -> None:
@@ -95,3 +45,142 @@ def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tens
     # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
     features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
     return policy.action_net(policy.mlp_extractor.forward_actor(features))  # type: ignore[arg-type]
+
+
+#: States that are differentiated at once where parameters are looked for.
+PROBED = 256
+
+
+@dataclass(frozen=True)
+class Head:
+    """Actor or critic of a policy on a fixed batch, at whatever its parameters are now.
+
+    Attributes:
+        forward: from `inputs` to outputs (N, O).
+        inputs: the observations; or their features, extracted once, where the extractor stands still.
+        parameters: those that are moved.
+        stages: the chain of linear layers that `forward` is, if it is one.
+    """
+
+    forward: Callable[[Any], Tensor]
+    inputs: Observation
+    parameters: tuple[nn.Parameter, ...]
+    stages: tuple[Stage, ...] | None
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """Outputs now, shape (N, O)."""
+        return self.forward(self.inputs) if self.stages is None else self.passes().outputs
+
+    def passes(self) -> Passes:
+        """Both products with the Jacobian at the present parameters."""
+        if self.stages is not None:
+            assert isinstance(self.inputs, Tensor)
+            return LayerPasses(self.stages, self.inputs, self.parameters)
+        with torch.enable_grad():
+            return GraphPasses(self.forward(self.inputs), self.parameters)
+
+    def select(self, indices: Tensor | slice) -> Head:
+        """The same on some of the batch."""
+        return Head(self.forward, select(self.inputs, indices), self.parameters, self.stages)
+
+    def minibatches(self, order: Tensor, size: int) -> Iterator[Passes]:
+        """Passes on `size` rows after the other in some order, each at the parameters of its time."""
+        if self.stages is None:
+            for rows in order.split(size):
+                yield self.select(rows).passes()
+        else:
+            assert isinstance(self.inputs, Tensor)
+            for inputs in self.inputs[order].split(size):
+                yield LayerPasses(self.stages, inputs, self.parameters)
+
+
+def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
+    """Logits or means as a function of some of the policy's parameters."""
+    mlp = policy.mlp_extractor
+    layers = [*mlp.policy_net, policy.action_net] if _is_chain(mlp, "policy_net", "forward_actor") else None
+    extractor = policy.pi_features_extractor
+    return _head(policy, observations, extractor, mlp.forward_actor, policy.action_net, layers, parameters)
+
+
+def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
+    """Values, shape (N, 1), as a function of some of the policy's parameters."""
+    if type(policy).predict_values is not ActorCriticPolicy.predict_values:
+        return Head(policy.predict_values, observations, tuple(parameters), None)
+    mlp = policy.mlp_extractor
+    layers = [*mlp.value_net, policy.value_net] if _is_chain(mlp, "value_net", "forward_critic") else None
+    extractor = policy.vf_features_extractor
+    return _head(policy, observations, extractor, mlp.forward_critic, policy.value_net, layers, parameters)
+
+
+def _is_chain(mlp: nn.Module, name: str, method: str) -> bool:
+    """Whether SB3's extractor runs the layers of one of its networks one after the other, and nothing else."""
+    if type(mlp) is not MlpExtractor or method in vars(mlp):
+        return False
+    network = getattr(mlp, name)
+    return type(network) is nn.Sequential and is_plain(network)
+
+
+def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, body: Callable[[Any], Tensor],
+          top: nn.Module, layers: list[nn.Module] | None, parameters: Sequence[nn.Parameter]) -> Head:  # fmt: skip
+    def extract(observations: Observation) -> Tensor:
+        # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
+        return BasePolicy.extract_features(policy, observations, extractor)
+
+    if not set(parameters).isdisjoint(extractor.parameters()):
+        return Head(lambda inputs: top(body(extract(inputs))), observations, tuple(parameters), None)
+    with torch.no_grad():
+        features = extract(observations)
+    stages = None if layers is None else linear_chain(layers, parameters)
+    return Head(lambda inputs: top(body(inputs)), features, tuple(parameters), stages)
+
+
+def reached_parameters(policy: ActorCriticPolicy, outputs: Tensor) -> list[nn.Parameter]:
+    """Trainable parameters that a policy's outputs depend on, in `named_parameters()` order: by autograd, not by name.
+
+    Args:
+        policy: the policy.
+        outputs: anything that it computed, with its graph.
+    """
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not outputs.requires_grad:
+        return []
+    grads = torch.autograd.grad(outputs.sum(), trainable, allow_unused=True)
+    return [parameter for parameter, grad in zip(trainable, grads, strict=True) if grad is not None]
+
+
+def reached_at_any(policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int,
+                   wanted: Set[nn.Parameter]) -> list[nn.Parameter]:  # fmt: skip
+    """Trainable parameters that a function of states depends on at one of them at least, as `reached_parameters`.
+
+    Which those are may differ from state to state (a mixture of experts), so one after the other is asked until all
+    that are wanted have been found: two are enough for most policies.
+
+    Args:
+        policy: the policy.
+        function: of rows, as a slice, to anything that the policy computes from them, with its graph.
+        count: number of rows.
+        wanted: parameters worth looking for.
+    """
+    found: set[nn.Parameter] = set()
+    for rows in (slice(0, 2), *(slice(start, start + PROBED) for start in range(0, count, PROBED))):
+        with torch.enable_grad():
+            found.update(reached_parameters(policy, function(rows)))
+        if wanted <= found:
+            break
+    return [parameter for parameter in policy.parameters() if parameter in found]
+
+
+def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:
+    """Trainable parameters that are not known to be the critic's, but for a state-independent spread."""
+    return {
+        parameter for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and name != "log_std" and not name.startswith(CRITIC)
+    }  # fmt: skip
+
+
+def select(inputs: Observation, indices: Tensor | slice) -> Observation:
+    """Some rows of a batch of observations."""
+    if isinstance(inputs, Mapping):
+        return {key: value[indices] for key, value in inputs.items()}
+    return inputs[indices]

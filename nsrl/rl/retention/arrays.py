@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.agent import Agent
-from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.agents.agent import Agent, resolve_agent
+from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import describe_space
-from nsrl.rl.playing.action_masks import INVALID, is_maskable
-from nsrl.rl.playing.rollout import Observations, evaluation_mode, map_arrays, reference_outputs
-from nsrl.rl.retention import minari
-from nsrl.rl.retention.collection import distribution, resolve_agent, same_statistics, split
-from nsrl.rl.retention.provenance import circumstances, identity
-
-if TYPE_CHECKING:
-    from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.playing.rollout import evaluation_mode
+from nsrl.rl.policies.distributions import INVALID, SPACE_FAMILIES, distribution, is_maskable, outputs_of
+from nsrl.rl.policies.observations import Observations, map_arrays, reference_outputs
+from nsrl.rl.retention.collection import circumstances, identity, split
+from nsrl.rl.retention.states import RetainedStates
 
 Reference = BaseAlgorithm | Agent | str | os.PathLike[str]
 
-FAMILIES: dict[type[spaces.Space], str] = {
-    spaces.Discrete: "categorical",
-    spaces.MultiDiscrete: "multi_categorical",
-    spaces.MultiBinary: "bernoulli",
-    spaces.Box: "gaussian",
-}
-
 
 def from_arrays(
-    kind: type[RetentionBuffer],
+    kind: type[RetainedStates],
     observations: Observations,
     agent: Reference | None = None,
     *,
@@ -48,7 +38,7 @@ def from_arrays(
     seed: int = 0,
     task: str | None = None,
     trust: bool = False,
-) -> RetentionBuffer:
+) -> RetainedStates:
     """A buffer of given states, with the outputs of an agent on them or with given outputs.
 
     Args:
@@ -74,7 +64,7 @@ def from_arrays(
         raise NsrlError("give either the agent whose outputs are the reference, or the outputs themselves")
     observations = _as_arrays(observations)
     if agent is not None:
-        fields = _labelled(observations, agent, normalizer, trust, action_masks)
+        fields = labelled(observations, agent, normalizer, trust, action_masks)
     else:
         fields = _recorded(observations, outputs, action_space, observation_space, log_std, normalizer)
     if action_masks is not None:
@@ -89,50 +79,10 @@ def from_arrays(
         "select": "arrays",
         "n_states": n,
     }
-    return kind(**fields, weights=_mean_one(weights), heldout=_heldout(n, heldout, seed))
+    return kind(**fields, weights=_mean_one(weights), heldout=heldout_states(n, heldout, seed))
 
 
-def from_minari(
-    kind: type[RetentionBuffer],
-    dataset: Any,
-    agent: Reference,
-    n_states: int = 2048,
-    select: str = "expert",
-    seed: int = 0,
-    *,
-    quantile: float = 0.5,
-    reward_scale: float | None = None,
-    heldout: float | np.ndarray = 0.2,
-    task: str | None = None,
-    trust: bool = False,
-) -> RetentionBuffer:
-    """A buffer of states from a Minari data set; the reference outputs are the agent's, not the data's actions.
-
-    Data without an agent: `nsrl.rl.retention.cloning.clone` makes one by behaviour cloning of the data's actions.
-
-    Args:
-        kind: the class of the buffer; `RetentionBuffer.from_minari` passes it.
-        dataset: a `minari.MinariDataset`, the id of a local one, or its folder. Needs the extra `minari`.
-        agent: the reference policy.
-        n_states: states in the buffer, N.
-        select: "expert" draws from all states, "advantage" from those of highest advantage, as in `collect`.
-        seed: of the draw and the held-out split.
-        quantile, reward_scale: as in `collect`.
-        heldout, task, trust: as in `from_arrays`; the task is by default the environment's id.
-
-    Raises:
-        NsrlError: minari is not installed, no such data set, too few states, or an agent with other spaces.
-    """
-    data = minari.opened(dataset)
-    model, trained, source = resolve_agent(agent, trust, data)
-    observations, origin = minari.chosen_states(data, model, trained, n_states, select, seed, quantile, reward_scale)
-    fields = _labelled(observations, Agent(model, trained), None, trust)
-    name = task or origin["env_id"] or data.id
-    fields["provenance"] |= {**origin, "agent": source, "task": name, "seed": int(seed), "n_states": int(n_states)}
-    return kind(**fields, heldout=_heldout(n_states, heldout, seed))
-
-
-def _labelled(
+def labelled(
     observations: Observations, agent: Reference, normalizer: ObservationNormalizer | None, trust: bool,
     action_masks: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -171,7 +121,7 @@ def _recorded(
     normalizer: ObservationNormalizer | None,
 ) -> dict[str, Any]:
     """Fields of a buffer with given outputs."""
-    if action_space is None or type(action_space) not in FAMILIES:
+    if action_space is None or type(action_space) not in SPACE_FAMILIES:
         raise NsrlError(
             f"action_space is {action_space}, but must say what the outputs are for: a Discrete, MultiDiscrete, "
             "MultiBinary or Box space"
@@ -179,7 +129,7 @@ def _recorded(
     outputs = np.asarray(outputs, dtype=np.float32)
     observation_space = observation_space or _box_space(observations)
     _check_shapes(observations, observation_space)
-    width = _outputs_of(action_space)
+    width = outputs_of(action_space)
     if outputs.ndim != 2 or outputs.shape[1] != width:
         raise NsrlError(f"outputs has shape {outputs.shape}, but {action_space} needs (N, {width})")
     if normalizer is not None:
@@ -188,7 +138,7 @@ def _recorded(
     return {
         "observations": observations,
         "outputs": outputs,
-        "family": FAMILIES[type(action_space)],
+        "family": SPACE_FAMILIES[type(action_space)],
         "log_std": None if log_std is None else np.asarray(log_std, dtype=np.float32),
         "nvec": tuple(int(n) for n in action_space.nvec) if isinstance(action_space, spaces.MultiDiscrete) else None,
         "normalizer": normalizer,
@@ -215,7 +165,8 @@ def _mean_one(weights: Any) -> Any:
     return weights / np.float32(mean) if mean > 0.0 else weights
 
 
-def _heldout(n: int, heldout: float | np.ndarray, seed: int) -> np.ndarray:
+def heldout_states(n: int, heldout: float | np.ndarray, seed: int) -> np.ndarray:
+    """Which of n states are held out, (n,) bool: those given, or a random share."""
     if isinstance(heldout, np.ndarray):
         return heldout
     if not 0.0 <= heldout < 1.0:
@@ -250,11 +201,3 @@ def _box_space(observations: Observations) -> spaces.Space:
     if isinstance(observations, dict):
         return spaces.Dict({key: box(array) for key, array in observations.items()})
     return box(observations)
-
-
-def _outputs_of(space: spaces.Space) -> int:
-    if isinstance(space, spaces.Discrete):
-        return int(space.n)
-    if isinstance(space, spaces.MultiDiscrete):
-        return int(space.nvec.sum())
-    return int(np.prod(space.shape or ()))

@@ -2,77 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec
 
-import numpy as np
 from gymnasium import Env
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_npz, write_npz
+from nsrl.files import read_npz
 from nsrl.rl import agents
-from nsrl.rl.agents.agent import Agent
-from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.agents.spaces import check_spaces
-from nsrl.rl.playing.rollout import Observations, Progress, map_arrays, policy_inputs
-from nsrl.rl.policies.actor_critic import Observation
+from nsrl.rl.agents.agent import Agent, fingerprint
+from nsrl.rl.agents.spaces import check_described
+from nsrl.rl.playing.rollout import Progress, evaluation_mode
 from nsrl.rl.retention import arrays as sources
 from nsrl.rl.retention import collection, merging
-from nsrl.rl.retention.buffer_file import FORMAT, arrays_of, fields_from
-from nsrl.rl.retention.validation import check_content, check_policy
+from nsrl.rl.retention.constraint import RetentionConstraint
+from nsrl.rl.retention.minari import from_minari
+from nsrl.rl.retention.states import FORMAT, RetainedStates, check_content, fields_from
+
+P = ParamSpec("P")
+
+
+def _constructor(make: Callable[Concatenate[Any, P], RetainedStates]) -> Callable[P, RetentionBuffer]:
+    """A function of the class and of other arguments as a classmethod, which type checkers follow."""
+    return classmethod(make)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RetentionBuffer:
-    """N states of the old task with the reference policy's outputs on them; all arrays are read-only.
+class RetentionBuffer(RetainedStates):
+    """The retention buffer: states of the old task, collected, read, merged and checked.
 
-    Attributes:
-        observations: raw (unnormalised) observations, (N, ...), or a dict of such arrays.
-        outputs: reference logits or means on the normalised observations, (N, O) float32.
-        family: "categorical", "multi_categorical", "bernoulli" or "gaussian" (`policies.action_family`).
-        log_std: reference log standard deviations, (O,) float32, or one row a source, (S, O); Gaussian only, else None.
-        nvec: number of choices of each action, summing to O; multi-categorical only, else None.
-        heldout: states kept out of training, on which generalisation is measured, (N,) bool; default none.
-        weights: weight of each state in every mean KL, (N,) float32, in any unit; default ones.
-        source: which of the S buffers that were merged a state comes from, (N,) int64; default zeros.
-        normalizer: frozen observation statistics of the reference agent, or None.
-        provenance: plain JSON: the agent's fingerprint, env, task, seed, selection, spaces, versions, return.
+    What it holds is told by `RetainedStates`; all arrays are read-only.
 
     Raises:
         NsrlError: for an array of wrong type or shape, NaN or infinity, or no states.
     """
-
-    observations: Observations
-    outputs: np.ndarray
-    family: str
-    log_std: np.ndarray | None = None
-    nvec: tuple[int, ...] | None = None
-    heldout: np.ndarray = None  # type: ignore[assignment]
-    weights: np.ndarray = None  # type: ignore[assignment]
-    source: np.ndarray = None  # type: ignore[assignment]
-    normalizer: ObservationNormalizer | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        n = len(self.outputs) if isinstance(self.outputs, np.ndarray) and self.outputs.ndim else 0
-        for name, default in (
-            ("heldout", np.zeros(n, dtype=bool)),
-            ("weights", np.ones(n, dtype=np.float32)),
-            ("source", np.zeros(n, dtype=np.int64)),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        check_content(self)
-        for name in ("observations", "outputs", "log_std", "heldout", "weights", "source"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, map_arrays(_read_only, getattr(self, name)))
 
     @classmethod
     def collect(
@@ -123,57 +92,10 @@ class RetentionBuffer:
         )
         return cls(**collection.collect(agent, env, config, trust, progress))
 
-    from_arrays = classmethod(sources.from_arrays)
-    from_minari = classmethod(sources.from_minari)
-    from_agents = classmethod(merging.from_agents)
-    merge = classmethod(merging.merge)
-
-    def __len__(self) -> int:
-        return len(self.outputs)
-
-    def __repr__(self) -> str:
-        origin = self.provenance
-        return (
-            f"RetentionBuffer({len(self)} states of {origin.get('task', 'an unnamed task')}, "
-            f"select={origin.get('select')!r}, {self.family} with {self.outputs.shape[1]} outputs, "
-            f"{len(self.heldout_indices)} held out, {'normalised' if self.normalizer else 'raw'} inputs, "
-            f"return_mean={origin.get('return_mean')})"
-        )
-
-    @property
-    def origins(self) -> tuple[dict[str, Any], ...]:
-        """Provenance of each source: the buffers that were merged, or this one."""
-        return tuple(self.provenance.get("sources") or [self.provenance])
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Task of each source; the same name twice where two sources are of one task."""
-        return tuple(str(origin.get("task", "old")) for origin in self.origins)
-
-    @property
-    def spreads(self) -> np.ndarray | None:
-        """Reference log standard deviations, (O,), or one row a state, (N, O), where the sources differ in them."""
-        return self.log_std if self.log_std is None or self.log_std.ndim == 1 else self.log_std[self.source]
-
-    @property
-    def train_indices(self) -> np.ndarray:
-        """Indices of the states that may be trained on, int64."""
-        return np.flatnonzero(~self.heldout)
-
-    @property
-    def heldout_indices(self) -> np.ndarray:
-        """Indices of the held-out states, int64."""
-        return np.flatnonzero(self.heldout)
-
-    def inputs(self, indices: Sequence[int] | np.ndarray | None = None, device: Any = "cpu") -> Observation:
-        """Normalised observations as tensors for `policy.extract_features`, of all states or of some.
-
-        Floating point is float32; images stay uint8 in the policy's channel order; Dict spaces give a dict.
-        """
-        chosen = self.observations
-        if indices is not None:
-            chosen = map_arrays(lambda array: array[np.asarray(indices)], chosen)
-        return policy_inputs(chosen, self.normalizer, device)
+    from_arrays = _constructor(sources.from_arrays)
+    from_minari = _constructor(from_minari)
+    from_agents = _constructor(merging.from_agents)
+    merge = _constructor(merging.merge)
 
     def check(
         self, model: BaseAlgorithm | Agent, env: Env | VecEnv | None = None, *, trust_agent: bool = False
@@ -192,30 +114,13 @@ class RetentionBuffer:
         for key in ("observation_space", "action_space"):
             if key not in self.provenance:
                 raise NsrlError(f"the buffer's provenance has no {key!r}; collect it with RetentionBuffer.collect")
-        check_spaces(agent, self.provenance["observation_space"], self.provenance["action_space"], "the buffer's task")
+        check_described(
+            agent, self.provenance["observation_space"], self.provenance["action_space"], "the buffer's task"
+        )
         if env is not None:
             agents.check_spaces(agent, env)
         if not trust_agent:
             check_policy(self, agent.policy)  # type: ignore[arg-type]
-
-    def digest(self) -> str:
-        """SHA-256 of states, outputs, family, split, weights and statistics; the provenance is left out."""
-        state = hashlib.sha256()
-        arrays = arrays_of(self)
-        header = {name: [str(array.dtype), array.shape] for name, array in arrays.items()}
-        state.update(json.dumps([self.family, header], sort_keys=True).encode())
-        for name in sorted(arrays):
-            state.update(np.ascontiguousarray(arrays[name]).tobytes())
-        return state.hexdigest()
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an npz that holds no pickle; a file that is there survives until the new one is whole.
-
-        Raises:
-            NsrlError: when the file cannot be written.
-        """
-        header = {"family": self.family, "provenance": self.provenance}
-        return write_npz(path, arrays_of(self), header, FORMAT if self.source.any() else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RetentionBuffer:
@@ -231,8 +136,32 @@ class RetentionBuffer:
             raise NsrlError(f"{path}: {error}") from error
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
-    if array.flags.writeable or array.base is not None:
-        array = array.copy()
-        array.flags.writeable = False
-    return array
+#: Mean KL, in nats, that outputs of the same weights may have from those stored: other hardware, other batches.
+SAME_POLICY = 1e-4
+
+#: The same for other weights: float32 rounding, far below the KL of two untrained policies.
+SAME_FUNCTION = 1e-8
+
+
+def check_policy(buffer: RetentionBuffer, policy: ActorCriticPolicy) -> None:
+    """Raise NsrlError, naming the measured KL, unless the reference outputs of one source are this policy's.
+
+    A policy of other weights is the same one where it computes the same function, as after surgery.
+    """
+    with evaluation_mode(policy):
+        kl = RetentionConstraint(policy, buffer).state_divergences().cpu().numpy()
+    ours = fingerprint(policy)
+    measured = []
+    for index, origin in enumerate(buffer.origins):
+        theirs, states = origin.get("fingerprint"), buffer.source == index
+        mean = float(kl[states].mean()) if states.any() else math.inf
+        if mean <= (SAME_POLICY if theirs in (None, ours) else SAME_FUNCTION):
+            return
+        measured.append((mean, theirs))
+    nearest, theirs = min(measured, key=lambda pair: pair[0])
+    named = "" if theirs in (None, ours) else f" (fingerprint {str(theirs)[:12]}, this one has {ours[:12]})"
+    raise NsrlError(
+        f"the buffer holds the outputs of another agent{named}: on its states this one is at a mean KL of "
+        f"{nearest:.3g} from them; make the buffer again with this agent, or pass trust_agent=True (trust_buffer to "
+        "from_pretrained, protect and in configurations) to hold this agent to the other's behaviour"
+    )

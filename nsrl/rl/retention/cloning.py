@@ -26,8 +26,9 @@ from nsrl.errors import NsrlError
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.agents.stock_models import bare, hyperparameters
-from nsrl.rl.playing.rollout import Observations, evaluation_mode, map_arrays, own_randomness, policy_inputs
-from nsrl.rl.policies.heads import select
+from nsrl.rl.playing.rollout import evaluation_mode, own_randomness
+from nsrl.rl.policies.actor_critic import select
+from nsrl.rl.policies.observations import Observations, concatenated, map_arrays, policy_inputs
 from nsrl.rl.retention import minari
 
 #: Smallest log standard deviation of a cloned Gaussian policy: data without noise would have none at all, and no
@@ -130,7 +131,7 @@ def _steps(data: Any) -> tuple[Observations, np.ndarray, np.ndarray]:
         seen.append(map_arrays(lambda array: array[:-1], episode.observations))
         actions.append(np.asarray(episode.actions))
         lengths.append(len(episode))
-    return minari.concatenated(seen), np.concatenate(actions), np.repeat(np.arange(len(lengths)), lengths)
+    return concatenated(seen), np.concatenate(actions), np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _split(episodes: np.ndarray, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -6,48 +6,36 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from difflib import get_close_matches
+from importlib import metadata
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.agent import Agent, load
-from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.playing.action_masks import INVALID, masked_by
+from nsrl.rl.agents.agent import Agent, fingerprint, resolve_agent
+from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
+from nsrl.rl.agents.spaces import describe_space
+from nsrl.rl.playing.action_masks import masked_by
+from nsrl.rl.playing.environments import as_vec_env
 from nsrl.rl.playing.rollout import (
     Progress,
+    Rollout,
     advantages,
     evaluation_mode,
-    map_arrays,
     own_randomness,
     raw_observations,
-    reference_outputs,
     roll_out,
 )
-from nsrl.rl.policies.actor_critic import action_family
-from nsrl.rl.retention.provenance import provenance, registered_id
+from nsrl.rl.policies.distributions import INVALID, action_family, distribution
+from nsrl.rl.policies.observations import map_arrays, reference_outputs
 
 SELECTIONS = ("expert", "advantage")
-
-
-def as_vec_env(env: str | gym.Env | VecEnv, n_envs: int) -> VecEnv:
-    """A VecEnv from an env id (n_envs copies), a gymnasium.Env or a VecEnv; images channels first."""
-    if isinstance(env, str):
-        # gymnasium >= 1.0 does not look for plugins by itself; the prefix makes it import the module.
-        name = f"nsrl_envs:{env}" if env.startswith("nsrl/") else env
-        try:
-            env = DummyVecEnv([lambda: gym.make(name) for _ in range(n_envs)])
-        except (gym.error.Error, ImportError) as error:
-            raise NsrlError(f"cannot make the environment {name!r}: {error}") from error
-    elif not isinstance(env, gym.Env | VecEnv):
-        raise NsrlError(f"env must be an env id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
-    return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
 
 
 @dataclass(frozen=True)
@@ -154,39 +142,11 @@ def collect(
     }
 
 
-def distribution(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """What makes a distribution of a model's outputs: the fields `family`, `log_std` and `nvec` of a buffer."""
-    policy, space = model.policy, model.action_space
-    family = action_family(policy)
-    return {
-        "family": family,
-        "log_std": policy.log_std.detach().cpu().numpy().astype(np.float32) if family == "gaussian" else None,
-        "nvec": tuple(int(n) for n in space.nvec) if isinstance(space, spaces.MultiDiscrete) else None,
-    }
-
-
 def split(n_states: int, share: float, rng: np.random.Generator) -> np.ndarray:
     """Which states are held out: a random `share` of them, but never all, (N,) bool."""
     heldout = np.zeros(n_states, dtype=bool)
     heldout[rng.permutation(n_states)[: min(round(share * n_states), n_states - 1)]] = True
     return heldout
-
-
-def resolve_agent(
-    agent: BaseAlgorithm | Agent | str | os.PathLike[str], trust: bool = False, env: VecEnv | None = None
-) -> tuple[OnPolicyAlgorithm, ObservationNormalizer | None, str | None]:
-    """The model, its observation statistics, and the name of its file; its spaces fit `env` if that is given.
-
-    Raises:
-        NsrlError: for anything but an on-policy agent or the path of one, and for other spaces.
-    """
-    if not isinstance(agent, str | os.PathLike | BaseAlgorithm | Agent):
-        raise NsrlError(
-            f"the agent is a {type(agent).__name__}, but must be an on-policy Stable-Baselines3 model, "
-            "an nsrl Agent or the path of one"
-        )
-    loaded = load(agent, env=env, trust=trust)
-    return loaded.model, loaded.normalizer, None if loaded.path is None else loaded.path.name
 
 
 def frozen_normalizer(trained: ObservationNormalizer | None, env: VecEnv) -> ObservationNormalizer | None:
@@ -214,12 +174,6 @@ def frozen_normalizer(trained: ObservationNormalizer | None, env: VecEnv) -> Obs
     return normalizer
 
 
-def same_statistics(first: ObservationNormalizer, second: ObservationNormalizer) -> bool:
-    """Whether two normalisers map every observation alike."""
-    one, other = first.to_arrays() | {"count": np.zeros(())}, second.to_arrays() | {"count": np.zeros(())}
-    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-
-
 def reward_unit(
     given: float | None, normalize: VecNormalize | None, normalizer: ObservationNormalizer | None
 ) -> tuple[float | None, float]:
@@ -233,3 +187,65 @@ def reward_unit(
     if given is None and (normalize is not None or normalizer is not None):
         return None, math.inf
     return 1.0 if given is None else given, math.inf
+
+
+def provenance(
+    model: OnPolicyAlgorithm,
+    source: str | None,
+    env_id: str | None,
+    config: CollectionConfig,
+    rollout: Rollout,
+    reward_scale: float | None,
+) -> dict[str, Any]:
+    """Where a buffer comes from, as plain JSON."""
+    returns = rollout.episode_returns
+    return {
+        **identity(model, source),
+        "env_id": env_id,
+        "task": config.task or env_id or "old",
+        "seed": int(config.seed),
+        "select": config.select,
+        "n_states": int(config.n_states),
+        "n_transitions": int(rollout.rewards.size),
+        "quantile": float(config.quantile) if config.select == "advantage" else None,
+        "reward_scale": reward_scale,
+        "heldout": float(config.heldout),
+        "episodes": len(returns),
+        "return_mean": float(np.mean(returns)) if returns else None,
+    }
+
+
+def identity(model: OnPolicyAlgorithm, source: str | None) -> dict[str, Any]:
+    """Which agent a buffer's outputs are from, and what it was made with, as plain JSON."""
+    return {
+        "fingerprint": fingerprint(model.policy),
+        "agent": source,
+        "algorithm": type(model).__name__,
+        "observation_space": describe_space(model.observation_space),
+        "action_space": describe_space(model.action_space),
+        **circumstances(),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Versions and date, as plain JSON."""
+    return {
+        "versions": {name: version(name) for name in ("nsrl", "torch", "stable-baselines3", "gymnasium", "numpy")},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, None when it runs from a source tree."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def registered_id(env: VecEnv) -> str | None:
+    """Gymnasium id of the first environment, None when it was not made from the registry."""
+    try:
+        return env.get_attr("spec", 0)[0].id
+    except AttributeError:
+        return None

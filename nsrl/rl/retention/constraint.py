@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,27 +16,60 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
-from nsrl.projection.budget.natural_gradient import PolicyJacobian
-from nsrl.projection.budget.two_regions import Quadratic
+from nsrl.projection.budget.model import Quadratic
 from nsrl.projection.jacobians.blocks import DenseBlock
-from nsrl.projection.jacobians.linearise import FactoredJacobian, Jacobian, StackedJacobian, jacobian
-from nsrl.projection.jacobians.matrix_free import Passes
+from nsrl.projection.jacobians.factored import FactoredJacobian, Jacobian, StackedJacobian
+from nsrl.projection.jacobians.linearise import jacobian
+from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.playing.action_masks import MaskedCategorical, is_maskable, valid_actions
-from nsrl.rl.policies.actor_critic import Observation, action_family, policy_outputs
-from nsrl.rl.policies.heads import Head, actor_candidates, actor_head, reached_at_any, select
-from nsrl.rl.policies.spreads import StatewiseGaussian
-from nsrl.rl.retention.measurement import Measurement
+from nsrl.rl.policies.actor_critic import (
+    Head,
+    Observation,
+    actor_candidates,
+    actor_head,
+    policy_outputs,
+    reached_at_any,
+    select,
+)
+from nsrl.rl.policies.distributions import (
+    MaskedCategorical,
+    StatewiseGaussian,
+    action_family,
+    is_maskable,
+    valid_actions,
+)
+from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.retention.weights import StateWeights, rows_times, weighted_mean
 
-if TYPE_CHECKING:
-    from nsrl.rl.retention.buffer import RetentionBuffer
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the policy does on the buffer now, against the reference.
+
+    Attributes:
+        kl_mean: mean KL(pi_ref || pi) over the whole buffer, nats per state, by the buffer's weights (and, with task
+            budgets, 1 / budget): the quantity under the budget.
+        kl_max: largest KL of a state, whatever its weight.
+        kl_heldout: mean KL over the held-out states, on which nothing is ever differentiated; NaN without any.
+        agreement: share of states on which both policies act alike (same likeliest action; Gaussian means within half
+            a reference standard deviation).
+        agreement_heldout: the same over the held-out states.
+        kl_by_task: mean KL over the states of each task of a merged buffer, the quantities under task budgets; empty
+            for a buffer of one source without them.
+    """
+
+    kl_mean: float
+    kl_max: float
+    kl_heldout: float
+    agreement: float
+    agreement_heldout: float
+    kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Linearisation:
-    """The model of `nsrl.projection.budget.two_regions.Quadratic` with a factored Jacobian, whose Gram matrix can be formed."""
+    """The model of `projection.budget.model.Quadratic` with a factored Jacobian, whose Gram matrix can be formed."""
 
     jacobian: Jacobian
     residual: Tensor
@@ -61,7 +94,7 @@ class RetentionConstraint:
         train, heldout: indices of the states of either kind whose weight is not zero.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, buffer: RetentionBuffer, preserve: str = "distribution",
+    def __init__(self, policy: ActorCriticPolicy, buffer: RetainedStates, preserve: str = "distribution",
                  tempering: float = 0.01, task_budgets: Mapping[str, float] | None = None):  # fmt: skip
         self.policy = policy
         self.buffer = buffer

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import Env
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.agents.agent import resolve_agent
+from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import same_actions, same_observations
-from nsrl.rl.playing.action_masks import INVALID, is_maskable
+from nsrl.rl.policies.distributions import INVALID, is_maskable
+from nsrl.rl.policies.observations import concatenated
 from nsrl.rl.retention.arrays import Reference, from_arrays
-from nsrl.rl.retention.collection import resolve_agent, same_statistics
-from nsrl.rl.retention.minari import concatenated
-from nsrl.rl.retention.provenance import circumstances
-
-if TYPE_CHECKING:
-    from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.collection import circumstances
+from nsrl.rl.retention.states import RetainedStates
 
 
 def from_agents(
-    kind: type[RetentionBuffer],
+    kind: Any,
     agents: Sequence[Reference],
     envs: Any,
     n_states: int = 2048,
@@ -32,7 +30,7 @@ def from_agents(
     seed: int = 0,
     trust: bool = False,
     **options: Any,
-) -> RetentionBuffer:
+) -> RetainedStates:
     """The merged buffers of several agents, `n_states` of each, agent i with the seed `seed + i`.
 
     Args:
@@ -69,8 +67,8 @@ def from_agents(
 
 
 def merge(
-    kind: type[RetentionBuffer], buffers: Sequence[RetentionBuffer], normalizer: ObservationNormalizer | None = None
-) -> RetentionBuffer:
+    kind: type[RetainedStates], buffers: Sequence[RetainedStates], normalizer: ObservationNormalizer | None = None
+) -> RetainedStates:
     """One buffer that holds the states of several, as for a sequence of tasks.
 
     Each state keeps its reference outputs, its relative weight and its source, by which KL is reported per task.
@@ -117,7 +115,7 @@ def merge(
     )
 
 
-def _check_alike(first: RetentionBuffer, other: RetentionBuffer) -> None:
+def _check_alike(first: RetainedStates, other: RetainedStates) -> None:
     """Raise NsrlError unless both buffers are of policies with equal spaces."""
     for key, same in (("observation_space", same_observations), ("action_space", same_actions)):
         one, two = first.provenance.get(key), other.provenance.get(key)
@@ -135,7 +133,7 @@ def _read_alike(first: ObservationNormalizer | None, second: ObservationNormaliz
     return same_statistics(first, second)
 
 
-def _joined_spreads(buffers: Sequence[RetentionBuffer]) -> np.ndarray | None:
+def _joined_spreads(buffers: Sequence[RetainedStates]) -> np.ndarray | None:
     """Log standard deviations: those that all share, or one row a source."""
     rows = [np.broadcast_to(b.log_std, (len(b.origins), b.outputs.shape[1])) for b in buffers if b.log_std is not None]
     if not rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from nsrl.errors import NsrlError
+from nsrl.rl.agents.agent import Agent, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.playing.rollout import Observations, Rollout, advantages, evaluation_mode, map_arrays, stack
+from nsrl.rl.playing.rollout import Rollout, advantages, evaluation_mode
+from nsrl.rl.policies.observations import Observations, concatenated, map_arrays, stack
+from nsrl.rl.retention import minari
+from nsrl.rl.retention.arrays import Reference, heldout_states, labelled
 from nsrl.rl.retention.collection import CollectionConfig, reward_unit
+from nsrl.rl.retention.states import RetainedStates
 
 
 def opened(dataset: Any) -> Any:
@@ -128,14 +132,6 @@ def _as_rollout(dataset: Any) -> Rollout:
     )
 
 
-def concatenated(parts: Sequence[Observations]) -> Observations:
-    """Join observations along their first axis."""
-    first = parts[0]
-    if isinstance(first, dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in first}  # type: ignore[call-overload]
-    return np.concatenate(parts)  # type: ignore[arg-type]
-
-
 def _channels_first(observations: Observations, dataset: Any) -> Observations:
     """Images as SB3 shows them to a policy."""
     space = dataset.observation_space
@@ -147,3 +143,43 @@ def _channels_first(observations: Observations, dataset: Any) -> Observations:
     if isinstance(observations, dict):
         return {key: moved(array, space[key]) for key, array in observations.items()}
     return moved(observations, space)
+
+
+def from_minari(
+    kind: type[RetainedStates],
+    dataset: Any,
+    agent: Reference,
+    n_states: int = 2048,
+    select: str = "expert",
+    seed: int = 0,
+    *,
+    quantile: float = 0.5,
+    reward_scale: float | None = None,
+    heldout: float | np.ndarray = 0.2,
+    task: str | None = None,
+    trust: bool = False,
+) -> RetainedStates:
+    """A buffer of states from a Minari data set; the reference outputs are the agent's, not the data's actions.
+
+    Data without an agent: `nsrl.rl.retention.cloning.clone` makes one by behaviour cloning of the data's actions.
+
+    Args:
+        kind: the class of the buffer; `RetentionBuffer.from_minari` passes it.
+        dataset: a `minari.MinariDataset`, the id of a local one, or its folder. Needs the extra `minari`.
+        agent: the reference policy.
+        n_states: states in the buffer, N.
+        select: "expert" draws from all states, "advantage" from those of highest advantage, as in `collect`.
+        seed: of the draw and the held-out split.
+        quantile, reward_scale: as in `collect`.
+        heldout, task, trust: as in `from_arrays`; the task is by default the environment's id.
+
+    Raises:
+        NsrlError: minari is not installed, no such data set, too few states, or an agent with other spaces.
+    """
+    data = minari.opened(dataset)
+    model, trained, source = resolve_agent(agent, trust, data)
+    observations, origin = minari.chosen_states(data, model, trained, n_states, select, seed, quantile, reward_scale)
+    fields = labelled(observations, Agent(model, trained), None, trust)
+    name = task or origin["env_id"] or data.id
+    fields["provenance"] |= {**origin, "agent": source, "task": name, "seed": int(seed), "n_states": int(n_states)}
+    return kind(**fields, heldout=heldout_states(n_states, heldout, seed))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import harmonic_mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nsrl.errors import NsrlError
-
-if TYPE_CHECKING:
-    from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.states import RetainedStates
 
 
 class StateWeights:
@@ -33,7 +31,7 @@ class StateWeights:
         NsrlError: budgets for other tasks than the buffer's.
     """
 
-    def __init__(self, buffer: RetentionBuffer, budgets: Mapping[str, float] | None = None, device: Any = "cpu"):
+    def __init__(self, buffer: RetainedStates, budgets: Mapping[str, float] | None = None, device: Any = "cpu"):
         self.tasks = _states_by_task(buffer, device, alone=budgets is not None)
         self.shares = _shares(self.tasks, budgets)
         weights = torch.tensor(buffer.weights, device=device).double()
@@ -70,7 +68,7 @@ def rows_times(weights: Tensor | None, values: Tensor) -> Tensor:
     return values * weights.to(values).view(-1, *[1] * (values.ndim - 1))
 
 
-def _states_by_task(buffer: RetentionBuffer, device: Any, *, alone: bool) -> dict[str, Tensor]:
+def _states_by_task(buffer: RetainedStates, device: Any, *, alone: bool) -> dict[str, Tensor]:
     """Indices of each task's states, those of weight zero left out; none for a task that is alone unless asked for."""
     if len(buffer.tasks) == 1 and not alone:
         return {}

@@ -25,12 +25,19 @@ from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.spaces import describe_space, same_observations
 from nsrl.rl.agents.stock_models import bare, stock_class
-from nsrl.rl.playing.action_masks import is_maskable
 from nsrl.rl.playing.rollout import own_randomness
 from nsrl.rl.policies.actor_critic import Observation, policy_outputs
-from nsrl.rl.retention.buffer import RetentionBuffer
-from nsrl.rl.surgery.preservation import check_exact, random_inputs
-from nsrl.rl.surgery.widening import Positions, Widening, feature_columns, shapes_of, widening
+from nsrl.rl.policies.distributions import is_maskable
+from nsrl.rl.retention.states import Buffer, RetainedStates
+from nsrl.rl.surgery.widening import (
+    Positions,
+    Widening,
+    check_exact,
+    feature_columns,
+    random_inputs,
+    shapes_of,
+    widening,
+)
 
 Source = TypeVar("Source", OnPolicyAlgorithm, Agent)
 
@@ -141,7 +148,7 @@ def widen_observation(
 
 
 def add_actions(
-    agent: Source, count: int, *, margin: float = 5.0, buffer: RetentionBuffer | None = None
+    agent: Source, count: int, *, margin: float = 5.0, buffer: RetainedStates | None = None
 ) -> tuple[Source, ActionReport]:
     """An agent with `count` more discrete actions, at first unlikely; the logits of the old ones are unchanged.
 
@@ -191,9 +198,9 @@ def add_actions(
 
 
 def widen_buffer(
-    buffer: RetentionBuffer, agent: OnPolicyAlgorithm | Agent, positions: Positions | None = None, *,
+    buffer: Buffer, agent: OnPolicyAlgorithm | Agent, positions: Positions | None = None, *,
     fill: float = 0.0, margin: float | None = None,
-) -> RetentionBuffer:  # fmt: skip
+) -> Buffer:  # fmt: skip
     """A buffer made before surgery, for the agent after it.
 
     Args:

@@ -15,7 +15,8 @@ from nsrl.errors import NsrlError
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.algorithms.mixin import ProtectedMixin
 from nsrl.rl.budget.engine import Retention
-from nsrl.rl.playing.evaluation import Environments, Returns, evaluate, open_copies
+from nsrl.rl.playing.environments import Environments, open_copies
+from nsrl.rl.playing.evaluation import Returns, evaluate
 from nsrl.rl.retention.constraint import Linearisation
 from nsrl.rl.training.tensorboard import is_pending, lay_out, write_points
 

@@ -8,9 +8,13 @@ simulators: on resuming, the environments start new episodes, and a rollout that
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import platform
 import warnings
+import zipfile
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -27,23 +31,26 @@ from stable_baselines3.common.save_util import recursive_getattr
 from torch import Tensor
 
 from nsrl.errors import NsrlError
-from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
+from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, numbers, whole
+from nsrl.reading.zips import opened_zip
 from nsrl.rl.agents.normalization import FrozenMeanStd
-from nsrl.rl.agents.spaces import check_spaces, describe_space
+from nsrl.rl.agents.spaces import check_described, describe_space
 from nsrl.rl.training.callbacks import TaskEvaluation
-from nsrl.rl.training.checkpoint_file import FORMAT, read_checkpoint, write_checkpoint
-from nsrl.rl.training.interruption import Interruption as Interruption
-from nsrl.rl.training.interruption import graceful_interrupts as graceful_interrupts
 from nsrl.rl.training.random_state import check_generators, plain, read_generators, write_generators
 
 COUNTERS = (
     "num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num",
     "_current_progress_remaining", "_learning_seconds",
 )  # fmt: skip
+
 #: Those of the counters that are no whole numbers.
 CLOCKS = ("_current_progress_remaining", "_learning_seconds")
+
 EPISODES = ("ep_info_buffer", "ep_success_buffer")
+
 #: Relative difference of the measured KL, before and after, that another machine's arithmetic may explain.
 KL_TOLERANCE = 1e-3
 
@@ -255,7 +262,7 @@ def _running(model: OnPolicyAlgorithm) -> dict[str, RunningMeanStd]:
 def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgorithm) -> None:
     """Raise Unreadable for what no run writes, NsrlError for what another run wrote."""
     observations, actions = items(state["spaces"], "spaces", 2)
-    check_spaces(model, observations, actions, "its run")
+    check_described(model, observations, actions, "its run")
     identity = plain(_identity(model))
     for key in mapping(state["run"], "run") | identity:
         saved, here = state["run"].get(key), identity.get(key)
@@ -355,3 +362,64 @@ def _check_statistics(saved: dict[str, Any], running: dict[str, RunningMeanStd])
             raise NsrlError("its frozen observation statistics are others; resume with the agent of the run")
         if (arrays["var"] < 0).any():
             raise Unreadable(f"a variance of the statistics {name} is negative")
+
+
+FORMAT = 1
+
+PARTS = ("format", "run", "spaces", "counters", "episodes", "generators", "statistics", "retention", "history")
+
+TENSORS = ("modules", "retention", "generators")
+
+
+def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    """Write a checkpoint; a file that is there survives until the new one is complete.
+
+    Raises:
+        NsrlError: when the file cannot be written.
+    """
+    # one name for all attempts, so that what a killed process leaves behind is overwritten by the next one
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("state.json", json.dumps(state))
+                stream = io.BytesIO()
+                torch.save(tensors, stream)
+                archive.writestr("tensors.pt", stream.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the new name survives a power cut only once the folder is synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise NsrlError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state and the tensors of a checkpoint; no object in it is ever unpickled.
+
+    Raises:
+        NsrlError: missing, truncated or damaged file, or another format.
+    """
+    try:
+        with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
+            text, stored = members.read("state.json", JSON), members.read("tensors.pt")
+        state = mapping(parse_json(text), "its state", PARTS)
+        version = whole(state["format"], "its format")
+        if version == FORMAT:
+            return state, mapping(read_tensors(stored), "its tensors", TENSORS, ())
+    except FileNotFoundError as error:
+        raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without") from error
+    except OSError as error:
+        raise NsrlError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
+    raise NsrlError(f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it")

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
 from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.tensors import check_torch_state
 from nsrl.reading.values import finite, items, mapping, whole
 
 BIT_GENERATORS = {
@@ -66,17 +67,6 @@ def check_generators(model: BaseAlgorithm, state: Any) -> None:
     for device in items(state["cuda"], "the generators of CUDA devices"):
         if not isinstance(device, torch.Tensor) or device.dtype != torch.uint8 or device.ndim != 1:
             raise Unreadable("the state of a CUDA device's generator is damaged")
-
-
-def check_torch_state(state: Any) -> None:
-    """Raise Unreadable unless this is a state that a generator of torch can have."""
-    here = torch.get_rng_state()
-    if not isinstance(state, torch.Tensor) or (state.dtype, state.shape) != (here.dtype, here.shape):
-        raise Unreadable("the state of torch's generator is damaged")
-    try:
-        torch.Generator().set_state(state)
-    except RuntimeError as error:
-        raise Unreadable("the state of torch's generator is damaged") from error
 
 
 def _check_like(here: Any, saved: Any, what: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.playing.evaluation import evaluate
@@ -20,16 +21,15 @@ from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.runs.config import PretrainConfig
 from nsrl.runs.finetuning import build_model
-from nsrl.runs.folder import RunFolder, choose_folder, write_json, write_text
+from nsrl.runs.folder import RunFolder, choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.pretraining import pretrain, resume_pretraining
 from nsrl.runs.report import describe_method
 from nsrl.runs.sequences.config import SequenceConfig
-from nsrl.runs.sequences.report import write_sequence_report
+from nsrl.runs.sequences.report import draw_sequence, write_sequence_report
 from nsrl.runs.sequences.results import continual_results
-from nsrl.runs.sequences.sequence_figure import draw_sequence
-from nsrl.runs.sequences.sequence_progress import SequenceProgress
 from nsrl.runs.sequences.stages import (
+    SequenceProgress,
     StageFolder,
     largest_share,
     read_curve,

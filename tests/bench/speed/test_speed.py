@@ -11,15 +11,13 @@ import pytest
 import torch
 from torch.func import functional_call, jacrev
 
-from nsrl.bench.speed import benchmark, device, worker
+from nsrl.bench.speed import benchmark, worker
+from nsrl.bench.speed import clock as device
 from nsrl.bench.speed.benchmark import Settings, measure_speed, plan_rounds, variant_limit
 from nsrl.bench.speed.cases import CASES, Problem
-from nsrl.bench.speed.clock import error_to_float64, relative_error
-from nsrl.bench.speed.device import PeakMemory, copy_bandwidth
-from nsrl.bench.speed.methods import METHODS
-from nsrl.bench.speed.projections import orthonormal_rows, relative_residual
-from nsrl.bench.speed.report import speed_tables
-from nsrl.bench.speed.targets import check_targets, fastest
+from nsrl.bench.speed.clock import PeakMemory, copy_bandwidth, error_to_float64, relative_error
+from nsrl.bench.speed.methods import METHODS, orthonormal_rows, relative_residual
+from nsrl.bench.speed.report import check_targets, fastest, speed_tables
 from nsrl.cli.main import main
 from nsrl.errors import NsrlError
 

@@ -10,7 +10,7 @@ import pytest
 from nsrl.bench.studies.selection import main, subset_rows, subset_table
 from nsrl.bench.suites.pairs import read_suite
 from nsrl.errors import NsrlError
-from nsrl.runs.folder import write_json, write_lines
+from nsrl.files import write_json, write_lines
 
 SUITE = Path(__file__).parents[3] / "configs" / "bench" / "cartpole_selection.yaml"
 

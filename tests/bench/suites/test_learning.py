@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nsrl.bench.suites.learning import learning_curves, learning_table
 from nsrl.bench.suites.pairs import read_suite
+from nsrl.bench.suites.report import learning_curves, learning_table
 from nsrl.errors import NsrlError
-from nsrl.runs.folder import write_lines
+from nsrl.files import write_lines
 
 SUITE = Path(__file__).parents[3] / "configs" / "bench" / "cartpole_critics.yaml"
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsrl.bench.suites.pairs import Suite, read_suite, run_suite, write_suite
-from nsrl.bench.suites.report import suite_table
-from nsrl.bench.suites.scatter import draw_tradeoff
+from nsrl.bench.suites.report import draw_tradeoff, suite_table
 from nsrl.errors import NsrlError
 
 REPOSITORY = Path(__file__).parents[3]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nsrl.projection.budget.projection import solve_damping
+from nsrl.projection.budget.model import solve_damping
 from tests.tolerances import ROOT
 
 numbers = st.floats(1e-8, 1e4)

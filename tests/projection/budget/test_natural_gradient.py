@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsrl.projection.budget.natural_gradient import LocalModel, conjugate_gradients
+from nsrl.projection.budget.natural_gradient import LocalModel
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
 from nsrl.rl.algorithms.surrogate import Surrogate
 from tests.rl.policy_builders import ACTIONS, build_policy, dense_jacobian, draw_rollout, joint_kl
 

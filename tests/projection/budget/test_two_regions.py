@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
+from nsrl.projection.budget.model import Quadratic
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
-from nsrl.projection.budget.two_regions import ROUND_OFF, Multipliers, Quadratic, retained_step
+from nsrl.projection.budget.two_regions import ROUND_OFF, Multipliers, retained_step
 from tests.tolerances import unit
 
 

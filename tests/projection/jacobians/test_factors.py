@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nsrl.projection import FactoredJacobian, ShardedJacobian, StackedJacobian, jacobian, sharded_jacobian
-from nsrl.projection.jacobians.factors import doubled, is_whole, row_chunks, storage
+from nsrl.projection.jacobians.factored import doubled, is_whole, row_chunks, storage
 from tests.projection.builders import Net, Products, jacrev_matrix, matrix_jacobian, mlp, normal
 from tests.tolerances import assert_near
 

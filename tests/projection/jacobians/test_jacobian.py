@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nsrl.projection import FactoredJacobian, JacobianError, StackedJacobian, jacobian
-from nsrl.projection.jacobians.blocks import DenseBlock, LinearBlock
-from nsrl.projection.jacobians.embedding import EmbeddingBlock
+from nsrl.projection.jacobians.blocks import DenseBlock, EmbeddingBlock, LinearBlock
 from tests.projection.architecture import Architecture, vectors
 from tests.projection.architectures import ARCHITECTURES
 from tests.projection.builders import Net, copied, jacrev_matrix, matrix_jacobian, mlp, normal, single

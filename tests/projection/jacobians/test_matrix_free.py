@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from nsrl.projection.jacobians.matrix_free import GraphPasses, LayerPasses, linear_chain
-from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.policies.heads import actor_head, critic_head, reached_parameters, select
+from nsrl.rl.policies.actor_critic import actor_head, critic_head, policy_outputs, reached_parameters, select
 from tests.rl.policy_builders import NETWORKS, build_policy, dense_jacobian, draw_observations
 
 CHAINS = {

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nsrl.projection.budget.natural_gradient import conjugate_gradients
-from nsrl.projection.jacobians.matrix_free import WIDEST, LayerPasses, linear_chain
-from nsrl.projection.solvers.kfac import KroneckerPreconditioner, LayerFactors
+from nsrl.projection.jacobians.matrix_free import WIDEST, LayerFactors, LayerPasses, linear_chain
+from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
+from nsrl.projection.solvers.kfac import KroneckerPreconditioner
 from nsrl.rl.algorithms.surrogate import Surrogate
 from tests.rl.policy_builders import build_policy, draw_rollout
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsrl.projection.solvers.nystrom import NystromSolver, conjugate_gradients, nystrom
+from nsrl.projection.solvers.conjugate_gradients import batched_conjugate_gradients
+from nsrl.projection.solvers.nystrom import NystromSolver, nystrom
 from tests.projection.builders import matrix_jacobian, normal
 
 
@@ -38,12 +39,12 @@ def test_iterations_do_not_depend_on_the_condition(condition):
     matrix, rows = psd(values), normal(300, 1, seed=1)
     product = damped(matrix, damping)
     sketch = nystrom(lambda x: matrix @ x, 300, damping)
-    solution, made = conjugate_gradients(
+    solution, made = batched_conjugate_gradients(
         product, rows, precondition=lambda r: sketch.preconditioned(r, damping), tolerance=1e-8
     )
     assert len(sketch.values) <= 64 and made <= 8
     assert float((product(solution) - rows).norm() / rows.norm()) <= 1e-6
-    plain = conjugate_gradients(product, rows, tolerance=1e-8)[1]
+    plain = batched_conjugate_gradients(product, rows, tolerance=1e-8)[1]
     assert plain >= 2.5 * made if condition < 1e3 else plain >= 8 * made
 
 
@@ -54,7 +55,7 @@ def test_conjugate_gradients_equal_scipy():
     theirs, _ = scipy.sparse.linalg.cg(
         matrix.numpy(), rows[:, 0].numpy(), rtol=1e-8, atol=0.0, callback=lambda _: counted.append(1)
     )
-    solution, made = conjugate_gradients(lambda x: matrix @ x, rows, tolerance=1e-8)
+    solution, made = batched_conjugate_gradients(lambda x: matrix @ x, rows, tolerance=1e-8)
     assert abs(made - len(counted)) <= 0.1 * len(counted)
     for found in (solution[:, 0], torch.from_numpy(theirs)):
         assert float((matrix @ found - rows[:, 0]).norm() / rows.norm()) <= 1.1e-8
@@ -64,13 +65,13 @@ def test_conjugate_gradients_equal_scipy():
 def test_several_right_hand_sides(seed, size, columns):
     matrix, rows = psd(normal(size, seed=seed).exp(), seed), normal(size, columns, seed=seed + 1)
     rows[:, 0] = 0.0
-    together, _ = conjugate_gradients(lambda x: matrix @ x, rows, tolerance=1e-12)
+    together, _ = batched_conjugate_gradients(lambda x: matrix @ x, rows, tolerance=1e-12)
     torch.testing.assert_close(together, torch.linalg.solve(matrix, rows), rtol=1e-6, atol=1e-8)
 
 
 def test_too_few_iterations_are_not_hidden():
     matrix, rows = psd(torch.logspace(0, -8, 60).double()), normal(60, 1, seed=1)
-    solution, made = conjugate_gradients(lambda x: matrix @ x, rows, iterations=7)
+    solution, made = batched_conjugate_gradients(lambda x: matrix @ x, rows, iterations=7)
     assert made == 7 and float((matrix @ solution - rows).norm()) > 1e-3 * float(rows.norm())
 
 
@@ -96,7 +97,7 @@ def test_a_full_sketch_inverts():
     matrix, damping = psd(torch.logspace(0, -6, 30).double()), 1e-9
     sketch = nystrom(lambda x: matrix @ x, 30, damping)
     assert len(sketch.values) == 30
-    _, made = conjugate_gradients(damped(matrix, damping), normal(30, 1),
+    _, made = batched_conjugate_gradients(damped(matrix, damping), normal(30, 1),
                                   precondition=lambda r: sketch.preconditioned(r, damping))  # fmt: skip
     assert made <= 6
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsrl.projection import StackedJacobian, jacobian
-from nsrl.projection.jacobians.factors import doubled
+from nsrl.projection.jacobians.factored import doubled
 from nsrl.projection.solvers.direct import DualSolver
 from nsrl.projection.solvers.factorise import factorise, null_projection, solve
 from nsrl.projection.solvers.nystrom import NystromSolver

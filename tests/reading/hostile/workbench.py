@@ -25,15 +25,15 @@ from nsrl.continual.benchmarks import build_benchmark
 from nsrl.continual.benchmarks.mnist import read_idx
 from nsrl.continual.config import BenchmarkSettings, ContinualConfig, StrategySettings, TrainingSettings
 from nsrl.continual.runner import run_continual
+from nsrl.files import read_lines
 from nsrl.reading.documents import read_results
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training import checkpoint
-from nsrl.rl.training.checkpoint_file import read_checkpoint
+from nsrl.rl.training.checkpoint import read_checkpoint
 from nsrl.runs.config import FinetuneConfig
-from nsrl.runs.folder import read_lines
 from nsrl.runs.hyperparameters import PPOOverrides
 from nsrl.runs.settings import load, to_yaml
 

@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
+from nsrl.rl.agents.stock_models import hyperparameters
+from nsrl.rl.playing.environments import training_env
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 TORQUE = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -308,17 +310,17 @@ def test_hyperparameters_make_the_same_algorithm_again():
     given = {"learning_rate": schedule, "n_steps": 16, "batch_size": 4, "n_epochs": 3, "gamma": 0.9}
     given |= {"gae_lambda": 0.8, "clip_range": 0.3, "clip_range_vf": 0.4, "normalize_advantage": False}
     given |= {"ent_coef": 0.01, "vf_coef": 0.7, "max_grad_norm": 0.9, "target_kl": 0.05}
-    found = agents.hyperparameters(build(**given))
+    found = hyperparameters(build(**given))
     assert found == given
     PPO("MlpPolicy", FakeEnv(), **found)
 
 
 def test_hyperparameters_of_other_algorithms_that_ppo_shares():
-    assert agents.hyperparameters(build(TRPO, gamma=0.9)) == {
+    assert hyperparameters(build(TRPO, gamma=0.9)) == {
         "gae_lambda": 0.95, "gamma": 0.9, "n_steps": 8, "normalize_advantage": True,
     }  # fmt: skip
-    assert agents.hyperparameters(build(TRPO, cg_damping=0.3), TRPO)["cg_damping"] == 0.3
-    found = agents.hyperparameters(build(A2C, ent_coef=0.5))
+    assert hyperparameters(build(TRPO, cg_damping=0.3), TRPO)["cg_damping"] == 0.3
+    found = hyperparameters(build(A2C, ent_coef=0.5))
     assert found["ent_coef"] == 0.5 and "n_epochs" not in found
     PPO("MlpPolicy", FakeEnv(), **found)
 
@@ -430,18 +432,18 @@ def test_images_count_as_sb3_transposes_them():
 
 def test_training_environments_freeze_the_agent_s_statistics():
     normalizer = ObservationNormalizer(np.ones(3), np.ones(3))
-    env = agents.training_env(FakeEnv(), normalizer, seed=0, gamma=0.9)
+    env = training_env(FakeEnv(), normalizer, seed=0, gamma=0.9)
     assert isinstance(env, RetainingVecNormalize) and env.gamma == 0.9 and env.norm_reward
-    assert agents.training_env(env, normalizer) is env
+    assert training_env(env, normalizer) is env
     rewards_only = VecNormalize(DummyVecEnv([FakeEnv]), norm_obs=False)
-    outer = agents.training_env(rewards_only, normalizer)
+    outer = training_env(rewards_only, normalizer)
     assert outer.venv is rewards_only and not outer.norm_reward
     bare = DummyVecEnv([FakeEnv])
-    assert agents.training_env(bare, None) is bare
-    assert agents.training_env("CartPole-v1", None).num_envs == 1
+    assert training_env(bare, None) is bare
+    assert training_env("CartPole-v1", None).num_envs == 1
     with pytest.raises(NsrlError, match="go on moving"):
-        agents.training_env(VecNormalize(bare), normalizer)
+        training_env(VecNormalize(bare), normalizer)
     with pytest.raises(NsrlError, match="NoSuchEnv"):
-        agents.training_env("NoSuchEnv-v0", None)
+        training_env("NoSuchEnv-v0", None)
     with pytest.raises(NsrlError, match="shape"):
-        agents.training_env("CartPole-v1", normalizer)
+        training_env("CartPole-v1", normalizer)

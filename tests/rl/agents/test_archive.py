@@ -22,9 +22,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.archive import read_archive, written_atomically
-from nsrl.rl.agents.described_spaces import described_space
-from nsrl.rl.agents.descriptions import described_schedule
+from nsrl.files import written_atomically
+from nsrl.rl.agents.archive import read_archive
+from nsrl.rl.agents.descriptions import described_schedule, described_space
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 TORQUE = spaces.Box(-1.0, 1.0, (2,), np.float32)

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from nsrl import NullSpacePPO
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
-from nsrl.rl.agents import hub
+from nsrl.rl.agents.locations import is_hub_url
 
 
 class Steady(gym.Env):
@@ -192,5 +192,5 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_urls_of_the_hub_are_for_the_hub(tmp_path: Path) -> None:
-    assert hub.is_hub_url("hf://user/repo/agent.zip")
-    assert not any(map(hub.is_hub_url, ("agent.zip", "hf:/user", tmp_path, None)))
+    assert is_hub_url("hf://user/repo/agent.zip")
+    assert not any(map(is_hub_url, ("agent.zip", "hf:/user", tmp_path, None)))

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from nsrl.rl.algorithms.value_fit import fit_values
-from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.policies.heads import reached_parameters, select
+from nsrl.rl.policies.actor_critic import policy_outputs, reached_parameters, select
 from tests.rl.policy_builders import build_policy, draw_rollout
 
 

@@ -21,8 +21,9 @@ from torch.distributions import Categorical, kl_divergence
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
 from nsrl.rl import agents, surgery
-from nsrl.rl.playing.action_masks import INVALID, MaskedCategorical, masked_by
+from nsrl.rl.playing.action_masks import masked_by
 from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.policies.distributions import INVALID, MaskedCategorical
 from nsrl.rl.retention.constraint import RetentionConstraint
 from tests.rl.oracles import independent_kl, within
 

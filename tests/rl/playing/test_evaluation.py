@@ -17,7 +17,8 @@ import nsrl_envs  # noqa: F401  registers the ids
 from nsrl.errors import NsrlError
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.playing.evaluation import evaluate, open_copies
+from nsrl.rl.playing.environments import open_copies
+from nsrl.rl.playing.evaluation import evaluate
 
 
 def build_agent(env: str, **kwargs) -> PPO:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.projection.jacobians.matrix_free import GraphPasses, LayerPasses
 from nsrl.projection.solvers.kfac import KroneckerPreconditioner
-from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.policies.heads import actor_head
+from nsrl.rl.policies.actor_critic import actor_head, policy_outputs
 from nsrl.rl.retention.constraint import RetentionConstraint
 from tests.rl.builders import NEW, OLD, SMALL
 from tests.rl.policy_builders import build_policy, dense_jacobian, draw_observations

@@ -24,10 +24,10 @@ from nsrl.errors import NsrlError
 from nsrl.reading.limits import Expansion
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.agents.spaces import describe_space, same_actions, same_observations
+from nsrl.rl.playing.environments import as_vec_env
 from nsrl.rl.playing.rollout import advantages, critic_reward_scale, evaluation_mode, raw_observations, roll_out
 from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.retention.buffer import RetentionBuffer
-from nsrl.rl.retention.collection import as_vec_env
 
 TINY = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
 

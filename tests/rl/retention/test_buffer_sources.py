@@ -22,7 +22,7 @@ from nsrl import NullSpacePPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
-from nsrl.rl.playing.rollout import reference_outputs
+from nsrl.rl.policies.observations import reference_outputs
 from nsrl.rl.retention.constraint import RetentionConstraint
 from tests.rl.builders import NEW, OLD, SMALL, build_agent, generators_left_alone, trained, unzipped, zipped
 from tests.rl.oracles import independent_kl, within

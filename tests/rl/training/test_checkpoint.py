@@ -32,8 +32,8 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
-from nsrl.rl.training.checkpoint import Checkpoint, graceful_interrupts, remaining, restore, save
-from nsrl.rl.training.checkpoint_file import read_checkpoint
+from nsrl.rl.training.checkpoint import Checkpoint, read_checkpoint, remaining, restore, save
+from nsrl.rl.training.interruption import graceful_interrupts
 from nsrl.rl.training.random_state import BIT_GENERATORS, read_generators, write_generators
 from nsrl.rl.training.tensorboard import open_logger
 from tests.rl import clockwork as clockwork_
@@ -133,7 +133,7 @@ def test_evaluations_are_no_part_of_the_time_that_learning_took(expert, buffer, 
         clock[0] += seconds
         return answer
 
-    for module in ("callbacks", "checkpoint", "protected"):
+    for module in ("training.callbacks", "training.checkpoint", "algorithms.mixin"):
         monkeypatch.setattr(f"nsrl.rl.{module}.perf_counter", lambda: clock[0])
     played = evaluate(expert, OLD, episodes=1)
     monkeypatch.setattr("nsrl.rl.training.callbacks.evaluate", lambda *args, **options: tick(100.0, played))

@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 
 from nsrl.errors import NsrlError
-from nsrl.runs.sequences.continual_metrics import (
-    area_under_curve,
-    average_performance,
-    forgetting,
-    forward_transfer,
-    performance,
-)
+from nsrl.runs.sequences.results import area_under_curve, average_performance, forgetting, forward_transfer, performance
 
 #: After each of three tasks: 0.9 of task 1 falls to 0.5 and 0.2, 0.8 of task 2 rises to 1.0, task 3 ends at 0.6.
 MATRIX = [[0.9, 0.0, 0.1], [0.5, 0.8, 0.1], [0.2, 1.0, 0.6]]

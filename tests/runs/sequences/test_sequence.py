@@ -21,11 +21,12 @@ from nsrl.bench.suites.jobs import Job
 from nsrl.bench.suites.pairs import read_suite, write_suite
 from nsrl.bench.suites.sequences import draw_sequence_suite, run_sequence_suite, sequence_suite_table
 from nsrl.errors import NsrlError
+from nsrl.files import read_lines
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.runs.config import BufferSettings, EvaluationSettings, PretrainConfig
-from nsrl.runs.folder import RunFolder, read_lines
+from nsrl.runs.folder import RunFolder
 from nsrl.runs.hyperparameters import PPOOverrides, PPOSettings, TRPOOverrides
 from nsrl.runs.sequences.config import SequenceConfig, SequenceTask
 from nsrl.runs.sequences.learning import learn_sequence, resume_sequence

@@ -93,7 +93,7 @@ def forecast(
     kl_drift, kl_noise = 0.5 * (updates * rollouts) ** 2 * drift, 0.5 * updates**2 * rollouts * scatter
     way, wander = _moments(moves.double())
     move, gradient = moves.mean(0), gradients.mean((0, 1))
-    projector = SpectralProjection(old.jacobian, old.residual, old.divergence)
+    projector = SpectralProjection.of(old)
     largest = float(projector.spectrum.values[0]) ** 0.5
     surviving = float(projector.null(gradient).norm()) / max(float(gradient.norm()), 1e-300)
     kept = None if kl_budget is None else projector.project(updates * rollouts * move, kl_budget).kept

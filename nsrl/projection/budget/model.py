@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,38 @@ from torch import Tensor
 from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.projection.jacobians.matrix_free import Products
 from nsrl.projection.solvers.solver import Certificate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+#: A Jacobian whose Gram matrix can be formed, or one that only multiplies.
+J = TypeVar("J", bound=Jacobian | Products, covariant=True)
+
+
+@dataclass(frozen=True)
+class Quadratic(Generic[J]):
+    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J d|^2.
+
+    Attributes:
+        jacobian: J, whitened, shape (k, P).
+        residual: rho, shape (k,).
+        divergence: KL(0).
+    """
+
+    jacobian: J
+    residual: Tensor
+    divergence: float
+
+    @property
+    def offset(self) -> float:
+        """KL(0) - 1/2 |rho|^2: what is left where the outputs meet the reference."""
+        return self.divergence - 0.5 * float(self.residual.double().square().sum())
+
+    def predict(self, displacement: Tensor) -> float:
+        """KL after a displacement (P,)."""
+        change = self.jacobian.matvec(displacement).double()
+        return self.divergence + float(change @ self.residual.double()) + 0.5 * float(change @ change)
 
 
 @dataclass(frozen=True)
@@ -76,7 +109,12 @@ def _kept(projected: Tensor, proposal: Tensor) -> float:
 
 
 class Projector:
-    """What the solvers of a budget share: J V^{1/2}, rho and the constant of the quadratic model."""
+    """What the solvers of a budget share: the quadratic model, in coordinates in which the metric is Euclidean.
+
+    Attributes:
+        model: with J V^{1/2} for the Jacobian.
+        scale: V^{1/2}, or None for the Euclidean metric.
+    """
 
     def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None):
         rows, columns = jacobian.shape
@@ -86,14 +124,18 @@ class Projector:
             )
         if not bool(torch.isfinite(residual).all()) or not math.isfinite(divergence):
             raise ValueError("the residual or the divergence is NaN or infinite; the model's outputs have diverged")
-        self.jacobian = jacobian
         self.scale: Tensor | None = None
         if scale is not None:
             if scale.shape != (columns,) or not bool((scale > 0.0).all()):
                 raise ValueError(f"the scale must be {columns} positive numbers")
-            self.jacobian, self.scale = jacobian.scaled(scale)
-        self.residual = residual
-        self.offset = divergence - 0.5 * float(residual.double().square().sum())
+            jacobian, self.scale = jacobian.scaled(scale)
+        self.model = Quadratic(jacobian, residual, divergence)
+        self.jacobian, self.residual, self.offset = jacobian, residual, self.model.offset
+
+    @classmethod
+    def of(cls, model: Quadratic[Jacobian], scale: Tensor | None = None) -> Self:
+        """The projector of a model, with the default settings of the class."""
+        return cls(model.jacobian, model.residual, model.divergence, scale)
 
     def _check(self, proposal: Tensor, budget: float) -> None:
         if math.isnan(budget):
@@ -167,23 +209,3 @@ def solve_damping(values: Tensor, weights: Tensor, target: float, floor: float =
         if high - low < 1e-7:
             break
     return math.exp(low)
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """The second-order model of the mean KL on some states: KL(0) - 1/2 |rho|^2 + 1/2 |rho + J_ret d|^2.
-
-    Attributes:
-        jacobian: J_ret, whitened.
-        residual: rho.
-        divergence: KL(0).
-    """
-
-    jacobian: Products
-    residual: Tensor
-    divergence: float
-
-    def predict(self, displacement: Tensor) -> float:
-        """KL after a displacement (P,)."""
-        change = self.jacobian.matvec(displacement).double()
-        return self.divergence + float(change @ self.residual.double()) + 0.5 * float(change @ change)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nsrl.projection.budget.model import Quadratic
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
+from nsrl.projection.jacobians.matrix_free import Products
 from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
 from nsrl.projection.solvers.kfac import KroneckerPreconditioner
 
@@ -85,7 +86,7 @@ class Candidate:
     free: float
 
 
-def retained_step(local: LocalModel, retention: Quadratic, budget: float, *, guess: Multipliers | None = None,
+def retained_step(local: LocalModel, retention: Quadratic[Products], budget: float, *, guess: Multipliers | None = None,
                   rounds: int = 2) -> Step:  # fmt: skip
     """The step inside both trust regions; where the buffer's is out of reach, no modelled KL above today's is allowed.
 
@@ -140,7 +141,7 @@ class SearchSpace:
         divide: an approximate inverse of F + damping + multiplier K.
     """
 
-    def __init__(self, local: LocalModel, retention: Quadratic):
+    def __init__(self, local: LocalModel, retention: Quadratic[Products]):
         self.local = local
         self.retention = retention
         self.slope = retention.jacobian.rmatvec(retention.residual)

@@ -137,7 +137,7 @@ class Retention:
     def diagnose(self, states: int = 64) -> tuple[int, float]:
         """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier."""
         model = self.constraint.linearise(self.constraint.train[:states])
-        parts = SpectralProjection(model.jacobian, model.residual, model.divergence).spectrum
+        parts = SpectralProjection.of(model).spectrum
         return parts.rank, parts.effective_dimension(self._damping)
 
     @property
@@ -196,7 +196,7 @@ class Retention:
         scale = None
         if self.config.effective_projection == "optimizer":
             scale = self.constraint.parameters.scale_of(self.model.policy.optimizer)
-        self._projector = SpectralProjection(model.jacobian, model.residual, model.divergence, scale)
+        self._projector = SpectralProjection.of(model, scale)
         self.seconds["linearise"] += perf_counter() - start
 
     def _subset(self) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +258,7 @@ class Retention:
         flat = self.constraint.parameters
         model = self.constraint.linearise(self.constraint.train)
         aim = self._aim if self.config.kl_budget > 0 else 0.25 * self.config.tolerance
-        solver = KrylovProjection(model.jacobian, model.residual, model.divergence)
+        solver = KrylovProjection.of(model)
         here = flat.read()
         # The model sees the training states, the budget holds for all of them: aim lower by the measured difference.
         step = solver.project(torch.zeros_like(here), aim * min(1.0, model.divergence / kl)).displacement

@@ -2,12 +2,11 @@
 
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.cloning import CloneReport, clone
-from nsrl.rl.retention.constraint import Linearisation, Measurement, RetentionConstraint
+from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
 from nsrl.rl.retention.states import RetainedStates
 
 __all__ = [
     "CloneReport",
-    "Linearisation",
     "Measurement",
     "RetainedStates",
     "RetentionBuffer",

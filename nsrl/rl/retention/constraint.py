@@ -20,7 +20,7 @@ from nsrl.projection.budget.model import Quadratic
 from nsrl.projection.jacobians.blocks import DenseBlock
 from nsrl.projection.jacobians.factored import FactoredJacobian, Jacobian, StackedJacobian
 from nsrl.projection.jacobians.linearise import jacobian
-from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian
+from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian, Products
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.rl.policies.actor_critic import (
@@ -65,15 +65,6 @@ class Measurement:
     agreement: float
     agreement_heldout: float
     kl_by_task: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Linearisation:
-    """The model of `projection.budget.model.Quadratic` with a factored Jacobian, whose Gram matrix can be formed."""
-
-    jacobian: Jacobian
-    residual: Tensor
-    divergence: float
 
 
 class RetentionConstraint:
@@ -242,7 +233,7 @@ class RetentionConstraint:
             return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
         return self._still.select(indices).passes()
 
-    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Linearisation:
+    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Quadratic[Jacobian]:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
         Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
@@ -264,13 +255,13 @@ class RetentionConstraint:
         residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
         divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
-            return Linearisation(factored, residual, divergence)
+            return Quadratic(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
         rows = self._log_std_rows(factored)
         residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
-        return Linearisation(StackedJacobian([factored, rows]), residual, divergence)
+        return Quadratic(StackedJacobian([factored, rows]), residual, divergence)
 
-    def quadratic(self, indices: Tensor) -> Quadratic:
+    def quadratic(self, indices: Tensor) -> Quadratic[Products]:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
         weights = self._weights.relative(indices)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]

@@ -12,12 +12,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.projection.budget.model import Quadratic
+from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.algorithms.mixin import ProtectedMixin
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.playing.environments import Environments, open_copies
 from nsrl.rl.playing.evaluation import Returns, evaluate
-from nsrl.rl.retention.constraint import Linearisation
 from nsrl.rl.training.tensorboard import is_pending, lay_out, write_points
 
 #: An environment (id, VecEnv, ...) and the frozen statistics through which the policy sees it.
@@ -82,7 +83,7 @@ class TaskEvaluation(BaseCallback):
         self.latest: dict[str | None, Returns] = {}
         self.skip_end = skip_end
         self._opened: dict[str | None, list[gym.Env]] = {}
-        self._forecast: tuple[Tensor, Linearisation] | None = None
+        self._forecast: tuple[Tensor, Quadratic[Jacobian]] | None = None
 
     @property
     def retention(self) -> Retention | None:
@@ -188,7 +189,7 @@ class TaskEvaluation(BaseCallback):
             before, model = self._forecast
             self._forecast = None
             displacement = retention.constraint.parameters.read() - before
-            values["nullspace/kl_predicted"] = predicted_kl(model, displacement)
+            values["nullspace/kl_predicted"] = model.predict(displacement)
         for tag, value in values.items():
             if not is_pending(self.logger, tag):
                 self.logger.record(tag, value)
@@ -199,13 +200,6 @@ class TaskEvaluation(BaseCallback):
         learning = self.model._learning_seconds + session  # type: ignore[attr-defined]
         if retention.updates and learning > 0.0:
             self.logger.record("nullspace/overhead_fraction", sum(retention.seconds.values()) / learning)
-
-
-def predicted_kl(model: Linearisation, displacement: Tensor) -> float:
-    """Mean KL after a displacement (P,) by the second-order model: KL - 1/2 |rho|^2 + 1/2 |rho + J d|^2."""
-    moved = model.residual + model.jacobian.matvec(displacement)
-    change = moved.double().square().sum() - model.residual.double().square().sum()
-    return model.divergence + 0.5 * float(change)
 
 
 def _finite(value: float) -> float | None:

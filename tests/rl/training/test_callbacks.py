@@ -22,7 +22,7 @@ from nsrl import errors
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
-from nsrl.rl.training.callbacks import TaskEvaluation, predicted_kl
+from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
 from nsrl.rl.training.tensorboard import LAYOUT, open_logger, write_points
 from tests.rl.oracles import independent_kl, within
@@ -159,7 +159,7 @@ def test_prediction_is_the_second_order_model(expert, buffer):
     curvature = float(torch.cat([p.flatten() for p in product]) @ direction)
     linear = constraint.linearise(constraint.train)
     for length in (0.1, 1.0):
-        assert predicted_kl(linear, length * direction) == pytest.approx(0.5 * length**2 * curvature, rel=1e-3)
+        assert linear.predict(length * direction) == pytest.approx(0.5 * length**2 * curvature, rel=1e-3)
 
 
 def test_schedule_keeps_to_the_grid(expert):

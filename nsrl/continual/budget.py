@@ -12,18 +12,21 @@ The promise: after every `enforce`, the mean KL(then || now) of every learnt tas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsrl.continual.heads import model_outputs
-from nsrl.continual.multiplier import Multiplier
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
-from nsrl.projection import FactoredJacobian, KrylovProjection, SpectralProjection, jacobian
+from nsrl.projection import SpectralProjection, jacobian
+from nsrl.projection.budget.enforcement import Enforcement
+from nsrl.projection.budget.model import Quadratic
+from nsrl.projection.budget.multiplier import Multiplier
+from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.reading import values
 from nsrl.reading.tensors import like
@@ -99,9 +102,11 @@ class KLBudget:
         self.model = model
         self.options = options
         self.retained = RetainedBehaviour(options.states_per_task, options.seed)
-        self.multiplier = Multiplier(
-            options.multiplier, options.target * options.kl_budget, options.rate, options.damping
-        )
+        aim = options.target * options.kl_budget
+        # A larger multiplier would only make noise: the restoration keeps the budget.
+        self.multiplier = Multiplier(aim, options.rate, options.damping, start=options.multiplier, floor=1e-3,
+                                     ceiling=30.0, relative=False)  # fmt: skip
+        self.enforcement = Enforcement(self, options.kl_budget, aim, options.restore_steps, bisections=10)
         self.restorations = 0
         self.fallbacks = 0
         self._steps = 0
@@ -112,7 +117,7 @@ class KLBudget:
         return len(self.retained)
 
     @property
-    def flat(self) -> FlatParameters:
+    def parameters(self) -> FlatParameters:
         """The trainable parameters as one vector."""
         return FlatParameters([p for p in self.model.parameters() if p.requires_grad])
 
@@ -162,9 +167,9 @@ class KLBudget:
         """Enforce, then keep inputs of a task that was learnt, with the present outputs on them."""
         self.enforce()
         self.retained.add(self.model, task, loader)
-        self._feasible = self._learnt = self.flat.read()
+        self._feasible = self._learnt = self.parameters.read()
 
-    def largest(self) -> float:
+    def binding_divergence(self) -> float:
         """KL of the task that has moved most; infinity where the model has diverged, 0 with nothing retained."""
         if not len(self):
             return 0.0
@@ -175,12 +180,15 @@ class KLBudget:
         """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`."""
         if not len(self):
             return 0.0
-        kl = self.largest()
+        kl = self.binding_divergence()
+        kl, made = self.enforcement.restore_inside(kl)
+        self.restorations += made
         if kl > self.options.kl_budget:
-            kl = self._restore_inside(kl)
-        if kl > self.options.kl_budget:
-            kl = self._fall_back()
-        self._feasible = self.flat.read()
+            assert self._feasible is not None
+            self.fallbacks += 1
+            self.enforcement.fall_back(self._feasible)
+            kl = self.binding_divergence()
+        self._feasible = self.parameters.read()
         return kl
 
     def certificate(self, states: int = 32) -> dict[str, float]:
@@ -194,13 +202,13 @@ class KLBudget:
             strategies that project, this leakage is not a share of what was proposed.
         """
         assert self._learnt is not None
-        J, residual = self._linearise(self._mixed(states))
-        projection = SpectralProjection(J, residual, 0.0)
+        model = self._linearise(self._mixed(states))
+        projection = SpectralProjection.of(model)
         found = {"rank": float(projection.spectrum.rank)}
-        way = self.flat.read() - self._learnt
+        way = self.parameters.read() - self._learnt
         if way.any():
             typical = math.sqrt(float(projection.spectrum.values.sum()) / len(way))
-            found["leakage"] = float(J.matvec(way).norm() / way.norm()) / typical
+            found["leakage"] = float(model.jacobian.matvec(way).norm() / way.norm()) / typical
             found["kept_share"] = self._least_share(projection.null(way), way)
         return found
 
@@ -218,7 +226,7 @@ class KLBudget:
         """Draws, multiplier and counters."""
         return {
             **self.retained.memory.progress(),
-            "multiplier": self.multiplier.value,
+            "multiplier": self.multiplier.integral,
             "counts": [self._steps, self.restorations, self.fallbacks],
             "feasible": self._feasible,
         }
@@ -233,63 +241,26 @@ class KLBudget:
         multiplier = values.finite(progress["multiplier"], "multiplier")
         counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
         feasible = progress["feasible"]
-        feasible = None if feasible is None else like(feasible, self.flat.read(), "feasible")
+        feasible = None if feasible is None else like(feasible, self.parameters.read(), "feasible")
         self.retained.memory.resume(progress)
-        self.multiplier.value, self._feasible = multiplier, feasible
+        self.multiplier.integral, self._feasible = multiplier, feasible
         self._steps, self.restorations, self.fallbacks = counts
 
     def nbytes(self) -> int:
         """Retained inputs and outputs."""
         return self.retained.nbytes()
 
-    def _restore_inside(self, kl: float) -> float:
-        for _ in range(self.options.restore_steps):
-            if not math.isfinite(kl):
-                return kl
-            better = self._restore(kl)
-            self.restorations += 1
-            if better <= self.options.kl_budget or better > 0.99 * kl:
-                return better
-            kl = better
-        return kl
-
-    def _restore(self, kl: float) -> float:
-        """One Gauss-Newton step, backtracking on the measured KL of the worst task."""
-        mean = float(self.retained.divergences(self.model).mean())
-        J, residual = self._linearise(self._mixed(self.options.restore_states))
-        # the model sees the mean over the tasks, the budget holds for the worst
-        aim = self.options.target * self.options.kl_budget * min(1.0, mean / kl)
-        flat = self.flat
-        here = flat.read()
-        step = KrylovProjection(J, residual, mean).project(torch.zeros_like(here), aim).displacement
-        for halvings in range(5):
-            flat.write(here + step * 0.5**halvings)
-            reached = self.largest()
-            if reached < kl:
-                return reached
-        flat.write(here)
-        return kl
-
-    def _fall_back(self) -> float:
-        """Bisect the segment from the last feasible weights for the farthest point inside the budget."""
-        assert self._feasible is not None
-        self.fallbacks += 1
-        flat = self.flat
-        way = torch.nan_to_num(flat.read() - self._feasible, nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = 0.0, 1.0
-        for _ in range(10):
-            middle = 0.5 * (low + high)
-            flat.write(self._feasible + middle * way)
-            low, high = (middle, high) if self.largest() <= self.options.kl_budget else (low, middle)
-        flat.write(self._feasible + low * way)
-        return self.largest()
+    def restoration(self) -> Quadratic[Jacobian]:
+        """The model that a restoration is solved on: retained inputs of all tasks mixed, and their mean KL on all."""
+        model = self._linearise(self._mixed(self.options.restore_states))
+        return replace(model, divergence=float(self.retained.divergences(self.model).mean()))
 
     def _mixed(self, count: int) -> Tensor:
         """Indices of some retained inputs, always the same ones of all tasks."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]
         return chosen.to(self.retained.memory.inputs.device)
 
-    def _linearise(self, indices: Tensor) -> tuple[FactoredJacobian, Tensor]:
+    def _linearise(self, indices: Tensor) -> Quadratic[Jacobian]:
         memory = self.retained.memory
         heads = memory.heads_of(indices)
         metric = self.retained.metric
@@ -301,4 +272,5 @@ class KLBudget:
             seed=metric.seeds,
             scale=scale,
         )
-        return J, (metric.residual(self.retained.reference[indices], J.outputs) * scale).flatten()
+        residual = metric.residual(self.retained.reference[indices], J.outputs) * scale
+        return Quadratic(J, residual.flatten(), 0.0)

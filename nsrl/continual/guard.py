@@ -74,7 +74,7 @@ class Guard:
 
     def report(self) -> dict[str, float]:
         """The "largest_kl" of a learnt task on its retained inputs; "kept_share", "leakage", "rank" of the features."""
-        measured: dict[str, float] = {} if self.budget is None else {"largest_kl": self.budget.largest()}
+        measured: dict[str, float] = {} if self.budget is None else {"largest_kl": self.budget.binding_divergence()}
         return {**measured, **({} if self.features is None else self.features.certificate())}
 
     def detach(self) -> None:

@@ -95,7 +95,7 @@ def test_the_certificate_is_that_of_the_dense_whitened_jacobian():
     )
     # unit variance: nothing to whiten but the mean over the samples
     J = torch.cat([block.flatten(2) for block in blocks.values()], 2).flatten(0, 1).double() / len(budget) ** 0.5
-    way = (budget.flat.read() - budget._learnt).double()
+    way = (budget.parameters.read() - budget._learnt).double()
     _, values, right = torch.linalg.svd(J, full_matrices=False)
     rank = int((values > 1e-6 * values[0]).sum())
     assert found["rank"] == rank

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from nsrl.continual import MultiHead, Task
 from nsrl.continual.budget import KLBudget, KLBudgetOptions
 from nsrl.continual.memory import Memory
-from nsrl.continual.multiplier import Multiplier
 from nsrl.continual.strategies.ewc import fisher_diagonal
 from nsrl.errors import NsrlError
-from nsrl.projection.budget.multiplier import Multiplier as PolicyMultiplier
+from nsrl.projection.budget.multiplier import Multiplier
 from tests.continual.learning import CLASSES, Batches, blobs, build, learn
 from tests.projection.builders import Net, rows_matrix
 
@@ -116,7 +115,7 @@ def test_the_budgets_linearisation(name):
         budget.retain(Task(f"task {index}", index), blobs(index))
     for states in (8, 8, 31):
         indices = budget._mixed(states).roll(3)
-        rows, _ = budget._linearise(indices)
+        rows = budget._linearise(indices).jacobian
         inputs = budget.retained.memory.inputs[indices]
         expected = whitened(model, inputs).flatten(0, 1)
         expected = expected.T @ expected / states
@@ -198,7 +197,10 @@ def test_protection_that_would_be_lost_in_silence_is_refused(method):
         learn(strategy, SECOND, Batches(40.0 * far.inputs, far.targets), epochs=1)
 
 
-@pytest.mark.parametrize("multiplier", [Multiplier(1.0, 0.01, 0.1, 0.1), PolicyMultiplier(0.01, 0.1, 0.1)])
+@pytest.mark.parametrize(
+    "multiplier",
+    [Multiplier(0.01, 0.1, 0.1), Multiplier(0.01, 0.1, 0.1, start=1.0, floor=1e-3, ceiling=30.0, relative=False)],
+)
 def test_a_multiplier_outlives_a_divergence(multiplier):
     """One minibatch of a policy that has diverged must not leave NaN behind for good."""
     before = multiplier.update(0.02)

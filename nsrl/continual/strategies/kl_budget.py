@@ -60,8 +60,8 @@ class KLBudgetStrategy(Strategy):
             return {}
         return {
             **super().diagnostics(),
-            "largest_kl": self.budget.largest(),
-            "multiplier": self.budget.multiplier.value,
+            "largest_kl": self.budget.binding_divergence(),
+            "multiplier": self.budget.multiplier.integral,
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
             **self.budget.certificate(),

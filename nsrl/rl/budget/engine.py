@@ -19,9 +19,10 @@ import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
+from nsrl.projection.budget.enforcement import Enforcement
 from nsrl.projection.budget.model import Projection
 from nsrl.projection.budget.multiplier import Multiplier
-from nsrl.projection.budget.projection import KrylovProjection, SpectralProjection
+from nsrl.projection.budget.projection import SpectralProjection
 from nsrl.projection.optimizer import StepHooks
 from nsrl.reading.limits import Unreadable
 from nsrl.reading.tensors import check_torch_state
@@ -44,6 +45,7 @@ class Retention:
     Attributes:
         last: measurement after the latest update.
         multiplier: the dual variable.
+        enforcement: what brings the policy back inside the budget.
         updates: policy updates made.
         restored: Gauss-Newton restorations made.
         rollbacks: updates that had to fall back towards the last feasible parameters.
@@ -54,6 +56,8 @@ class Retention:
         self.constraint = constraint
         self.config = config
         self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
+        aim = self._aim if config.kl_budget > 0 else 0.25 * config.tolerance
+        self.enforcement = Enforcement(constraint, config.tolerance, aim, config.restore_steps)
         self.minibatches = StateDraw(constraint.train, config.seed)
         self.subsets = StateDraw(constraint.train, config.seed + 1)
         self.updates = 0
@@ -222,22 +226,16 @@ class Retention:
         kl, restored = self._restore_inside(kl)
         rolled_back = 0
         if kl > self.config.tolerance:
-            self._fall_back()
+            self.enforcement.fall_back(self._feasible)
             rolled_back = 1
         self.seconds["restore"] += perf_counter() - start
         return restored, rolled_back
 
     def _restore_inside(self, kl: float) -> tuple[float, int]:
         """Restore while that helps and the KL is over the budget; returns the KL reached and how often."""
-        restored = 0
-        while kl > self.config.tolerance and restored < self.config.restore_steps:
-            better = self._restore(kl)
-            restored += 1
-            self.restored += 1
-            if better >= kl * 0.99:
-                return min(kl, better), restored
-            kl = better
-        return kl, restored
+        kl, made = self.enforcement.restore_inside(kl)
+        self.restored += made
+        return kl, made
 
     def _calibrate(self, kl: float, on_training: float) -> None:
         """Aim the multiplier, which sees training states only, at what the whole buffer measures.
@@ -250,42 +248,6 @@ class Retention:
             ratio = min(max(kl / on_training, 1.0), max(2.0, len(self.constraint.shares)))
             self._gap += 0.1 * (ratio - self._gap)
         self.multiplier.target = self._aim / self._gap
-
-    def _restore(self, kl: float) -> float:
-        """One Gauss-Newton step towards the reference on all training states, backtracking on the measured KL."""
-        if not math.isfinite(kl):
-            return kl
-        flat = self.constraint.parameters
-        model = self.constraint.linearise(self.constraint.train)
-        aim = self._aim if self.config.kl_budget > 0 else 0.25 * self.config.tolerance
-        solver = KrylovProjection.of(model)
-        here = flat.read()
-        # The model sees the training states, the budget holds for all of them: aim lower by the measured difference.
-        step = solver.project(torch.zeros_like(here), aim * min(1.0, model.divergence / kl)).displacement
-        length = 1.0
-        for _ in range(5):
-            flat.write(here + length * step)
-            reached = self.constraint.binding_divergence()
-            if reached < kl:
-                return reached
-            length *= 0.5
-        flat.write(here)
-        return kl
-
-    def _fall_back(self) -> None:
-        """Bisect the segment from the last feasible parameters for the farthest point within the budget."""
-        flat = self.constraint.parameters
-        here = flat.read()
-        direction = torch.nan_to_num(here - self._feasible, nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = 0.5 * (low + high)
-            flat.write(self._feasible + middle * direction)
-            if self.constraint.binding_divergence() <= self.config.tolerance:
-                low = middle
-            else:
-                high = middle
-        flat.write(self._feasible + low * direction)
 
     def _scalars(self, kept: float, restored: int) -> dict[str, float]:
         scalars: dict[str, Any] = {

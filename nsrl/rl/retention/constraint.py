@@ -261,6 +261,10 @@ class RetentionConstraint:
         residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
         return Quadratic(StackedJacobian([factored, rows]), residual, divergence)
 
+    def restoration(self) -> Quadratic[Jacobian]:
+        """The model that a restoration is solved on: all training states."""
+        return self.linearise(self.train)
+
     def quadratic(self, indices: Tensor) -> Quadratic[Products]:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
         weights = self._weights.relative(indices)

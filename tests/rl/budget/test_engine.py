@@ -76,7 +76,7 @@ def test_restoration_keeps_more_of_an_update_than_the_fallback_would() -> None:
     restored = flat.read() - feasible
     assert independent_kl(model, buffer) <= within(1e-3, buffer) and retention.rollbacks == 0
     flat.write(feasible + step)
-    retention._fall_back()
+    retention.enforcement.fall_back(feasible)
     assert float(restored @ step) > 1.2 * float((flat.read() - feasible) @ step)
 
 

@@ -1,9 +1,9 @@
-"""The mixin that puts a KL budget around any SB3 on-policy algorithm, and `protect`, which applies it in place."""
+"""The mixin that puts a KL budget around any SB3 on-policy algorithm."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from nsrl.errors import NsrlError
+from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
+from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import stock_class
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
@@ -23,16 +25,16 @@ from nsrl.rl.budget.engine import Retention
 from nsrl.rl.playing.environments import training_env
 from nsrl.rl.policies.actor_critic import check_steady
 from nsrl.rl.policies.distributions import is_maskable
+from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from nsrl.rl.agents.agent import Agent
-    from nsrl.rl.retention.buffer import RetentionBuffer
 
 #: Relative difference of a measured KL that rounding may explain.
 ROUNDING = 1e-4
+RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,83 @@ class ProtectedMixin(OnPolicyAlgorithm):
     retention: Retention | None = None
     _learning_seconds: float = 0.0
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        agent: Any,
+        env: Any,
+        retain: RetentionBuffer | None = None,
+        kl_budget: float = 0.01,
+        *,
+        method: str = "null_space",
+        penalty: float = 1.0,
+        tensorboard_log: str | None = None,
+        trust: bool = False,
+        trust_buffer: bool = False,
+        normalize: bool = True,
+        n_envs: int = 1,
+        seed: int | None = None,
+        device: str = "cpu",
+        verbose: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Take over a pretrained agent for fine-tuning.
+
+        Actor and critic weights and the hyper-parameters that mean the same here are the agent's; the optimizer is
+        fresh (old Adam moments would push along the old task's momentum).
+
+        Args:
+            agent: path of an SB3 zip, of a run folder with VecNormalize statistics, or a loaded SB3 model.
+            env: the new task: an environment id, a gymnasium environment or an SB3 VecEnv. When the agent was trained
+                with VecNormalize, a bare environment is wrapped with its observation statistics frozen and fresh
+                reward statistics.
+            retain: buffer of old-task states; None fine-tunes plainly.
+            kl_budget: nats per state.
+            method: "null_space", or a baseline through the same loop: "kl_penalty" (coefficient `penalty`) or
+                "finetune" (the KL is only measured).
+            penalty: coefficient of the KL penalty.
+            trust: allow unpickling objects inside the zip.
+            trust_buffer: accept a buffer that was made with another policy.
+            normalize: wrap `env` as above when the agent has statistics.
+            n_envs: copies of the environment, when `env` is an id.
+            seed: of the fine-tuning run, and of the draws from the buffer.
+            options: fields of `RetentionConfig` and keyword arguments of the algorithm, which override the agent's.
+
+        Raises:
+            NsrlError: unreadable agent, one that keeps its own algorithm (MaskablePPO), spaces that differ, a foreign
+                or damaged buffer, a bad budget or option.
+        """
+        retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
+        _check_options(cls, options)
+        config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
+        source = load(agent, trust=trust, device=device)
+        if is_maskable(source.model.policy):
+            raise NsrlError(
+                f"{source.path or 'the agent'} is a {type(source.model).__name__}, whose action masks {cls.__name__} "
+                "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
+                "protect(model, retain=buffer) and model.learn(...)"
+            )
+        settings = cls._inherited(source, options)
+        policy_kwargs = dict(settings.pop("policy_kwargs") or {})
+        env = training_env(env, source.normalizer if normalize else None, seed=seed,
+                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
+        check_spaces(source.model, env)
+        policy: Any = source.model.policy_class
+        try:
+            model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
+                             seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
+        except AssertionError as error:  # SB3 checks its arguments with assertions
+            raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
+        try:
+            model.policy.load_state_dict(source.model.policy.state_dict())
+        except RuntimeError as error:
+            raise NsrlError(
+                f"policy_kwargs {policy_kwargs} makes another network than the agent's; leave net_arch and the like out"
+            ) from error
+        if retain is not None:
+            model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
+        return model
+
     def constrain(self, retain: RetentionBuffer, config: RetentionConfig, *, trust_buffer: bool = False,
                   method: str = "null_space", penalty: float = 1.0) -> None:  # fmt: skip
         """Put the budget in force from the next update on.
@@ -107,8 +186,6 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 in train mode, or the policy is over the budget already.
         """
         model: Any = self
-        from nsrl.rl.retention.buffer import RetentionBuffer
-
         if not isinstance(retain, RetentionBuffer):
             raise NsrlError(
                 f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
@@ -187,6 +264,18 @@ class ProtectedMixin(OnPolicyAlgorithm):
             overhead_fraction=self._overhead(), seconds=dict(retention.seconds), kl_by_task=measured.kl_by_task,
         )  # fmt: skip
 
+    def export(self, path: str | Path) -> Path:
+        """Write a zip of the stock algorithm (atomically), which its `load` reads and which acts identically.
+
+        When the environment is VecNormalize-wrapped, its statistics are written beside it as `vecnormalize.pkl`.
+        """
+        return export(self, path)
+
+    @classmethod
+    def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the algorithm, `policy_kwargs` among them: the agent's, overridden by `options`."""
+        return {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters, **options}
+
     def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
                       penalty: float) -> Retention:  # fmt: skip
         return build_engine(self, constraint, config, method, penalty)
@@ -211,13 +300,10 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
 
 def build_config(**options: Any) -> RetentionConfig:
     """A `RetentionConfig` from keywords; unknown ones are refused with the nearest known name."""
-    import difflib
-    from dataclasses import fields
-
-    known = [field.name for field in fields(RetentionConfig)]
+    known = [entry.name for entry in fields(RetentionConfig)]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
             raise NsrlError(f"unknown retention setting {key!r}{hint}")
     return RetentionConfig(**options)
@@ -233,106 +319,6 @@ def reset_critic(policy: Any) -> None:
         inside.append(policy.vf_features_extractor)
     for network, gain in [*((network, 2.0**0.5) for network in inside), (policy.value_net, 1.0)]:
         network.apply(partial(policy.init_weights, gain=gain))
-
-
-RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
-
-
-class PretrainedMixin(ProtectedMixin):
-    """Adds `from_pretrained` and `export` to an algorithm with a retention constraint."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        agent: Any,
-        env: Any,
-        retain: RetentionBuffer | None = None,
-        kl_budget: float = 0.01,
-        *,
-        method: str = "null_space",
-        penalty: float = 1.0,
-        tensorboard_log: str | None = None,
-        trust: bool = False,
-        trust_buffer: bool = False,
-        normalize: bool = True,
-        n_envs: int = 1,
-        seed: int | None = None,
-        device: str = "cpu",
-        verbose: int = 0,
-        **options: Any,
-    ) -> Self:
-        """Take over a pretrained agent for fine-tuning.
-
-        Actor and critic weights and the hyper-parameters that mean the same here are the agent's; the optimizer is
-        fresh (old Adam moments would push along the old task's momentum).
-
-        Args:
-            agent: path of an SB3 zip, of a run folder with VecNormalize statistics, or a loaded SB3 model.
-            env: the new task: an environment id, a gymnasium environment or an SB3 VecEnv. When the agent was trained
-                with VecNormalize, a bare environment is wrapped with its observation statistics frozen and fresh
-                reward statistics.
-            retain: buffer of old-task states; None fine-tunes plainly.
-            kl_budget: nats per state.
-            method: "null_space", or a baseline through the same loop: "kl_penalty" (coefficient `penalty`) or
-                "finetune" (the KL is only measured).
-            penalty: coefficient of the KL penalty.
-            trust: allow unpickling objects inside the zip.
-            trust_buffer: accept a buffer that was made with another policy.
-            normalize: wrap `env` as above when the agent has statistics.
-            n_envs: copies of the environment, when `env` is an id.
-            seed: of the fine-tuning run, and of the draws from the buffer.
-            options: fields of `RetentionConfig` and keyword arguments of the algorithm, which override the agent's.
-
-        Raises:
-            NsrlError: unreadable agent, one that keeps its own algorithm (MaskablePPO), spaces that differ, a foreign
-                or damaged buffer, a bad budget or option.
-        """
-        from nsrl.rl import agents
-
-        retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
-        _check_options(cls, options)
-        config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
-        source = agents.load(agent, trust=trust, device=device)
-        if is_maskable(source.model.policy):
-            raise NsrlError(
-                f"{source.path or 'the agent'} is a {type(source.model).__name__}, whose action masks {cls.__name__} "
-                "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
-                "protect(model, retain=buffer) and model.learn(...)"
-            )
-        settings = cls._inherited(source, options)
-        policy_kwargs = dict(settings.pop("policy_kwargs") or {})
-        env = training_env(env, source.normalizer if normalize else None, seed=seed,
-                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
-        agents.check_spaces(source.model, env)
-        policy: Any = source.model.policy_class
-        try:
-            model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
-                             seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
-        except AssertionError as error:  # SB3 checks its arguments with assertions
-            raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
-        try:
-            model.policy.load_state_dict(source.model.policy.state_dict())
-        except RuntimeError as error:
-            raise NsrlError(
-                f"policy_kwargs {policy_kwargs} makes another network than the agent's; leave net_arch and the like out"
-            ) from error
-        if retain is not None:
-            model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
-        return model
-
-    @classmethod
-    def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the algorithm, `policy_kwargs` among them: the agent's, overridden by `options`."""
-        raise NotImplementedError
-
-    def export(self, path: str | Path) -> Path:
-        """Write a zip of the stock algorithm (atomically), which its `load` reads and which acts identically.
-
-        When the environment is VecNormalize-wrapped, its statistics are written beside it as `vecnormalize.pkl`.
-        """
-        from nsrl.rl import agents
-
-        return agents.export(self, path)
 
 
 def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_baselines3 import PPO
 
-from nsrl.rl.algorithms.mixin import PretrainedMixin, without_optimizer
-
-if TYPE_CHECKING:
-    from nsrl.rl.agents.agent import Agent
+from nsrl.rl.agents.agent import Agent
+from nsrl.rl.algorithms.mixin import ProtectedMixin, without_optimizer
 
 
-class NullSpacePPO(PretrainedMixin, PPO):
+class NullSpacePPO(ProtectedMixin, PPO):
     """Proximal policy optimisation under a retention constraint.
 
     Solves `min L_new(theta) subject to mean_s KL(pi_ref(.|s) || pi_theta(.|s)) <= kl_budget` over the states s of a
@@ -30,7 +28,7 @@ class NullSpacePPO(PretrainedMixin, PPO):
 
     @classmethod
     def _inherited(cls, source: Agent, options: dict[str, Any]) -> dict[str, Any]:
-        inherited = {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters}
-        if not isinstance(source.model, PPO):
+        inherited = super()._inherited(source, options)
+        if not isinstance(source.model, PPO) and "policy_kwargs" not in options:
             inherited["policy_kwargs"] = without_optimizer(inherited["policy_kwargs"])
-        return {**inherited, **options}
+        return inherited

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
+from sb3_contrib import TRPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
@@ -15,12 +16,11 @@ from nsrl.errors import NsrlError
 from nsrl.rl.agents.agent import Agent, load
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.algorithms.mixin import ProtectedMixin, build_config
+from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.playing.environments import training_env
 from nsrl.rl.policies.distributions import action_family
-
-if TYPE_CHECKING:
-    from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.buffer import RetentionBuffer
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 
@@ -68,12 +68,8 @@ def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, 
 
 
 def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:
-    from sb3_contrib import TRPO
-
     if cls is TRPO:
         # Its line search would answer for the rollout's KL only, and its optimizer never moves the actor.
-        from nsrl.rl.algorithms.trpo import NullSpaceTRPO
-
         return NullSpaceTRPO
     return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C
@@ -14,8 +14,9 @@ from torch import nn
 
 from nsrl.errors import NsrlError
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
+from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.stock_models import hyperparameters
-from nsrl.rl.algorithms.mixin import PretrainedMixin, without_optimizer
+from nsrl.rl.algorithms.mixin import ProtectedMixin, without_optimizer
 from nsrl.rl.algorithms.surrogate import Surrogate
 from nsrl.rl.algorithms.value_fit import fit_values
 from nsrl.rl.budget.config import RetentionConfig
@@ -24,9 +25,6 @@ from nsrl.rl.budget.trust_region import PenalisedRegion, RetentionRegion, build_
 from nsrl.rl.policies.actor_critic import reached_at_any, select
 from nsrl.rl.policies.distributions import action_family
 from nsrl.rl.retention.constraint import RetentionConstraint
-
-if TYPE_CHECKING:
-    from nsrl.rl.agents.agent import Agent
 
 #: A step that measures too long is shortened to this share of the length that a quadratic KL would allow,
 FITTING = 0.98
@@ -166,7 +164,7 @@ class NaturalTRPO(TRPO):
         self.logger.record("train/cg_iterations", update.step.iterations)
 
 
-class NullSpaceTRPO(PretrainedMixin, NaturalTRPO):
+class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
     """Trust-region policy optimisation under a retention constraint.
 
     Every update minimises the linearised surrogate inside two trust regions, KL(pi_old || pi) <= target_kl on the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,17 +14,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
-from nsrl.rl.agents.agent import resolve_agent
+from nsrl.rl.agents.agent import Agent, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.playing.action_masks import mask_reader
 from nsrl.rl.playing.environments import Environments, open_copies
 from nsrl.rl.playing.rollout import evaluation_mode, own_randomness, raw_observations
 from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.policies.distributions import action_family, sample_actions, with_masks
 from nsrl.rl.policies.observations import Observations, stack
-
-if TYPE_CHECKING:
-    from nsrl.rl.agents.agent import Agent
 
 #: Steps after which an episode counts as one that never ends.
 LONGEST = 100_000
@@ -100,8 +98,6 @@ def evaluate(
     """
     if episodes < 1 or n_envs < 1:
         raise NsrlError(f"episodes and n_envs must be at least 1, not {episodes} and {n_envs}")
-    from nsrl.rl.agents.spaces import check_spaces
-
     learner, own_normalizer, _ = resolve_agent(model, trust=False)
     normalizer = own_normalizer if normalizer is None else normalizer
     opened = open_copies(env, min(n_envs, episodes)) if isinstance(env, str) else []

@@ -1,4 +1,8 @@
-"""The one exception that means: the input is wrong, and this sentence says how to put it right."""
+"""The one exception that means: the input is wrong, and this sentence says how to put it right; and the nearest name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class NsrlError(ValueError):
@@ -6,3 +10,17 @@ class NsrlError(ValueError):
 
     The command line prints the sentence on stderr and exits with code 2; nothing is written or lost.
     """
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that a mistyped one is closest to, for "did you mean ..."; None where none is close.
+
+    Args:
+        name: as it was given.
+        known: the names that there are.
+        cutoff: similarity from 0 to 1 below which a name is not close.
+    """
+    from difflib import get_close_matches
+
+    found = get_close_matches(name, list(known), 1, cutoff)
+    return found[0] if found else None

@@ -70,27 +70,23 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
         raise NsrlError(f"{path}: key 'header' is not JSON text of an object ({error}); make the file again") from error
 
 
+#: What to do where a run's output cannot be written.
+ELSEWHERE = "; make room or choose another --out"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all.
 
     Raises:
         NsrlError: it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
+    with written_atomically(path, ELSEWHERE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, whole or not at all; NaN, which JSON does not have, becomes null."""
-    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite_json(values), indent=2, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -122,36 +118,45 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a JSON-lines file."""
-    write_text(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(finite_json(row)) + "\n" for row in rows))
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add one object to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row)) + "\n")
+        file.write(json.dumps(finite_json(row)) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite_json(value: Any) -> Any:
+    """Plain JSON of nested values and NumPy numbers: NaN and infinity, which JSON does not have, become null."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite_json(entry) for entry in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and value - value != 0.0 else value
 
 
 @contextmanager
-def written_atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an exception."""
+def written_atomically(path: str | Path, hint: str = "") -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an exception.
+
+    Args:
+        path: of the file; its suffix is that of the temporary path, too.
+        hint: what to do where it cannot be written, behind the reason.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}{hint}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

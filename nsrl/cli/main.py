@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from nsrl import __version__
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, nearest
 
 #: Command, and what it is for. Its module in this package has the same name and a function `run(arguments)`.
 COMMANDS: dict[str, str] = {
@@ -93,10 +93,8 @@ def find_command(name: str) -> Callable[[Sequence[str]], int | None]:
         NsrlError: there is no such command; the nearest is suggested.
     """
     if name not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        near = nearest(name, COMMANDS, 0.5)
+        hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise NsrlError(f"there is no command {name!r}; {hint}")
     return importlib.import_module(f"nsrl.cli.{name}").run
 

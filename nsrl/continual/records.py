@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
+from nsrl.files import ELSEWHERE, write_json, write_text, written_atomically
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, whole
@@ -73,7 +72,7 @@ class Records:
             from torch.utils.tensorboard import SummaryWriter
 
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
-            _replace(self.folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.folder / CONFIG, text)
             self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
 
     def write_loss(self, epoch: int, loss: float) -> None:
@@ -103,17 +102,19 @@ class Records:
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
         content = {"entry": entry, "state": state}
-        _replace(self._task_file(index), lambda path: torch.save(content, path))
+        with written_atomically(self._task_file(index), ELSEWHERE) as path:
+            torch.save(content, path)
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Write model.pt, the matrix as a figure and, last, metrics.json; what only a resumed run needs is removed."""
         if self.folder is None:
             return
-        _replace(self.folder / MODEL, lambda path: torch.save(model.state_dict(), path))
+        with written_atomically(self.folder / MODEL, ELSEWHERE) as path:
+            torch.save(model.state_dict(), path)
         figure = draw_matrix(metrics["matrix"], self._names)
-        _replace(self.folder / MATRIX, lambda path: figure.savefig(path, dpi=140, format="png"))
-        text = json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n"
-        _replace(self.folder / METRICS, lambda path: path.write_text(text, encoding="utf-8"))
+        with written_atomically(self.folder / MATRIX, ELSEWHERE) as path:
+            figure.savefig(path, dpi=140, format="png")
+        write_json(self.folder / METRICS, metrics)
         for index in range(len(self._names)):
             self._task_file(index).unlink(missing_ok=True)
 
@@ -174,25 +175,3 @@ def draw_matrix(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
     axes.set_ylabel("after learning")
     figure.colorbar(image, ax=axes, label="score")
     return figure
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}; make room or choose another --out") from error
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """Plain JSON: NaN, which JSON does not have, becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, nearest
 from nsrl.reading import documents
 from nsrl.reading.limits import Unreadable, about, shown
 
@@ -42,11 +41,11 @@ def suggest(key: str, known: Sequence[str], dashes: str = "") -> str:
     """Half a sentence that names the nearest known key, by its whole name or by its last part."""
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
-    near = same or get_close_matches(key, known, 1, 0.6)
-    if not near:
+    near = same[0] if same else nearest(key, known)
+    if near is None:
         by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
-        near = [by_last[found] for found in get_close_matches(last, by_last, 1, 0.6)]
-    return f"; did you mean {dashes}{near[0]}?" if near else "; see --help for the keys"
+        near = by_last.get(nearest(last, by_last) or "")
+    return f"; did you mean {dashes}{near}?" if near else "; see --help for the keys"
 
 
 def check_keys(values: Any, config: type, source: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, nearest
 from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
@@ -303,8 +302,8 @@ def build_config(**options: Any) -> RetentionConfig:
     known = [entry.name for entry in fields(RetentionConfig)]
     for key in options:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+            near = nearest(key, known)
+            hint = f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"
             raise NsrlError(f"unknown retention setting {key!r}{hint}")
     return RetentionConfig(**options)
 
@@ -326,8 +325,8 @@ def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) 
     known = [*inspect.signature(stock.__init__).parameters, *RETENTION_FIELDS]
     for key in options:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else "see RetentionConfig and the arguments of the algorithm"
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else "see RetentionConfig and the arguments of the algorithm"
             raise NsrlError(f"{key!r} is no setting of {stock.__name__} or of retention; {hint}")
 
 

@@ -7,7 +7,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, nearest
 from nsrl.rl.agents.agent import Agent, fingerprint, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import describe_space
@@ -67,10 +66,8 @@ class CollectionConfig:
 
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
-            nearest = get_close_matches(str(self.select).lower(), SELECTIONS, n=1, cutoff=0.0)[0]
-            raise NsrlError(
-                f"select is {self.select!r}, but must be 'expert' or 'advantage'; did you mean {nearest!r}?"
-            )
+            near = nearest(str(self.select).lower(), SELECTIONS, cutoff=0.0)
+            raise NsrlError(f"select is {self.select!r}, but must be 'expert' or 'advantage'; did you mean {near!r}?")
         for name, least in (("n_states", 1), ("n_envs", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:

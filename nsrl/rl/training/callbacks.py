@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.files import finite_json
 from nsrl.projection.budget.model import Quadratic
 from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.rl.agents.normalization import ObservationNormalizer
@@ -159,9 +160,9 @@ class TaskEvaluation(BaseCallback):
             "timesteps": int(self.model.num_timesteps),
             "old_returns": {name: self.latest[name].mean for name in self.tasks if name is not None},
             "new_return": None if new is None else new.mean,
-            "kl_mean": None if last is None else _finite(last.kl_mean),
-            "kl_heldout": None if last is None else _finite(last.kl_heldout),
-            "agreement": None if last is None else _finite(last.agreement),
+            "kl_mean": None if last is None else finite_json(last.kl_mean),
+            "kl_heldout": None if last is None else finite_json(last.kl_heldout),
+            "agreement": None if last is None else finite_json(last.agreement),
             "seconds": seconds,
         }
 
@@ -200,8 +201,3 @@ class TaskEvaluation(BaseCallback):
         learning = self.model._learning_seconds + session  # type: ignore[attr-defined]
         if retention.updates and learning > 0.0:
             self.logger.record("nullspace/overhead_fraction", sum(retention.seconds.values()) / learning)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, and this sentence says how to put it right; and the nearest name."""
+"""The one exception that means bad input, told in a sentence; and the nearest name to a mistyped one."""
 
 from __future__ import annotations
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nsrl.bench.registry import REFERENCE, Options, run_benchmark
+from nsrl.cli.command import print_table
+from nsrl.cli.status_line import StatusLine
 from nsrl.errors import NsrlError
 
-REFERENCE = Path("runs/reference")
+if TYPE_CHECKING:
+    from nsrl.bench.suites.jobs import Status
+
 ABOUT = """\
 Run a benchmark and write its results.
 
@@ -48,159 +55,33 @@ def run(arguments: Sequence[str]) -> int:
         options = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
         raise NsrlError(f"nsrl bench: {error}") from error
-    if options.workers < 1:
-        raise NsrlError(f"--workers must be at least 1, not {options.workers}")
-    if options.name == "speed":
-        return _speed(options)
-    if options.name == "continual" and not options.threads:
-        return _continual(options)
-    if options.only or options.quick or options.again or options.threads:
-        raise NsrlError(f"--only, --quick and --again are for nsrl bench speed and continual, --threads is for speed, "
-                        f"not for {options.name}")  # fmt: skip
-    out = options.out or Path("runs/bench") / Path(options.name).stem
-    if options.name == "overhead":
-        return _overhead(options.configs, out, options.reference)
-    if options.name == "trpo":
-        return _trpo(out, options.reference, options.workers)
-    path = Path(options.name) if options.name.endswith(".yaml") else options.configs / "bench" / f"{options.name}.yaml"
-    if not path.is_file():
-        suites = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
-        known = ", ".join([*suites, "trpo", "overhead", "speed", "continual"])
-        raise NsrlError(f"there is no suite {options.name!r}; known: {known}")
-    return _suite(path, out, options.reference, options.workers)
-
-
-def _suite(path: Path, out: Path, reference: Path, workers: int) -> int:
-    from nsrl.bench.suites.pairs import read_suite, run_suite, write_suite
-    from nsrl.bench.suites.report import draw_tradeoff, learning_table, suite_table
-    from nsrl.bench.suites.sequences import draw_sequence_suite, run_sequence_suite, sequence_suite_table
-    from nsrl.cli.command import print_table
-    from nsrl.cli.status_line import StatusLine
-
-    suite = read_suite(path)
-    carry_out, draw, tabulate = run_suite, draw_tradeoff, suite_table
-    if suite.is_sequence:
-        carry_out, draw, tabulate = run_sequence_suite, draw_sequence_suite, sequence_suite_table
-    with StatusLine(suite.name) as line:
-        content = carry_out(suite, out, workers=workers, on_status=line.show)
-    write_suite(content, reference / f"{suite.name}.json")
-    draw(content, reference / f"{suite.name}.png")
-    print_table(tabulate(content))
-    if not suite.is_sequence:
-        print_table(learning_table(content["curves"], f"{suite.name}: return on the new task after so many steps"))
-    print(f"results  {reference / suite.name}.json\nfigure   {reference / suite.name}.png")
-    return 0
-
-
-def _trpo(out: Path, reference: Path, workers: int) -> int:
-    from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
-    from nsrl.cli.command import print_table
-    from nsrl.cli.status_line import StatusLine
-    from nsrl.files import write_json
-    from nsrl.runs.machine import describe_environment
-    from nsrl.runs.training import use_one_thread
-
-    with StatusLine("trpo") as line:
-        runs = compare_returns(out, workers=workers, on_status=line.show)
-    use_one_thread()
-    updates = [measure_trpo(case.env) for case in CASES]
-    content = {
-        "updates": updates, "returns": summarise_returns(runs), "runs": runs,
-        "cases": {case.env: dict(case.settings) for case in CASES}, "environment": describe_environment(),
-    }  # fmt: skip
-    write_json(reference / "trpo.json", content)
-    for table in trpo_tables(content):
-        print_table(table)
-    print(f"results  {reference / 'trpo.json'}")
-    return 0
-
-
-def _overhead(configs: Path, out: Path, reference: Path) -> int:
-    from nsrl.bench.studies.overhead import measure_memory, measure_overhead
-    from nsrl.bench.suites.jobs import run_jobs
-    from nsrl.bench.suites.pairs import read_suite
-    from nsrl.cli.status_line import StatusLine
-    from nsrl.files import write_json
-    from nsrl.runs.config import FinetuneConfig
-    from nsrl.runs.training import use_one_thread
-
-    use_one_thread()
-    results = {}
-    for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", 200_000)):
-        suite = read_suite(configs / "bench" / f"{name}.yaml")
-        jobs = suite.pretraining_jobs(out.with_name(name))[:1]
-        with StatusLine(f"{name}, pretraining") as line:
-            run_jobs(jobs, on_status=line.show)
-        config = next(
-            config
-            for config in suite.methods.values()
-            if isinstance(config, FinetuneConfig) and config.method == "null_space"
-        )
-        print(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
-        results[name] = measure_overhead(config, jobs[0].folder, steps=steps, on_run=_print_run)
-        print(f"  ratio of medians {results[name]['ratio']:.3f}")
-        results[name]["memory"] = measure_memory(configs / f"{name}.yaml", jobs[0].folder, 20_000)
-        print(f"  constraint's peak memory {results[name]['memory']['constraint_mb']:.1f} MB")
-    write_json(reference / "overhead.json", results)
-    print(f"results  {reference / 'overhead.json'}")
-    return 0
-
-
-def _speed(options: argparse.Namespace) -> int:
-    from nsrl.bench.speed.benchmark import Settings, measure_speed
-    from nsrl.bench.speed.report import draw_scaling, speed_tables
-    from nsrl.cli.command import print_table
-    from nsrl.files import write_json
-    from nsrl.runs.machine import describe_environment
-
-    threads = describe_environment()["cpus"] if options.threads is None else options.threads
-    if threads < 1:
-        raise NsrlError(f"--threads must be at least 1, not {threads}")
-    out = options.out or Path("runs/bench/speed_quick" if options.quick else "runs/bench/speed")
-    # The committed numbers are not overwritten by those of small sizes.
-    reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
-    content = measure_speed(out, Settings(options.quick, threads), only=options.only.split(",") if options.only else (),
-                            again=options.again, on_progress=_print_progress)  # fmt: skip
-    write_json(reference / "speed.json", content)
-    for table in speed_tables(content):
-        print_table(table)
-        print()
-    print("* first run only: its library has a clearly faster variant")
-    print(f"results  {reference / 'speed.json'}")
-    if "scaling" in content:
-        print(f"figure   {draw_scaling(content['scaling'], reference / 'speed.png')}")
-    return 0
-
-
-def _continual(options: argparse.Namespace) -> int:
-    from nsrl.bench.studies.continual import plan_cells, run_cells
-    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
-    from nsrl.cli.command import print_table
-    from nsrl.cli.status_line import StatusLine
-    from nsrl.files import write_json
-
     only = tuple(options.only.split(",")) if options.only else ()
-    out = options.out or Path("runs/bench/continual_quick" if options.quick else "runs/bench/continual")
-    # The committed numbers are overwritten by those of the whole benchmark only.
-    partial = (options.quick or only) and options.reference == REFERENCE
-    reference = out / "results" if partial else options.reference / "continual"
-    cells = plan_cells(options.configs, only=only, quick=options.quick)
-    with StatusLine("continual") as line:
-        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=line.show)
-    write_json(reference / "continual.json", content)
-    for table in benchmark_tables(content):
+    chosen = Options(options.out, options.reference, options.configs, options.workers, only, options.quick,
+                     options.again, options.threads)  # fmt: skip
+    results = run_benchmark(options.name, chosen, Terminal())
+    for table in results.tables:
         print_table(table)
         print()
-    for name, why in content["failures"].items():
-        print(f"nsrl: {name} came to no result: {why}", file=sys.stderr)
-    print(f"results  {reference / 'continual.json'}\nreport   {write_markdown(content, reference / 'continual.md')}\n"
-          f"figure   {draw_benchmarks(content, reference / 'continual.png')}")  # fmt: skip
+    for line in results.remarks:
+        print(line)
+    for what, where in results.files:
+        print(f"{what:<8} {where}")
     return 0
 
 
-def _print_progress(text: str) -> None:
-    print(f"nsrl bench speed: {text}", file=sys.stderr, flush=True)
+class Terminal:
+    """A benchmark's console: results on stdout, the rest on stderr."""
 
+    @contextmanager
+    def status(self, name: str) -> Iterator[Callable[[Status], None]]:
+        """A line that says how far jobs are."""
+        with StatusLine(name) as line:
+            yield line.show
 
-def _print_run(method: str, seconds: float) -> None:
-    print(f"  {method:<10} {seconds:7.1f} s", flush=True)
+    def say(self, text: str) -> None:
+        """On stdout, at once."""
+        print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """On stderr."""
+        print(text, file=sys.stderr, flush=True)

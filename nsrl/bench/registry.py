@@ -1,0 +1,251 @@
+"""The benchmarks by name: what each measures, draws and writes; whoever asks prints the tables.
+
+A benchmark is a function of `Options` and a `Console` that is registered under its name; a suite of configs/bench needs
+no registration. What a benchmark needs is imported when it runs, so that a mistyped name is answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nsrl.errors import NsrlError
+
+if TYPE_CHECKING:
+    from nsrl.bench.suites.jobs import Status
+    from nsrl.runs.report import Table
+
+#: Where results that are committed lie.
+REFERENCE = Path("runs/reference")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a benchmark is run with.
+
+    Attributes:
+        out: where the runs go; None takes runs/bench/NAME.
+        reference: where the results go.
+        configs: folder of the configurations.
+        workers: processes at a time.
+        only: cases, or benchmarks and strategies; empty for all.
+        quick: small sizes, whose numbers mean nothing.
+        again: measure also what is finished in `out`.
+        threads: of every measurement of speed; None for all processors.
+    """
+
+    out: Path | None = None
+    reference: Path = REFERENCE
+    configs: Path = Path("configs")
+    workers: int = 2
+    only: tuple[str, ...] = ()
+    quick: bool = False
+    again: bool = False
+    threads: int | None = None
+
+
+class Console(Protocol):
+    """Who watches a benchmark."""
+
+    def status(self, name: str) -> AbstractContextManager[Callable[[Status], None]]:
+        """While it is open: takes how far jobs are."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A result on the way."""
+        ...
+
+    def note(self, text: str) -> None:
+        """How far it is, or what went wrong; no result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a benchmark found.
+
+    Attributes:
+        tables: to be printed.
+        files: what was written, as (what, where).
+        remarks: lines behind the tables.
+    """
+
+    tables: Sequence[Table]
+    files: Sequence[tuple[str, object]]
+    remarks: Sequence[str] = ()
+
+
+Benchmark = Callable[[Options, Console], Results]
+BENCHMARKS: dict[str, Benchmark] = {}
+#: Which of them take which of the options that not all take.
+TAKES: dict[str, frozenset[str]] = {}
+
+
+def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
+    """Register a benchmark under a name.
+
+    Args:
+        name: on the command line.
+        takes: which of the options "only", "quick", "again" and "threads" it knows.
+    """
+
+    def register(run: Benchmark) -> Benchmark:
+        BENCHMARKS[name], TAKES[name] = run, frozenset(takes)
+        return run
+
+    return register
+
+
+def run_benchmark(name: str, options: Options, console: Console) -> Results:
+    """Run a registered benchmark, or a suite by its name in configs/bench or by its path.
+
+    Raises:
+        NsrlError: there is no such benchmark, or it does not take one of the options that are set.
+    """
+    if options.workers < 1:
+        raise NsrlError(f"--workers must be at least 1, not {options.workers}")
+    given = {key for key in ("only", "quick", "again", "threads") if getattr(options, key) not in ((), False, None)}
+    for key in sorted(given - TAKES.get(name, frozenset())):
+        takers = " and ".join(taker for taker in TAKES if key in TAKES[taker])
+        raise NsrlError(f"--{key} is for nsrl bench {takers}, not for {name}; leave it out")
+    if name in BENCHMARKS:
+        return BENCHMARKS[name](options, console)
+    path = Path(name) if name.endswith(".yaml") else options.configs / "bench" / f"{name}.yaml"
+    if not path.is_file():
+        suites = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
+        raise NsrlError(f"there is no suite {name!r}; known: {', '.join([*suites, *BENCHMARKS])}")
+    return _suite(path, options, console)
+
+
+def _out(options: Options, name: str) -> Path:
+    return options.out or Path("runs/bench") / name
+
+
+def _suite(path: Path, options: Options, console: Console) -> Results:
+    from nsrl.bench.suites import sequences
+    from nsrl.bench.suites.pairs import read_suite, run_suite, write_suite
+    from nsrl.bench.suites.report import draw_tradeoff, learning_table, suite_table
+
+    suite = read_suite(path)
+    with console.status(suite.name) as show:
+        run = sequences.run_sequence_suite if suite.is_sequence else run_suite
+        content = run(suite, _out(options, path.stem), workers=options.workers, on_status=show)
+    results, figure = (options.reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
+    write_suite(content, results)
+    if suite.is_sequence:
+        sequences.draw_sequence_suite(content, figure)
+        tables = [sequences.sequence_suite_table(content)]
+    else:
+        draw_tradeoff(content, figure)
+        title = f"{suite.name}: return on the new task after so many steps"
+        tables = [suite_table(content), learning_table(content["curves"], title)]
+    return Results(tables, (("results", results), ("figure", figure)))
+
+
+@benchmark("trpo")
+def trpo(options: Options, console: Console) -> Results:
+    """Update speed and returns against sb3_contrib.TRPO, without a constraint."""
+    from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
+    from nsrl.files import write_json
+    from nsrl.runs.machine import describe_environment
+    from nsrl.runs.training import use_one_thread
+
+    with console.status("trpo") as show:
+        runs = compare_returns(_out(options, "trpo"), workers=options.workers, on_status=show)
+    use_one_thread()
+    updates = [measure_trpo(case.env) for case in CASES]
+    content = {
+        "updates": updates, "returns": summarise_returns(runs), "runs": runs,
+        "cases": {case.env: dict(case.settings) for case in CASES}, "environment": describe_environment(),
+    }  # fmt: skip
+    results = options.reference / "trpo.json"
+    write_json(results, content)
+    return Results(trpo_tables(content), (("results", results),))
+
+
+@benchmark("overhead")
+def overhead(options: Options, console: Console) -> Results:
+    """Wall time and memory against stock PPO, interleaved."""
+    from nsrl.bench.studies.overhead import measure_memory, measure_overhead
+    from nsrl.bench.suites.jobs import run_jobs
+    from nsrl.bench.suites.pairs import read_suite
+    from nsrl.files import write_json
+    from nsrl.runs.config import FinetuneConfig
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    found = {}
+    for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", 200_000)):
+        suite = read_suite(options.configs / "bench" / f"{name}.yaml")
+        jobs = suite.pretraining_jobs(_out(options, "overhead").with_name(name))[:1]
+        with console.status(f"{name}, pretraining") as show:
+            run_jobs(jobs, on_status=show)
+        config = next(
+            config
+            for config in suite.methods.values()
+            if isinstance(config, FinetuneConfig) and config.method == "null_space"
+        )
+        console.say(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
+        found[name] = measure_overhead(
+            config, jobs[0].folder, steps=steps,
+            on_run=lambda method, seconds: console.say(f"  {method:<10} {seconds:7.1f} s"),
+        )  # fmt: skip
+        console.say(f"  ratio of medians {found[name]['ratio']:.3f}")
+        found[name]["memory"] = measure_memory(options.configs / f"{name}.yaml", jobs[0].folder, 20_000)
+        console.say(f"  constraint's peak memory {found[name]['memory']['constraint_mb']:.1f} MB")
+    results = options.reference / "overhead.json"
+    write_json(results, found)
+    return Results((), (("results", results),))
+
+
+@benchmark("speed", "only", "quick", "again", "threads")
+def speed(options: Options, console: Console) -> Results:
+    """Gram matrices and projections against other libraries."""
+    from nsrl.bench.speed.benchmark import Settings, measure_speed
+    from nsrl.bench.speed.report import draw_scaling, speed_tables
+    from nsrl.files import write_json
+    from nsrl.runs.machine import describe_environment
+
+    threads = describe_environment()["cpus"] if options.threads is None else options.threads
+    if threads < 1:
+        raise NsrlError(f"--threads must be at least 1, not {threads}")
+    out = _out(options, "speed_quick" if options.quick else "speed")
+    # The committed numbers are not overwritten by those of small sizes.
+    reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
+    content = measure_speed(
+        out, Settings(options.quick, threads), only=options.only, again=options.again,
+        on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
+    )  # fmt: skip
+    files: list[tuple[str, object]] = [("results", reference / "speed.json")]
+    write_json(reference / "speed.json", content)
+    if "scaling" in content:
+        files.append(("figure", draw_scaling(content["scaling"], reference / "speed.png")))
+    return Results(speed_tables(content), files, ["* first run only: its library has a clearly faster variant"])
+
+
+@benchmark("continual", "only", "quick", "again")
+def continual(options: Options, console: Console) -> Results:
+    """All strategies of supervised continual learning on its offline benchmarks."""
+    from nsrl.bench.studies.continual import plan_cells, run_cells
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_quick" if options.quick else "continual")
+    # The committed numbers are overwritten by those of the whole benchmark only.
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    cells = plan_cells(options.configs, only=options.only, quick=options.quick)
+    with console.status("continual") as show:
+        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
+    write_json(reference / "continual.json", content)
+    for name, why in content["failures"].items():
+        console.note(f"nsrl: {name} came to no result: {why}")
+    files = (
+        ("results", reference / "continual.json"),
+        ("report", write_markdown(content, reference / "continual.md")),
+        ("figure", draw_benchmarks(content, reference / "continual.png")),
+    )
+    return Results(benchmark_tables(content), files)

@@ -23,7 +23,7 @@ from nsrl.rl.agents.locations import download, find_agent, find_statistics, is_h
 from nsrl.rl.agents.normalization import ObservationNormalizer, save_stock
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import bare, hyperparameters, named_algorithm, rebuilt, stock_class
-from nsrl.rl.policies.distributions import action_family
+from nsrl.rl.policies.distributions import distribution_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _check_supported(model: BaseAlgorithm, name: str) -> None:
             f"{name} is a {type(model).__name__}; only on-policy actor-critic agents (PPO, A2C, TRPO, MaskablePPO) can "
             "be fine-tuned"
         )
-    action_family(model.policy)
+    distribution_of(model.policy)
 
 
 def fingerprint(policy: torch.nn.Module) -> str:

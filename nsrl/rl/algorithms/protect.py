@@ -19,7 +19,7 @@ from nsrl.rl.algorithms.mixin import ProtectedMixin, build_config
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.playing.environments import training_env
-from nsrl.rl.policies.distributions import action_family
+from nsrl.rl.policies.distributions import distribution_of
 from nsrl.rl.retention.buffer import RetentionBuffer
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
@@ -50,7 +50,7 @@ def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, 
             f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
             "MaskablePPO) can"
         )
-    action_family(model.policy)  # type: ignore[arg-type]
+    distribution_of(model.policy)  # type: ignore[arg-type]
     if config is None:
         # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
         config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})

@@ -12,10 +12,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from nsrl.projection.jacobians.matrix_free import PolicyJacobian
-from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
+from nsrl.projection.metrics import OutputMetric
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.rl.policies.actor_critic import actor_candidates, actor_head, policy_outputs, reached_at_any, select
-from nsrl.rl.policies.distributions import action_family
+from nsrl.rl.policies.distributions import distribution_of
 
 
 class Surrogate:
@@ -34,6 +34,7 @@ class Surrogate:
     def __init__(self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True,
                  besides: Iterable[nn.Parameter] = ()):  # fmt: skip
         self.policy = policy
+        self._distribution = distribution_of(policy)
         self._actions = samples.actions
         if isinstance(policy.action_space, spaces.Discrete):
             self._actions = samples.actions.long().flatten()
@@ -42,7 +43,8 @@ class Surrogate:
         self._advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if normalize else advantages
 
         def log_prob(rows: slice) -> Tensor:
-            return self._log_prob(policy_outputs(policy, select(samples.observations, rows)), self._actions[rows])
+            outputs = policy_outputs(policy, select(samples.observations, rows))
+            return self._distribution.log_prob(policy, outputs, self._actions[rows])
 
         reached = {*reached_at_any(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
         moved = [parameter for parameter in policy.parameters() if parameter in reached]
@@ -50,7 +52,12 @@ class Surrogate:
         self._log_std = next((p for p in moved if p is getattr(policy, "log_std", None)), None)
         self._head = actor_head(policy, samples.observations, [p for p in moved if p is not self._log_std])
         self._passes = self._head.passes()
-        self._metric = self._build_metric()
+        spread = getattr(policy, "log_std", None)
+        # The rollout's states are where the policy acts, so nothing is tempered.
+        self._metric: OutputMetric = self._distribution.metric(
+            self._distribution.sizes(policy.action_space), 0.0, log_std=spread,
+            reference_log_std=None if spread is None else spread.detach().clone(),
+        )  # fmt: skip
 
     def gradient(self) -> tuple[float, Tensor]:
         """The objective before the step, and minus its gradient, shape (P,)."""
@@ -87,25 +94,8 @@ class Surrogate:
             return math.nan, kl
 
     def _objective(self, outputs: Tensor) -> Tensor:
-        ratio = torch.exp(self._log_prob(outputs, self._actions) - self._old_log_prob)
+        ratio = torch.exp(self._distribution.log_prob(self.policy, outputs, self._actions) - self._old_log_prob)
         return (self._advantages * ratio).mean()
-
-    def _log_prob(self, outputs: Tensor, actions: Tensor) -> Tensor:
-        distribution: Any = self.policy.action_dist
-        if action_family(self.policy) == "gaussian":
-            return distribution.proba_distribution(outputs, self.policy.log_std).log_prob(actions)
-        return distribution.proba_distribution(action_logits=outputs).log_prob(actions)
-
-    def _build_metric(self) -> OutputMetric:
-        """The exact metric of the outputs: the rollout's states are where the policy acts, so nothing is tempered."""
-        family = action_family(self.policy)
-        if family == "gaussian":
-            return Gaussian(self.policy.log_std, self.policy.log_std.detach().clone())
-        if family == "bernoulli":
-            return Bernoulli(tempering=0.0)
-        if family == "multi_categorical":
-            return Categorical(tuple(int(n) for n in self.policy.action_space.nvec.flatten()), tempering=0.0)  # type: ignore[attr-defined]
-        return Categorical((self._passes.outputs.shape[1],), tempering=0.0)
 
     def _columns(self) -> tuple[int, int]:
         """Where log_std lies in the flat vector."""

@@ -23,7 +23,7 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.budget.trust_region import PenalisedRegion, RetentionRegion, build_region
 from nsrl.rl.policies.actor_critic import reached_at_any, select
-from nsrl.rl.policies.distributions import action_family
+from nsrl.rl.policies.distributions import distribution_of
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: A step that measures too long is shortened to this share of the length that a quadratic KL would allow,
@@ -77,7 +77,7 @@ class NaturalTRPO(TRPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        action_family(self.policy)
+        distribution_of(self.policy)
         self._check_ranges()
 
     def _check_ranges(self) -> None:

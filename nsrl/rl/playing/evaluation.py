@@ -21,7 +21,7 @@ from nsrl.rl.playing.action_masks import mask_reader
 from nsrl.rl.playing.environments import Environments, open_copies
 from nsrl.rl.playing.rollout import evaluation_mode, own_randomness, raw_observations
 from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.policies.distributions import action_family, sample_actions, with_masks
+from nsrl.rl.policies.distributions import distribution_of, with_masks
 from nsrl.rl.policies.observations import Observations, stack
 
 #: Steps after which an episode counts as one that never ends.
@@ -129,7 +129,7 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
 
     if deterministic:
         return likeliest
-    family = action_family(policy)
+    actions = distribution_of(policy)
     generators: dict[int, torch.Generator] = {}
 
     def sampled(observations: Observations, episodes: Sequence[int], valid: np.ndarray | None) -> np.ndarray:
@@ -141,7 +141,7 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
         for row, episode in enumerate(episodes):
             if episode not in generators:
                 generators[episode] = torch.Generator().manual_seed(seed + episode)
-            rows.append(sample_actions(policy, family, outputs[row : row + 1], generators[episode]))
+            rows.append(actions.sample(policy, outputs[row : row + 1], generators[episode]))
         return np.concatenate(rows)
 
     return sampled

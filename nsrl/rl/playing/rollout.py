@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.policies.distributions import sample_actions
+from nsrl.rl.policies.distributions import distribution_of
 from nsrl.rl.policies.observations import Normalizer, Observations, in_batches, map_arrays, policy_inputs, stack
 
 Progress = Callable[[int, int], Any]
@@ -98,7 +98,6 @@ def evaluation_mode(policy: torch.nn.Module) -> Iterator[None]:
 
 def roll_out(
     policy: ActorCriticPolicy,
-    family: str,
     env: VecEnv,
     n_transitions: int,
     seed: int,
@@ -110,7 +109,7 @@ def roll_out(
     The second condition (dropped after 1000 steps an env) keeps short collections from holding only the first
     steps of episodes. Expects `raw_observations(env)` and `evaluation_mode(policy)` to be in force.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, actions = torch.Generator().manual_seed(seed), distribution_of(policy)
     env.seed(seed)
     current: Any = env.reset()
     seen, rewards, dones, truncations, finals, returns = [], [], [], [], [], []  # type: ignore[var-annotated]
@@ -121,7 +120,7 @@ def roll_out(
         seen.append(map_arrays(np.array, current))
         with torch.no_grad():
             outputs = policy_outputs(policy, policy_inputs(current, normalizer, policy.device))
-        current, reward, done, infos = env.step(sample_actions(policy, family, outputs, generator))
+        current, reward, done, infos = env.step(actions.sample(policy, outputs, generator))
         rewards.append(reward)
         dones.append(done)
         running += reward

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
 
 from nsrl.errors import NsrlError
-from nsrl.projection.metrics import Categorical, Gaussian
+from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,6 @@ class StatewiseGaussian(Gaussian):
         if self.weights is not None:
             spread = spread * self.weights.to(spread).unsqueeze(-1)
         return ((1.0 - spread.mean(0) * torch.exp(-2 * log_std)) / math.sqrt(2.0)).to(outputs.dtype)
-
-
-def distribution(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """What makes a distribution of a model's outputs: the fields `family`, `log_std` and `nvec` of a buffer."""
-    policy, space = model.policy, model.action_space
-    family = action_family(policy)
-    return {
-        "family": family,
-        "log_std": policy.log_std.detach().cpu().numpy().astype(np.float32) if family == "gaussian" else None,
-        "nvec": tuple(int(n) for n in space.nvec) if isinstance(space, spaces.MultiDiscrete) else None,
-    }
 
 
 #: Logit of an invalid action, as in `sb3_contrib.common.maskable.distributions`.
@@ -130,13 +120,161 @@ class MaskedCategorical(Categorical):
         return with_masks(outputs, self.valid)
 
 
-FAMILIES: dict[type, str] = {
-    CategoricalDistribution: "categorical",
-    MultiCategoricalDistribution: "multi_categorical",
-    BernoulliDistribution: "bernoulli",
-    DiagGaussianDistribution: "gaussian",
-    MaskableCategoricalDistribution: "categorical",
-    MaskableMultiCategoricalDistribution: "multi_categorical",
+class ActionDistribution(ABC):
+    """One kind of action distribution: what a policy's outputs are to it, how it draws, and in which metric it is held.
+
+    A new one is a class here and an entry in `DISTRIBUTIONS`.
+
+    Attributes:
+        family: its name, in buffers too.
+        kinds: the distributions of SB3 and sb3-contrib that are this.
+        space: the action space that it is for.
+        has_spread: whether a state-independent log standard deviation belongs to it.
+        takes_masks: whether actions can be invalid.
+    """
+
+    family: ClassVar[str]
+    kinds: ClassVar[tuple[type, ...]]
+    space: ClassVar[type[spaces.Space]]
+    has_spread: ClassVar[bool] = False
+    takes_masks: ClassVar[bool] = False
+
+    @abstractmethod
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """Outputs of each independent part of an action of this space."""
+
+    @abstractmethod
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """Draw one action a row of outputs (N, O), in the form that SB3 hands to `env.step`."""
+
+    def log_prob(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Tensor:
+        """Log-probability of an action a row, shape (N,), by the policy's own distribution."""
+        distribution: Any = policy.action_dist
+        return distribution.proba_distribution(action_logits=outputs).log_prob(actions)
+
+    @abstractmethod
+    def metric(
+        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
+    ) -> OutputMetric:  # fmt: skip
+        """The metric of KL(reference || policy) in the outputs.
+
+        Args:
+            sizes: as of `sizes`.
+            tempering: share of the uniform distribution mixed into the Hessian of softmax policies.
+            valid: valid actions of each state, (N, O) bool; None where all are.
+            log_std, reference_log_std: current and reference log standard deviations, (O,) or (N, O).
+            weights: weight of each state in a mean, with mean 1, (N,); None for ones.
+        """
+
+
+class Categories(ActionDistribution):
+    """One choice: Discrete actions."""
+
+    family = "categorical"
+    kinds: ClassVar[tuple[type, ...]] = (CategoricalDistribution, MaskableCategoricalDistribution)
+    space: ClassVar[type[spaces.Space]] = spaces.Discrete
+    takes_masks = True
+
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """One part."""
+        return (int(space.n),)
+
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """See `ActionDistribution`."""
+        return self._draw(policy, outputs, generator)[:, 0]
+
+    def metric(
+        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
+    ) -> OutputMetric:  # fmt: skip
+        """See `ActionDistribution`."""
+        return Categorical(sizes, tempering) if valid is None else MaskedCategorical(sizes, tempering, valid)
+
+    def _draw(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        parts = outputs.float().cpu().split(list(self.sizes(policy.action_space)), 1)
+        return torch.cat([torch.multinomial(part.softmax(1), 1, generator=generator) for part in parts], 1).numpy()
+
+
+class SeveralCategories(Categories):
+    """Several choices at once: MultiDiscrete actions."""
+
+    family = "multi_categorical"
+    kinds: ClassVar[tuple[type, ...]] = (MultiCategoricalDistribution, MaskableMultiCategoricalDistribution)
+    space: ClassVar[type[spaces.Space]] = spaces.MultiDiscrete
+
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """A part for each choice."""
+        return tuple(int(n) for n in space.nvec.flatten())
+
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """See `ActionDistribution`."""
+        return self._draw(policy, outputs, generator)
+
+
+class Bits(ActionDistribution):
+    """Independent bits: MultiBinary actions."""
+
+    family = "bernoulli"
+    kinds: ClassVar[tuple[type, ...]] = (BernoulliDistribution,)
+    space: ClassVar[type[spaces.Space]] = spaces.MultiBinary
+
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """A logit for each bit."""
+        return (1,) * int(np.prod(space.shape or ()))
+
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """See `ActionDistribution`."""
+        drawn = torch.bernoulli(outputs.float().cpu().sigmoid(), generator=generator).numpy()
+        return drawn.astype(policy.action_space.dtype)
+
+    def metric(
+        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
+    ) -> OutputMetric:  # fmt: skip
+        """See `ActionDistribution`."""
+        return Bernoulli(tempering)
+
+
+class DiagonalGaussian(ActionDistribution):
+    """A Gaussian with a state-independent standard deviation an entry: Box actions."""
+
+    family = "gaussian"
+    kinds: ClassVar[tuple[type, ...]] = (DiagGaussianDistribution,)
+    space: ClassVar[type[spaces.Space]] = spaces.Box
+    has_spread = True
+
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """A mean for each entry."""
+        return (1,) * int(np.prod(space.shape or ()))
+
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """See `ActionDistribution`."""
+        space: Any = policy.action_space
+        outputs = outputs.float().cpu()
+        noise = torch.randn(outputs.shape, generator=generator)
+        actions = (outputs + policy.log_std.detach().cpu().exp() * noise).numpy()  # type: ignore[operator]
+        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
+
+    def log_prob(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Tensor:
+        """See `ActionDistribution`."""
+        distribution: Any = policy.action_dist
+        return distribution.proba_distribution(outputs, policy.log_std).log_prob(actions)
+
+    def metric(
+        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
+    ) -> OutputMetric:  # fmt: skip
+        """See `ActionDistribution`."""
+        assert log_std is not None and reference_log_std is not None
+        if reference_log_std.ndim == 1 and weights is None:
+            return Gaussian(log_std, reference_log_std)
+        return StatewiseGaussian(log_std, reference_log_std, weights)
+
+
+#: The action distributions that can be protected, by family.
+DISTRIBUTIONS: dict[str, ActionDistribution] = {
+    kind.family: kind() for kind in (Categories, SeveralCategories, Bits, DiagonalGaussian)
 }
 
 #: Why a distribution of SB3 is refused, and what to do instead.
@@ -156,8 +294,8 @@ REFUSED: dict[type, str] = {
 }
 
 
-def action_family(policy: BasePolicy) -> str:
-    """Name of the action distribution: "categorical", "multi_categorical", "bernoulli" or "gaussian".
+def distribution_of(policy: BasePolicy) -> ActionDistribution:
+    """The action distribution of a policy.
 
     Raises:
         NsrlError: for a policy with memory, or a distribution whose outputs are not plain logits or a mean (gSDE,
@@ -170,42 +308,25 @@ def action_family(policy: BasePolicy) -> str:
             "for memory)"
         )
     kind = type(getattr(policy, "action_dist", None))
-    family = FAMILIES.get(kind)
-    if family is None:
-        why = REFUSED.get(kind, "it is none of the distributions that SB3's on-policy algorithms make")
-        raise NsrlError(f"policies with {kind.__name__} cannot be protected: {why}")
-    return family
+    for distribution in DISTRIBUTIONS.values():
+        if kind in distribution.kinds:
+            return distribution
+    why = REFUSED.get(kind, "it is none of the distributions that SB3's on-policy algorithms make")
+    raise NsrlError(f"policies with {kind.__name__} cannot be protected: {why}")
 
 
-def sample_actions(policy: ActorCriticPolicy, family: str, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-    """Draw one action a row from the policy's distribution, in the form that SB3 hands to `env.step`."""
-    space = policy.action_space
-    outputs = outputs.float().cpu()
-    if family == "gaussian":
-        assert isinstance(space, spaces.Box)
-        noise = torch.randn(outputs.shape, generator=generator)
-        actions = (outputs + policy.log_std.detach().cpu().exp() * noise).numpy()  # type: ignore[operator]
-        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
-    if family == "bernoulli":
-        return torch.bernoulli(outputs.sigmoid(), generator=generator).numpy().astype(space.dtype)
-    nvec = list(space.nvec) if isinstance(space, spaces.MultiDiscrete) else [outputs.shape[1]]
-    draws = [torch.multinomial(part.softmax(1), 1, generator=generator) for part in outputs.split(nvec, 1)]
-    actions = torch.cat(draws, 1).numpy()
-    return actions if isinstance(space, spaces.MultiDiscrete) else actions[:, 0]
+def distribution_for(space: spaces.Space | None) -> ActionDistribution | None:
+    """The action distribution that SB3 takes for an action space; None for a space without one."""
+    return next((found for found in DISTRIBUTIONS.values() if type(space) is found.space), None)
 
 
-SPACE_FAMILIES: dict[type[spaces.Space], str] = {
-    spaces.Discrete: "categorical",
-    spaces.MultiDiscrete: "multi_categorical",
-    spaces.MultiBinary: "bernoulli",
-    spaces.Box: "gaussian",
-}
+def described_distribution(model: OnPolicyAlgorithm) -> dict[str, Any]:
+    """What makes a distribution of a model's outputs: the fields `family`, `log_std` and `nvec` of a buffer."""
+    policy, distribution = model.policy, distribution_of(model.policy)
+    spread = policy.log_std.detach().cpu().numpy().astype(np.float32) if distribution.has_spread else None
+    return {"family": distribution.family, "log_std": spread, "nvec": choices_of(model.action_space)}
 
 
-def outputs_of(space: spaces.Space) -> int:
-    """How many logits or means actions of a space take."""
-    if isinstance(space, spaces.Discrete):
-        return int(space.n)
-    if isinstance(space, spaces.MultiDiscrete):
-        return int(space.nvec.sum())
-    return int(np.prod(space.shape or ()))
+def choices_of(space: spaces.Space) -> tuple[int, ...] | None:
+    """How many choices each of several actions has; None where there are not several."""
+    return tuple(int(n) for n in space.nvec) if isinstance(space, spaces.MultiDiscrete) else None

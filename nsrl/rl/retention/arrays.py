@@ -14,7 +14,14 @@ from nsrl.rl.agents.agent import Agent, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import describe_space
 from nsrl.rl.playing.rollout import evaluation_mode
-from nsrl.rl.policies.distributions import INVALID, SPACE_FAMILIES, distribution, is_maskable, outputs_of
+from nsrl.rl.policies.distributions import (
+    DISTRIBUTIONS,
+    INVALID,
+    choices_of,
+    described_distribution,
+    distribution_for,
+    is_maskable,
+)
 from nsrl.rl.policies.observations import Observations, map_arrays, reference_outputs
 from nsrl.rl.retention.collection import circumstances, identity, split
 from nsrl.rl.retention.states import RetainedStates
@@ -68,7 +75,7 @@ def from_arrays(
     else:
         fields = _recorded(observations, outputs, action_space, observation_space, log_std, normalizer)
     if action_masks is not None:
-        if "categorical" not in fields["family"]:
+        if not DISTRIBUTIONS[fields["family"]].takes_masks:
             raise NsrlError("action_masks are for Discrete and MultiDiscrete actions only; leave them out")
         fields["outputs"] = _masked(fields["outputs"], action_masks)
     n = len(fields["outputs"])
@@ -106,7 +113,7 @@ def labelled(
     return {
         "observations": observations,
         "outputs": outputs,
-        **distribution(model),
+        **described_distribution(model),
         "normalizer": normalizer,
         "provenance": identity(model, source),
     }
@@ -121,7 +128,8 @@ def _recorded(
     normalizer: ObservationNormalizer | None,
 ) -> dict[str, Any]:
     """Fields of a buffer with given outputs."""
-    if action_space is None or type(action_space) not in SPACE_FAMILIES:
+    distribution = distribution_for(action_space)
+    if action_space is None or distribution is None:
         raise NsrlError(
             f"action_space is {action_space}, but must say what the outputs are for: a Discrete, MultiDiscrete, "
             "MultiBinary or Box space"
@@ -129,7 +137,7 @@ def _recorded(
     outputs = np.asarray(outputs, dtype=np.float32)
     observation_space = observation_space or _box_space(observations)
     _check_shapes(observations, observation_space)
-    width = outputs_of(action_space)
+    width = sum(distribution.sizes(action_space))
     if outputs.ndim != 2 or outputs.shape[1] != width:
         raise NsrlError(f"outputs has shape {outputs.shape}, but {action_space} needs (N, {width})")
     if normalizer is not None:
@@ -138,9 +146,9 @@ def _recorded(
     return {
         "observations": observations,
         "outputs": outputs,
-        "family": SPACE_FAMILIES[type(action_space)],
+        "family": distribution.family,
         "log_std": None if log_std is None else np.asarray(log_std, dtype=np.float32),
-        "nvec": tuple(int(n) for n in action_space.nvec) if isinstance(action_space, spaces.MultiDiscrete) else None,
+        "nvec": choices_of(action_space),
         "normalizer": normalizer,
         "provenance": {**{key: describe_space(space) for key, space in described.items()}, **circumstances()},
     }

@@ -31,7 +31,7 @@ from nsrl.rl.playing.rollout import (
     raw_observations,
     roll_out,
 )
-from nsrl.rl.policies.distributions import INVALID, action_family, distribution
+from nsrl.rl.policies.distributions import INVALID, described_distribution
 from nsrl.rl.policies.observations import map_arrays, reference_outputs
 
 SELECTIONS = ("expert", "advantage")
@@ -104,14 +104,14 @@ def collect(
     vec_env = as_vec_env(given, config.n_envs)
     try:
         model, trained, source = resolve_agent(agent, trust, vec_env)
-        policy, family = model.policy, action_family(model.policy)
+        policy: Any = model.policy
         normalizer = frozen_normalizer(trained, vec_env)
         scaling = unwrap_vec_normalize(vec_env) or model.get_vec_normalize_env()
         unit = reward_unit(config.reward_scale, scaling, normalizer)
         rng = np.random.default_rng(config.seed)
         with own_randomness(config.seed), evaluation_mode(policy):
             with raw_observations(vec_env), masked_by(vec_env, policy) as masks:
-                rollout = roll_out(policy, family, vec_env, config.n_transitions(), config.seed, normalizer, progress)
+                rollout = roll_out(policy, vec_env, config.n_transitions(), config.seed, normalizer, progress)
             candidates, scale = np.arange(rollout.rewards.size), None
             if config.select == "advantage":
                 advantage, scale = advantages(policy, rollout, normalizer, model.gamma, model.gae_lambda, *unit)
@@ -132,7 +132,7 @@ def collect(
     return {
         "observations": observations,
         "outputs": outputs,
-        **distribution(model),
+        **described_distribution(model),
         "heldout": split(config.n_states, config.heldout, rng),
         "normalizer": normalizer,
         "provenance": provenance(model, source, env_id, config, rollout, scale),

@@ -21,7 +21,7 @@ from nsrl.projection.jacobians.blocks import DenseBlock
 from nsrl.projection.jacobians.factored import FactoredJacobian, Jacobian, StackedJacobian
 from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian, Products
-from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
+from nsrl.projection.metrics import Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.rl.policies.actor_critic import (
     Head,
@@ -33,9 +33,7 @@ from nsrl.rl.policies.actor_critic import (
     select,
 )
 from nsrl.rl.policies.distributions import (
-    MaskedCategorical,
-    StatewiseGaussian,
-    action_family,
+    distribution_of,
     is_maskable,
     valid_actions,
 )
@@ -91,10 +89,11 @@ class RetentionConstraint:
         self.buffer = buffer
         self.preserve = preserve
         self.tempering = tempering
-        self.family = action_family(policy)
-        if self.family != buffer.family:
+        self.distribution = distribution_of(policy)
+        family = self.distribution.family
+        if family != buffer.family:
             raise NsrlError(
-                f"the buffer holds {buffer.family} outputs but the policy's action distribution is {self.family}; "
+                f"the buffer holds {buffer.family} outputs but the policy's action distribution is {family}; "
                 "collect the buffer from an agent with the same action space"
             )
         device = policy.device
@@ -121,7 +120,7 @@ class RetentionConstraint:
     @property
     def protects_log_std(self) -> bool:
         """Whether the state-independent standard deviation is part of the constraint, and moves."""
-        return self.family == "gaussian" and self.preserve == "distribution" and self.policy.log_std.requires_grad
+        return self.distribution.has_spread and self.preserve == "distribution" and self.policy.log_std.requires_grad
 
     @property
     def metric(self) -> OutputMetric:
@@ -130,21 +129,14 @@ class RetentionConstraint:
 
     def _metric_on(self, indices: Tensor | None, weights: Tensor | None) -> OutputMetric:
         """The output metric on some states (None: all) of these weights."""
-        if self.family == "gaussian":
-            spread = self._reference_log_std
-            assert spread is not None
-            if spread.ndim == 2 and indices is not None:
-                spread = spread[indices]
-            current = self.policy.log_std if self.preserve == "distribution" else spread
-            if spread.ndim == 1 and weights is None:
-                return Gaussian(current, spread)
-            return StatewiseGaussian(current, spread, weights)
-        if self.family == "bernoulli":
-            return Bernoulli(self.tempering)
+        spread, valid = self._reference_log_std, self._valid
+        if indices is not None:
+            spread = spread[indices] if spread is not None and spread.ndim == 2 else spread
+            valid = None if valid is None else valid[indices]
+        current = self.policy.log_std if spread is not None and self.preserve == "distribution" else spread
         sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
-        if self._valid is None:
-            return Categorical(sizes, self.tempering)
-        return MaskedCategorical(sizes, self.tempering, self._valid if indices is None else self._valid[indices])
+        return self.distribution.metric(sizes, self.tempering, valid=valid, log_std=current, reference_log_std=spread,
+                                        weights=weights)  # fmt: skip
 
     @torch.no_grad()
     def measure(self) -> Measurement:

@@ -17,7 +17,7 @@ from nsrl.files import write_npz
 from nsrl.reading.limits import shown
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.policies.actor_critic import Observation
-from nsrl.rl.policies.distributions import FAMILIES
+from nsrl.rl.policies.distributions import DISTRIBUTIONS
 from nsrl.rl.policies.observations import Observations, map_arrays, policy_inputs
 
 #: Buffers that one may be merged from, and characters of a name in its provenance; a merged one's joins theirs.
@@ -34,7 +34,7 @@ class RetainedStates:
     Attributes:
         observations: raw (unnormalised) observations, (N, ...), or a dict of such arrays.
         outputs: reference logits or means on the normalised observations, (N, O) float32.
-        family: "categorical", "multi_categorical", "bernoulli" or "gaussian" (`policies.action_family`).
+        family: "categorical", "multi_categorical", "bernoulli" or "gaussian" (`distributions.DISTRIBUTIONS`).
         log_std: reference log standard deviations, (O,) float32, or one row a source, (S, O); Gaussian only, else None.
         nvec: number of choices of each action, summing to O; multi-categorical only, else None.
         heldout: states kept out of training, on which generalisation is measured, (N,) bool; default none.
@@ -219,8 +219,8 @@ def check_content(buffer: RetainedStates) -> None:
         if "\0" in key:
             raise NsrlError(f"observations has the key {key!r}, whose NUL the names in a file cannot hold; rename it")
         check_array(f"observations[{key!r}]" if key else "observations", array, None, (n, ...))
-    if buffer.family not in FAMILIES.values():
-        raise NsrlError(f"family is {buffer.family!r}, but must be one of {', '.join(FAMILIES.values())}")
+    if buffer.family not in tuple(DISTRIBUTIONS):
+        raise NsrlError(f"family is {buffer.family!r}, but must be one of {', '.join(DISTRIBUTIONS)}")
     check_array("source", buffer.source, np.int64, (n,))
     origins = buffer.provenance.get("sources", [])
     if not isinstance(origins, list) or not all(isinstance(origin, dict) for origin in origins):

@@ -411,7 +411,7 @@ def test_discrete_observations(space):
 
 def rolled_out(model, env, n_transitions=60):
     with evaluation_mode(model.policy), raw_observations(env):
-        return roll_out(model.policy, "categorical", env, n_transitions, seed=0)
+        return roll_out(model.policy, env, n_transitions, seed=0)
 
 
 def sb3_advantages(model, rollout, scale):
@@ -470,7 +470,7 @@ def test_rewards_are_scaled_by_the_frozen_statistics(normalized):
     model.policy.value_net.bias.data.fill_(-3.0)  # it expects V(s) - gamma V(s') = -3 (1 - 0.9) of every reward
     fitted = RetentionBuffer.collect(model, env, n_states=20, select="advantage")
     with raw_observations(env):
-        rewards = roll_out(model.policy, "gaussian", env, 80, 0, fitted.normalizer).rewards
+        rewards = roll_out(model.policy, env, 80, 0, fitted.normalizer).rewards
     assert fitted.provenance["reward_scale"] == pytest.approx(-0.3 * rewards.sum() / (rewards**2).sum(), rel=1e-4)
     told = RetentionBuffer.collect(model, env, n_states=20, select="advantage", reward_scale=0.5)
     assert told.provenance["reward_scale"] == 0.5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -172,3 +173,24 @@ def test_the_walk_sees_deferred_imports_and_those_for_types_only(tmp_path: Path)
 def test_the_floors_are_told_apart() -> None:
     order = [floor_of(name, HOUSE) for name in ("nsrl.cli.main", "nsrl.bench.demo", "nsrl.runs.tasks", "nsrl.errors")]
     assert all(above < below for above, below in pairwise(order))
+
+
+#: Rooms whose README lies one level up.
+INSIDE = ("sequences", "suites", "studies", "speed", "gallery", "strategies", "benchmarks", "path")
+
+
+@pytest.mark.parametrize("package", sorted(n for n in modules() if is_face(n) and "." in n))
+def test_a_room_says_in_a_page_what_lives_in_it(package: str) -> None:
+    folder = modules()[package].parent
+    if folder.name in INSIDE:
+        folder = folder.parent
+    page = folder / "README.md"
+    assert page.is_file(), f"{package} has no README.md"
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    named = set(re.findall(r"`([\w/]+\.py|[\w/]+/)`", text))
+    missing = {name for name in named if not (folder / name).exists() and not (ROOT / name).exists()}
+    assert not missing, f"{page} names {missing}, which are not there"
+    if package.startswith(("nsrl.rl", "nsrl.projection", "nsrl.runs")) and folder == modules()[package].parent:
+        files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+        assert not {stem for stem in files if f"{stem}" not in text}, "a file that its room's page does not name"

@@ -12,7 +12,6 @@ from nsrl.files import read_lines, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
-from nsrl.rl.algorithms.mixin import RETENTION_FIELDS
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.playing.evaluation import evaluate
@@ -105,11 +104,11 @@ def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, n
     if agent.normalizer is not None:
         gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
         envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
-    retention = {key: getattr(config.retention, key) for key in RETENTION_FIELDS}
+    retention = replace(config.retention, seed=config.seed)
     algorithm = NullSpacePPO if config.algorithm == "ppo" else NullSpaceTRPO
     return algorithm.from_pretrained(
-        agent, envs, retain=buffer, method=config.method, penalty=config.penalty, trust_buffer=config.trust_buffer,
-        seed=config.seed, **retention, **overrides,
+        agent, envs, retain=buffer, config=retention, method=config.method, penalty=config.penalty,
+        trust_buffer=config.trust_buffer, seed=config.seed, **overrides,
     )  # fmt: skip
 
 

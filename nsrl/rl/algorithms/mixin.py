@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -96,6 +96,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         retain: RetentionBuffer | None = None,
         kl_budget: float = 0.01,
         *,
+        config: RetentionConfig | None = None,
         method: str = "null_space",
         penalty: float = 1.0,
         tensorboard_log: str | None = None,
@@ -120,6 +121,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 reward statistics.
             retain: buffer of old-task states; None fine-tunes plainly.
             kl_budget: nats per state.
+            config: all retention settings at once; or give `kl_budget` and single fields of `RetentionConfig`.
             method: "null_space", or a baseline through the same loop: "kl_penalty" (coefficient `penalty`) or
                 "finetune" (the KL is only measured).
             penalty: coefficient of the KL penalty.
@@ -127,7 +129,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             trust_buffer: accept a buffer that was made with another policy.
             normalize: wrap `env` as above when the agent has statistics.
             n_envs: copies of the environment, when `env` is an id.
-            seed: of the fine-tuning run, and of the draws from the buffer.
+            seed: of the fine-tuning run, and of the draws from the buffer where `config` does not say theirs.
             options: fields of `RetentionConfig` and keyword arguments of the algorithm, which override the agent's.
 
         Raises:
@@ -136,7 +138,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """
         retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
         _check_options(cls, options)
-        config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
+        if config is None:
+            config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
+        elif retention:
+            config = replace(config, **retention)
         source = load(agent, trust=trust, device=device)
         if is_maskable(source.model.policy):
             raise NsrlError(

@@ -40,7 +40,8 @@ def test_no_test_imports_another_test() -> None:
 def test_no_test_sleeps_or_measures_the_time_that_it_takes() -> None:
     found = [(file, ast.unparse(call)) for file, tree in TREES.items() for call in calls(tree, "sleep")
              if not (isinstance(call.args[0], ast.Constant) and call.args[0].value <= LONGEST)]  # fmt: skip
-    found += [(file, ast.unparse(call)) for file, tree in TREES.items()
+    # the hostile files' worker reports what a file cost in a table; no test asserts it
+    found += [(file, ast.unparse(call)) for file, tree in TREES.items() if file != "reading/hostile/worker.py"
               for call in calls(tree, "perf_counter", "monotonic", "process_time")]  # fmt: skip
     # pytest-timeout ends what hangs
     found += [(file, ast.unparse(call)) for file, tree in TREES.items() for call in calls(tree, "run", "communicate")

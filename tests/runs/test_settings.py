@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonargparse import get_loader
 
@@ -184,14 +184,18 @@ PLAIN = st.recursive(
 
 
 @settings(max_examples=200)
+@example("0:")
 @given(PLAIN | st.text("abe01. -+{},:[]'_", max_size=12))
 def test_values_are_read_as_jsonargparse_reads_them(value):
     text = value if isinstance(value, str) else yaml.safe_dump(value)
     theirs = ours = None
-    with suppress(yaml.YAMLError, ValueError):
-        theirs = get_loader("yaml")(text)
     with suppress(NsrlError):
         ours = load_value(text)
+    with suppress(yaml.YAMLError, ValueError):
+        try:
+            theirs = get_loader("yaml")(text)
+        except TypeError:  # PyYAML's own, on half a sexagesimal number: nothing to compare with
+            return
     # ours refuses more: keys that are there twice or no text, and numbers of more than 64 bits
     assert ours == theirs or ours is None
 

@@ -34,6 +34,7 @@ test-cpus: $(INSTALLED)  ## run the numerical tests as on other processors
 
 lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 
 clean:  ## remove caches and build output; keeps .venv and runs

@@ -19,8 +19,14 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 #: Rooms whose tests compute; the others test files, words and processes.
-NUMERICAL = ("tests/projection", "tests/ntk", "tests/rl", "tests/continual", "tests/bench/speed/test_speed.py",
-             "tests/bench/suites/test_statistics.py")  # fmt: skip
+NUMERICAL = (
+    "tests/projection",
+    "tests/ntk",
+    "tests/rl",
+    "tests/continual",
+    "tests/bench/speed/test_speed.py",
+    "tests/bench/suites/test_statistics.py",
+)
 #: Threads that wait for one another without spinning: the processes of pytest share the cores.
 TWO = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 #: Torch's own kernels, MKL's (matrices of torch; the first two variables only reach it on Intel's processors), oneDNN's
@@ -34,15 +40,21 @@ SETTINGS: dict[str, dict[str, str]] = {
     "torch AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "torch default": {"ATEN_CPU_CAPABILITY": "default"},
     "all AVX2": {
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
         "OPENBLAS_CORETYPE": "Haswell",
     },
     "all oldest, 2 threads": {
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem", **TWO,
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        **TWO,
     },
     "sums reversed": {"PYTEST_PLUGINS": "tests.reversed_sums"},
-}  # fmt: skip
+}
 #: What the settings set, and what a run must therefore not inherit.
 VARIABLES = {name for setting in SETTINGS.values() for name in setting}
 

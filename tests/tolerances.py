@@ -46,8 +46,15 @@ def relative(dtype: torch.dtype, terms: int = 1, condition: float = 1.0) -> floa
     return SAFETY * math.sqrt(terms) * unit(dtype) * condition
 
 
-def assert_near(actual: Tensor, expected: Tensor, *, terms: int = 1, condition: float = 1.0,
-                dtype: torch.dtype | None = None, scale: float | None = None) -> None:  # fmt: skip
+def assert_near(
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    terms: int = 1,
+    condition: float = 1.0,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+) -> None:
     """Equal up to rounding.
 
     Args:

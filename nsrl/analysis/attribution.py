@@ -68,8 +68,15 @@ class ForgettingAttribution(BaseCallback):
         updates: one `Forgetting` an update.
     """
 
-    def __init__(self, buffer: RetentionBuffer, states: int | list[int] = 16, *, rule: str = "midpoint",
-                 memory: int = 1, keep: int = 100):  # fmt: skip
+    def __init__(
+        self,
+        buffer: RetentionBuffer,
+        states: int | list[int] = 16,
+        *,
+        rule: str = "midpoint",
+        memory: int = 1,
+        keep: int = 100,
+    ):
         super().__init__()
         self.indices = spaced(states, len(buffer)) if isinstance(states, int) else list(states)
         if keep < 1 or any(not 0 <= index < len(buffer) for index in self.indices):
@@ -89,10 +96,17 @@ class ForgettingAttribution(BaseCallback):
         rollout = self.model.rollout_buffer  # type: ignore[attr-defined]
         self._constraint = constraint
         self._recorder = PathRecorder(
-            policy, policy.optimizer, constraint.inputs, rule=self.rule, forward=forward, parameters=names,
-            samples=rollout.buffer_size * rollout.n_envs, weightings={"kl": tracin}, memory=self.memory,
+            policy,
+            policy.optimizer,
+            constraint.inputs,
+            rule=self.rule,
+            forward=forward,
+            parameters=names,
+            samples=rollout.buffer_size * rollout.n_envs,
+            weightings={"kl": tracin},
+            memory=self.memory,
             query_slope=lambda outputs: constraint.metric.slope(constraint.reference, outputs),
-        )  # fmt: skip
+        )
         self._watch = BatchWatch(self.model, self._recorder.add_batch)  # type: ignore[arg-type]
 
     def _on_rollout_end(self) -> None:
@@ -144,7 +158,10 @@ def select_states(buffer: RetentionBuffer, indices: list[int]) -> RetentionBuffe
     """A buffer of some of a buffer's states, all of them for training and of equal weight."""
     chosen = np.asarray(indices)
     return replace(
-        buffer, observations=map_arrays(lambda array: array[chosen], buffer.observations),
-        outputs=buffer.outputs[chosen], heldout=np.zeros(len(chosen), dtype=bool),
-        weights=np.ones(len(chosen), dtype=np.float32), source=buffer.source[chosen],
-    )  # fmt: skip
+        buffer,
+        observations=map_arrays(lambda array: array[chosen], buffer.observations),
+        outputs=buffer.outputs[chosen],
+        heldout=np.zeros(len(chosen), dtype=bool),
+        weights=np.ones(len(chosen), dtype=np.float32),
+        source=buffer.source[chosen],
+    )

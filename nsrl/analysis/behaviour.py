@@ -74,9 +74,13 @@ def some_states(constraint: RetentionConstraint, states: int | None) -> Tensor:
 
 
 def retained_behaviour(
-    agent: Any, buffer: RetentionBuffer | None = None, *, states: int | None = 256, preserve: str = "distribution",
+    agent: Any,
+    buffer: RetentionBuffer | None = None,
+    *,
+    states: int | None = 256,
+    preserve: str = "distribution",
     trust_buffer: bool = False,
-) -> BehaviourSpectrum:  # fmt: skip
+) -> BehaviourSpectrum:
     """Spectrum of what a buffer retains of an agent's behaviour.
 
     Args:

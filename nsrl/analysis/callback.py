@@ -37,8 +37,9 @@ class KernelCallback(BaseCallback):
         history: (timesteps, `KernelState`) of every measurement.
     """
 
-    def __init__(self, buffer: RetentionBuffer, *, states: int = 64, every: int = 1, kappa: bool = True,
-                 damping: float = 1e-3):  # fmt: skip
+    def __init__(
+        self, buffer: RetentionBuffer, *, states: int = 64, every: int = 1, kappa: bool = True, damping: float = 1e-3
+    ):
         super().__init__()
         if every < 1:
             raise NsrlError(f"every must be at least 1 rollout, not {every}")
@@ -54,8 +55,9 @@ class KernelCallback(BaseCallback):
         constraint = RetentionConstraint(policy, self.buffer)
         targets = constraint.reference if self.kappa else None
         names = tuple(name for name in constraint.names if name != "log_std")
-        self._monitor = KernelMonitor(policy, constraint.inputs, targets=targets, damping=self.damping,
-                                      forward=forward, parameters=names)  # fmt: skip
+        self._monitor = KernelMonitor(
+            policy, constraint.inputs, targets=targets, damping=self.damping, forward=forward, parameters=names
+        )
 
     def _on_rollout_start(self) -> None:
         if self._rollouts % self.every == 0:

@@ -48,10 +48,18 @@ class Forecast:
 
 
 def forecast(
-    constraint: RetentionConstraint, transitions: Transitions | Sequence[Transitions], *, learning_rate: float,
-    updates: int, rollouts: int = 1, batch_size: int = 64, optimizer: str = "adam", kl_budget: float | None = None,
-    states: int | None = 128, seed: int = 0,
-) -> Forecast:  # fmt: skip
+    constraint: RetentionConstraint,
+    transitions: Transitions | Sequence[Transitions],
+    *,
+    learning_rate: float,
+    updates: int,
+    rollouts: int = 1,
+    batch_size: int = 64,
+    optimizer: str = "adam",
+    kl_budget: float | None = None,
+    states: int | None = 128,
+    seed: int = 0,
+) -> Forecast:
     """Forecast the forgetting by one policy update, or by several, from the policy before it.
 
     The old policy's whitened Jacobian meets the per-transition policy gradients of the new task; Adam divides by the
@@ -99,9 +107,15 @@ def forecast(
     kept = None if kl_budget is None else projector.project(updates * rollouts * move, kl_budget).kept
     alignment = float(effects.mean(0).norm()) / max(largest * float(move.norm()), 1e-300)
     return Forecast(
-        kl_drift + kl_noise, kl_drift, kl_noise, 0.5 * float(alone.square().sum(1).mean()),
-        updates * (rollouts**2 * way + rollouts * wander) ** 0.5, alignment, surviving, kept,
-    )  # fmt: skip
+        kl_drift + kl_noise,
+        kl_drift,
+        kl_noise,
+        0.5 * float(alone.square().sum(1).mean()),
+        updates * (rollouts**2 * way + rollouts * wander) ** 0.5,
+        alignment,
+        surviving,
+        kept,
+    )
 
 
 def _check(

@@ -59,8 +59,10 @@ def rank_agreement(
     kinds = np.unique(np.asarray(groups), return_inverse=True)[1]
     members = [np.flatnonzero(np.asarray(clusters) == name) for name in dict.fromkeys(clusters)]
     random = np.random.default_rng(seed)
-    draws = [np.concatenate([members[i] for i in random.integers(len(members), size=len(members))])
-             for _ in range(RESAMPLES if len(members) >= FEWEST else 0)]  # fmt: skip
+    draws = [
+        np.concatenate([members[i] for i in random.integers(len(members), size=len(members))])
+        for _ in range(RESAMPLES if len(members) >= FEWEST else 0)
+    ]
 
     def overall(chosen: np.ndarray) -> float:
         return _spearman(x[chosen], y[chosen], np.zeros(len(chosen), dtype=int))
@@ -70,9 +72,11 @@ def rank_agreement(
 
     everyone = np.arange(len(x))
     return RankAgreement(
-        _defined(overall(everyone)), _interval([overall(draw) for draw in draws]),
-        _defined(partial(everyone)), _interval([partial(draw) for draw in draws]),
-    )  # fmt: skip
+        _defined(overall(everyone)),
+        _interval([overall(draw) for draw in draws]),
+        _defined(partial(everyone)),
+        _interval([partial(draw) for draw in draws]),
+    )
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float:

@@ -80,8 +80,18 @@ class ForecastStudy:
 def pretrained_cartpole(steps: int = 40_000, seed: int = 0) -> PPO:
     """An agent that knows `OLD_TASK`: a quarter of a minute's training at 40,000 steps."""
     envs = make_vec_env(OLD_TASK, 8, seed=seed)
-    return PPO("MlpPolicy", envs, n_steps=64, batch_size=256, n_epochs=10, learning_rate=1e-3, gamma=0.98,
-               gae_lambda=0.95, seed=seed, device="cpu").learn(steps)  # fmt: skip
+    return PPO(
+        "MlpPolicy",
+        envs,
+        n_steps=64,
+        batch_size=256,
+        n_epochs=10,
+        learning_rate=1e-3,
+        gamma=0.98,
+        gae_lambda=0.95,
+        seed=seed,
+        device="cpu",
+    ).learn(steps)
 
 
 def cartpole_variant(name: str, n_envs: int, seed: int) -> VecEnv:
@@ -129,11 +139,21 @@ def planned_runs(
 
 
 def forecast_study(
-    agent: Any, buffer: RetentionBuffer, out: str | Path, *, tasks: Sequence[str] = tuple(CARTPOLES),
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3), timesteps: Sequence[int] = (4096,),
-    seeds: Sequence[int] = (2, 3), n_envs: int = 4, n_steps: int = 128, batch_size: int = 64, n_epochs: int = 5,
-    again: bool = False, on_run: Callable[[int, int], Any] | None = None,
-) -> ForecastStudy:  # fmt: skip
+    agent: Any,
+    buffer: RetentionBuffer,
+    out: str | Path,
+    *,
+    tasks: Sequence[str] = tuple(CARTPOLES),
+    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
+    timesteps: Sequence[int] = (4096,),
+    seeds: Sequence[int] = (2, 3),
+    n_envs: int = 4,
+    n_steps: int = 128,
+    batch_size: int = 64,
+    n_epochs: int = 5,
+    again: bool = False,
+    on_run: Callable[[int, int], Any] | None = None,
+) -> ForecastStudy:
     """Forecast, then fine-tune plainly (no constraint), for every combination; writes `out` as JSON after every run.
 
     Both forecasts are made before what they are of: that of the first update behind its rollout, that of the run before
@@ -169,8 +189,15 @@ def forecast_study(
     wanted = set(plan)
     study = _summarise([row for row in rows if _key(row) in wanted])
     others = [row for row in rows if _key(row) not in wanted]
-    _write(out, {"settings": settings, **asdict(study), "rows": [*study.rows, *others],
-                 "seconds": round(sum(row["seconds"] for row in study.rows), 1)})  # fmt: skip
+    _write(
+        out,
+        {
+            "settings": settings,
+            **asdict(study),
+            "rows": [*study.rows, *others],
+            "seconds": round(sum(row["seconds"] for row in study.rows), 1),
+        },
+    )
     return study
 
 
@@ -202,12 +229,14 @@ class _FirstUpdate(BaseCallback):
         return self.model.retention.constraint  # type: ignore[attr-defined]
 
 
-def _run(agent: Any, buffer: RetentionBuffer, task: str, rate: float, steps: int, seed: int, n_envs: int,
-         ppo: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def _run(
+    agent: Any, buffer: RetentionBuffer, task: str, rate: float, steps: int, seed: int, n_envs: int, ppo: dict[str, Any]
+) -> dict[str, Any]:
     def build(run_seed: int) -> NullSpacePPO:
         env = cartpole_variant(task, n_envs, run_seed)
-        return NullSpacePPO.from_pretrained(agent, env, retain=buffer, method="finetune", learning_rate=rate,
-                                            seed=run_seed, clip_range=0.2, **ppo)  # fmt: skip
+        return NullSpacePPO.from_pretrained(
+            agent, env, retain=buffer, method="finetune", learning_rate=rate, seed=run_seed, clip_range=0.2, **ppo
+        )
 
     start = perf_counter()
     rollouts = -(-steps // (ppo["n_steps"] * n_envs))
@@ -222,14 +251,29 @@ def _run(agent: Any, buffer: RetentionBuffer, task: str, rate: float, steps: int
     assert model.retention is not None and first.said is not None
     measured = model.retention.constraint.measure()
     return {
-        "task": task, "learning_rate": rate, "timesteps": steps, "seed": seed, "updates": updates, "rollouts": rollouts,
-        "first_update": {"forecast_kl": first.said.kl, "displacement": first.said.displacement,
-                         "alignment": first.said.alignment, "measured_kl": first.measured},
-        "whole_run": {"forecast_kl": said.kl, "forecast_drift": said.kl_drift, "displacement": said.displacement,
-                      "alignment": said.alignment, "surviving": said.surviving, "measured_kl": measured.kl_mean,
-                      "agreement": measured.agreement},
+        "task": task,
+        "learning_rate": rate,
+        "timesteps": steps,
+        "seed": seed,
+        "updates": updates,
+        "rollouts": rollouts,
+        "first_update": {
+            "forecast_kl": first.said.kl,
+            "displacement": first.said.displacement,
+            "alignment": first.said.alignment,
+            "measured_kl": first.measured,
+        },
+        "whole_run": {
+            "forecast_kl": said.kl,
+            "forecast_drift": said.kl_drift,
+            "displacement": said.displacement,
+            "alignment": said.alignment,
+            "surviving": said.surviving,
+            "measured_kl": measured.kl_mean,
+            "agreement": measured.agreement,
+        },
         "seconds": round(perf_counter() - start, 2),
-    }  # fmt: skip
+    }
 
 
 def _summarise(rows: list[dict[str, Any]]) -> ForecastStudy:
@@ -243,8 +287,10 @@ def _compare(rows: list[dict[str, Any]], horizon: str) -> Comparison:
     groups = [f"learning rate {row['learning_rate']:g}, {row['timesteps']} steps" for row in rows]
     tasks = [row["task"] for row in rows]
     steps = [row["updates"] * (row["rollouts"] if horizon == "whole_run" else 1) for row in rows]
-    rivals = {"learning rate x steps": [row["learning_rate"] * count for row, count in zip(rows, steps, strict=True)],
-              "way in parameter space": ways}  # fmt: skip
+    rivals = {
+        "learning rate x steps": [row["learning_rate"] * count for row, count in zip(rows, steps, strict=True)],
+        "way in parameter space": ways,
+    }
     within: dict[str, float | None] = {}
     for name in dict.fromkeys(groups):
         members = [index for index, group in enumerate(groups) if group == name]
@@ -253,8 +299,9 @@ def _compare(rows: list[dict[str, Any]], horizon: str) -> Comparison:
             within[name] = rank_agreement(*pair, groups=[name] * len(members), clusters=[name] * len(members)).spearman
     return Comparison(
         rank_agreement(said, measured, groups, tasks),
-        {name: rank_agreement(rival, measured, groups, tasks) for name, rival in rivals.items()}, within,
-    )  # fmt: skip
+        {name: rank_agreement(rival, measured, groups, tasks) for name, rival in rivals.items()},
+        within,
+    )
 
 
 def _key(row: dict[str, Any]) -> Run:

@@ -36,8 +36,9 @@ class Transitions:
 
     def jacobian(self, policy: ActorCriticPolicy, names: tuple[str, ...]) -> FactoredJacobian:
         """One row a transition, its share of the policy gradient: `rmatvec(ones)` is the gradient, (P,)."""
-        return jacobian(policy, self.observations, forward=forward, parameters=names,
-                        seed=lambda _: self.cotangents.unsqueeze(1))  # fmt: skip
+        return jacobian(
+            policy, self.observations, forward=forward, parameters=names, seed=lambda _: self.cotangents.unsqueeze(1)
+        )
 
 
 def collect_transitions(model: OnPolicyAlgorithm) -> Transitions:

@@ -158,9 +158,12 @@ def trpo(options: Options, console: Console) -> Results:
     use_one_thread()
     updates = [measure_trpo(case.env) for case in CASES]
     content = {
-        "updates": updates, "returns": summarise_returns(runs), "runs": runs,
-        "cases": {case.env: dict(case.settings) for case in CASES}, "environment": describe_environment(),
-    }  # fmt: skip
+        "updates": updates,
+        "returns": summarise_returns(runs),
+        "runs": runs,
+        "cases": {case.env: dict(case.settings) for case in CASES},
+        "environment": describe_environment(),
+    }
     results = options.reference / "trpo.json"
     write_json(results, content)
     return Results(trpo_tables(content), (("results", results),))
@@ -190,9 +193,11 @@ def overhead(options: Options, console: Console) -> Results:
         )
         console.say(f"{name}: stock PPO and NullSpacePPO in turn, three times each")
         found[name] = measure_overhead(
-            config, jobs[0].folder, steps=steps,
+            config,
+            jobs[0].folder,
+            steps=steps,
             on_run=lambda method, seconds: console.say(f"  {method:<10} {seconds:7.1f} s"),
-        )  # fmt: skip
+        )
         console.say(f"  ratio of medians {found[name]['ratio']:.3f}")
         found[name]["memory"] = measure_memory(options.configs / f"{name}.yaml", jobs[0].folder, 20_000)
         console.say(f"  constraint's peak memory {found[name]['memory']['constraint_mb']:.1f} MB")
@@ -216,9 +221,12 @@ def speed(options: Options, console: Console) -> Results:
     # The committed numbers are not overwritten by those of small sizes.
     reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
     content = measure_speed(
-        out, Settings(options.quick, threads), only=options.only, again=options.again,
+        out,
+        Settings(options.quick, threads),
+        only=options.only,
+        again=options.again,
         on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
-    )  # fmt: skip
+    )
     files: list[tuple[str, object]] = [("results", reference / "speed.json")]
     write_json(reference / "speed.json", content)
     if "scaling" in content:

@@ -37,8 +37,9 @@ stopped. The gathered results go to --reference as NAME.json and NAME.png.
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(prog="nsrl bench", description=ABOUT, exit_on_error=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="nsrl bench", description=ABOUT, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed or continual"
     )
@@ -56,8 +57,16 @@ def run(arguments: Sequence[str]) -> int:
     except argparse.ArgumentError as error:
         raise NsrlError(f"nsrl bench: {error}") from error
     only = tuple(options.only.split(",")) if options.only else ()
-    chosen = Options(options.out, options.reference, options.configs, options.workers, only, options.quick,
-                     options.again, options.threads)  # fmt: skip
+    chosen = Options(
+        options.out,
+        options.reference,
+        options.configs,
+        options.workers,
+        only,
+        options.quick,
+        options.again,
+        options.threads,
+    )
     results = run_benchmark(options.name, chosen, Terminal())
     for table in results.tables:
         print_table(table)

@@ -42,8 +42,13 @@ def read_arguments(
     parser.add_argument("--progress", type=bool, default=True, help="show how far it is")
     extra = ["progress"]
     if resumable:
-        parser.add_argument("--resume", type=str, default=None, metavar="FOLDER",
-                            help="go on with an interrupted run; everything else comes from its folder")  # fmt: skip
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default=None,
+            metavar="FOLDER",
+            help="go on with an interrupted run; everything else comes from its folder",
+        )
         extra.append("resume")
     return parse(config, arguments, parser, extra)
 

@@ -41,9 +41,11 @@ def run(arguments: Sequence[str]) -> int:
     if config.training.device == "cpu" and config.model.kind == "mlp":
         use_one_thread()
     try:
-        metrics = folder.read_metrics() if folder.finished else run_continual(
-            config, folder.path, progress=options["progress"]
-        )  # fmt: skip
+        metrics = (
+            folder.read_metrics()
+            if folder.finished
+            else run_continual(config, folder.path, progress=options["progress"])
+        )
     except KeyboardInterrupt:
         if not folder.config.is_file():
             raise

@@ -44,10 +44,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="nsrl ntk", usage="nsrl ntk [-h] {spectrum,gallery,forecast} ...", description=ABOUT,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{spectrum,gallery,forecast}",
-                                     parser_class=_Parser)  # fmt: skip
+    parser = _Parser(
+        prog="nsrl ntk",
+        usage="nsrl ntk [-h] {spectrum,gallery,forecast} ...",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="{spectrum,gallery,forecast}", parser_class=_Parser
+    )
     spectrum = commands.add_parser("spectrum", prog="nsrl ntk spectrum", help="of a retained behaviour")
     spectrum.add_argument("--agent", required=True, help="an SB3 zip, a run folder or a hub address")
     spectrum.add_argument("--buffer", type=Path, required=True, help="its retention buffer")
@@ -85,8 +90,9 @@ def _spectrum(options: argparse.Namespace) -> int:
 
     use_one_thread()
     buffer = RetentionBuffer.load(options.buffer)
-    found = retained_behaviour(options.agent, buffer, states=options.states, preserve=options.preserve,
-                               trust_buffer=options.trust_buffer)  # fmt: skip
+    found = retained_behaviour(
+        options.agent, buffer, states=options.states, preserve=options.preserve, trust_buffer=options.trust_buffer
+    )
     dimension = found.effective_dimension(options.kl_budget, options.step)
     values = found.spectrum.values[: max(found.spectrum.rank, 1)]
     rows = (
@@ -94,16 +100,24 @@ def _spectrum(options: argparse.Namespace) -> int:
         ("protected parameters", str(found.parameters)),
         ("rank", f"{found.spectrum.rank} ({found.rank_fraction:.1%} of the parameters)"),
         (f"effective dimension at KL {options.kl_budget:g}, step {options.step:g}", f"{dimension:.1f}"),
-        ("eigenvalues: largest, median, smallest",
-         f"{float(values[0]):.3g}, {float(values[len(values) // 2]):.3g}, {float(values[-1]):.3g}"),
-    )  # fmt: skip
+        (
+            "eigenvalues: largest, median, smallest",
+            f"{float(values[0]):.3g}, {float(values[len(values) // 2]):.3g}, {float(values[-1]):.3g}",
+        ),
+    )
     print_table(Table(("retained behaviour", ""), rows))
     if options.out is not None:
         from nsrl.bench.gallery.policies import spectrum_plate
 
-        content = {"states": found.states, "parameters": found.parameters, "rank": found.spectrum.rank,
-                   "effective_dimension": dimension, "kl_budget": options.kl_budget, "step": options.step,
-                   "eigenvalues": values.tolist()}  # fmt: skip
+        content = {
+            "states": found.states,
+            "parameters": found.parameters,
+            "rank": found.spectrum.rank,
+            "effective_dimension": dimension,
+            "kl_budget": options.kl_budget,
+            "step": options.step,
+            "eigenvalues": values.tolist(),
+        }
         write_json(options.out / "spectrum.json", content)
         print(f"numbers  {options.out / 'spectrum.json'}")
         print(f"figure   {spectrum_plate(found).save(options.out / 'spectrum.png')}")
@@ -117,8 +131,14 @@ def _gallery(options: argparse.Namespace) -> int:
         raise NsrlError("nsrl ntk gallery: --only names no figure; leave it out to draw all")
     out = options.out or (QUICK if options.quick else GALLERY)
     with _progress("gallery") as show:
-        figures = make_gallery(out, only=options.only or (), workers=options.workers, again=options.again,
-                               quick=options.quick, on_progress=show)  # fmt: skip
+        figures = make_gallery(
+            out,
+            only=options.only or (),
+            workers=options.workers,
+            again=options.again,
+            quick=options.quick,
+            on_progress=show,
+        )
     print(f"figures  {len(figures)}\npage     {out / 'README.md'}")
     return 0
 
@@ -141,26 +161,40 @@ def _forecast(options: argparse.Namespace) -> int:
     agent = options.agent or pretrained_cartpole()
     with _progress("fine-tuning runs") as show:
         study = forecast_study(
-            agent, buffer or RetentionBuffer.collect(agent, OLD_TASK, n_states=512), options.out,
-            tasks=tasks, learning_rates=options.learning_rates, timesteps=options.timesteps, seeds=options.seeds,
-            again=options.again, on_run=lambda done, total: show("run", done, total),
-        )  # fmt: skip
+            agent,
+            buffer or RetentionBuffer.collect(agent, OLD_TASK, n_states=512),
+            options.out,
+            tasks=tasks,
+            learning_rates=options.learning_rates,
+            timesteps=options.timesteps,
+            seeds=options.seeds,
+            again=options.again,
+            on_run=lambda done, total: show("run", done, total),
+        )
     head = ("task", "learning rate", "seed", "first update: forecast", "measured", "whole run: forecast", "measured")
     kinds = [(horizon, key) for horizon in ("first_update", "whole_run") for key in ("forecast_kl", "measured_kl")]
     rows = tuple(
-        (row["task"], f"{row['learning_rate']:g}", str(row["seed"]),
-         *(scientific(row[horizon][key]) for horizon, key in kinds))
+        (
+            row["task"],
+            f"{row['learning_rate']:g}",
+            str(row["seed"]),
+            *(scientific(row[horizon][key]) for horizon, key in kinds),
+        )
         for row in study.rows
-    )  # fmt: skip
+    )
     print_table(Table(head, rows))
     for name, found in (("first update", study.first_update), ("whole run", study.whole_run)):
         ranks = tuple(
-            (by, _with_interval(rank.spearman, rank.spearman_interval),
-             _with_interval(rank.partial, rank.partial_interval))
+            (
+                by,
+                _with_interval(rank.spearman, rank.spearman_interval),
+                _with_interval(rank.partial, rank.partial_interval),
+            )
             for by, rank in {"cross-kernel": found.forecast, **found.rivals}.items()
-        )  # fmt: skip
-        within = tuple((f"cross-kernel, {group}", _with_interval(value, None), "") for group, value in
-                       found.within.items())  # fmt: skip
+        )
+        within = tuple(
+            (f"cross-kernel, {group}", _with_interval(value, None), "") for group, value in found.within.items()
+        )
         print_table(Table((f"rank correlation, {name}", "all runs", "at equal settings"), ranks + within))
     print(f"results  {options.out}\nfigure   {study_plate(study).save(options.out.with_suffix('.png'))}")
     if (options.out.parent / "README.md").is_file():

@@ -104,8 +104,9 @@ class KLBudget:
         self.retained = RetainedBehaviour(options.states_per_task, options.seed)
         aim = options.target * options.kl_budget
         # A larger multiplier would only make noise: the restoration keeps the budget.
-        self.multiplier = Multiplier(aim, options.rate, options.damping, start=options.multiplier, floor=1e-3,
-                                     ceiling=30.0, relative=False)  # fmt: skip
+        self.multiplier = Multiplier(
+            aim, options.rate, options.damping, start=options.multiplier, floor=1e-3, ceiling=30.0, relative=False
+        )
         self.enforcement = Enforcement(self, options.kl_budget, aim, options.restore_steps, bisections=10)
         self.restorations = 0
         self.fallbacks = 0

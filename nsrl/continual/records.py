@@ -167,8 +167,15 @@ def draw_matrix(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
     if count <= 12:
         for row, scores in enumerate(matrix):
             for column, score in enumerate(scores):
-                axes.text(column, row, f"{100 * score:.0f}", ha="center", va="center", fontsize=7,
-                          color="white" if score < 0.6 else "black")  # fmt: skip
+                axes.text(
+                    column,
+                    row,
+                    f"{100 * score:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if score < 0.6 else "black",
+                )
     axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=7)
     axes.set_yticks(range(len(matrix)), names[: len(matrix)], fontsize=7)
     axes.set_xlabel("evaluated on")

@@ -80,9 +80,15 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
 
 def optimizer_config(training: TrainingSettings) -> OptimizerConfig:
     """The optimizer's part of the training settings."""
-    return OptimizerConfig(training.optimizer, training.learning_rate, training.first_learning_rate,
-                           training.head_learning_rate, training.momentum, training.weight_decay,
-                           training.decay_to)  # fmt: skip
+    return OptimizerConfig(
+        training.optimizer,
+        training.learning_rate,
+        training.first_learning_rate,
+        training.head_learning_rate,
+        training.momentum,
+        training.weight_decay,
+        training.decay_to,
+    )
 
 
 def summary(
@@ -160,12 +166,18 @@ class TrainingClock:
         self.cpu_seconds += process_time() - self._since[1]
 
 
-def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: ContinualConfig, records: Records,
-                bar: tqdm) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+def _learn_task(
+    strategy: Strategy, benchmark: Benchmark, index: int, config: ContinualConfig, records: Records, bar: tqdm
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results of a task, and the state at the end of its training that a resumed run goes on from."""
     training, task = config.training, benchmark.tasks[index].task
-    loader = benchmark.loader(index, batch_size=training.batch_size, seed=_task_seed(config, index),
-                              augment=training.augment, device=training.device)  # fmt: skip
+    loader = benchmark.loader(
+        index,
+        batch_size=training.batch_size,
+        seed=_task_seed(config, index),
+        augment=training.augment,
+        device=training.device,
+    )
     torch.manual_seed(_task_seed(config, index))
     watch = TrainingClock()
     strategy.before_task(task, _whole(benchmark, index, config))
@@ -203,8 +215,9 @@ def _learn_task(strategy: Strategy, benchmark: Benchmark, index: int, config: Co
     return entry, state
 
 
-def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, state: dict[str, Any],
-                 config: ContinualConfig) -> None:  # fmt: skip
+def _recall_task(
+    strategy: Strategy, benchmark: Benchmark, index: int, state: dict[str, Any], config: ContinualConfig
+) -> None:
     """Bring a strategy to where it was after a finished task."""
     task = benchmark.tasks[index].task
     strategy.before_task(task, _whole(benchmark, index, config))
@@ -224,8 +237,12 @@ def _recall_task(strategy: Strategy, benchmark: Benchmark, index: int, state: di
 
 def _whole(benchmark: Benchmark, index: int, config: ContinualConfig) -> Any:
     """A task's training examples, shuffled the same way whenever they are asked for, never augmented."""
-    return benchmark.loader(index, batch_size=max(config.training.batch_size, 64), seed=_task_seed(config, index),
-                            device=config.training.device)  # fmt: skip
+    return benchmark.loader(
+        index,
+        batch_size=max(config.training.batch_size, 64),
+        seed=_task_seed(config, index),
+        device=config.training.device,
+    )
 
 
 def _task_seed(config: ContinualConfig, index: int) -> int:
@@ -234,12 +251,19 @@ def _task_seed(config: ContinualConfig, index: int) -> int:
 
 @contextmanager
 def _bar(config: ContinualConfig, benchmark: Benchmark, done: int, progress: bool) -> Iterator[tqdm]:
-    steps = [config.training.epochs * len(benchmark.loader(index, batch_size=config.training.batch_size))
-             for index in range(len(benchmark.tasks))]  # fmt: skip
+    steps = [
+        config.training.epochs * len(benchmark.loader(index, batch_size=config.training.batch_size))
+        for index in range(len(benchmark.tasks))
+    ]
     terminal = os.isatty(2)
     with tqdm(
-        total=sum(steps), initial=sum(steps[:done]), disable=not progress, unit="step",
-        desc=f"{config.strategy.name} on {benchmark.name}", dynamic_ncols=True,
-        mininterval=0.2 if terminal else 30.0, leave=terminal,
-    ) as bar:  # fmt: skip
+        total=sum(steps),
+        initial=sum(steps[:done]),
+        disable=not progress,
+        unit="step",
+        desc=f"{config.strategy.name} on {benchmark.name}",
+        dynamic_ncols=True,
+        mininterval=0.2 if terminal else 30.0,
+        leave=terminal,
+    ) as bar:
         yield bar

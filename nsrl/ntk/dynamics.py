@@ -42,8 +42,15 @@ class OutputDynamics:
         NsrlError: shapes that do not belong together.
     """
 
-    def __init__(self, kernel: Tensor, outputs: Tensor, targets: Tensor, *, loss: Loss = "half_sum",
-                 storage: torch.dtype = torch.float64):  # fmt: skip
+    def __init__(
+        self,
+        kernel: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        *,
+        loss: Loss = "half_sum",
+        storage: torch.dtype = torch.float64,
+    ):
         entries = outputs.numel()
         if outputs.shape != targets.shape or not entries or kernel.shape != (entries, entries):
             raise NsrlError(
@@ -81,8 +88,9 @@ class OutputDynamics:
         residuals = self.residual_modes(times, learning_rate) @ self.modes.T
         return self._targets + residuals.view(-1, *self._targets.shape)
 
-    def test_outputs(self, times: Sequence[float] | Tensor, cross_kernel: Tensor, outputs: Tensor,
-                     learning_rate: float | None = None) -> Tensor:  # fmt: skip
+    def test_outputs(
+        self, times: Sequence[float] | Tensor, cross_kernel: Tensor, outputs: Tensor, learning_rate: float | None = None
+    ) -> Tensor:
         """Outputs on other inputs, (T, M, O).
 
         Args:

@@ -35,8 +35,9 @@ class FourierFeatures(nn.Module):
         self.register_buffer("amplitudes", amplitudes)
 
     @classmethod
-    def random(cls, inputs: int, count: int, scale: float, *, seed: int = 0,
-               dtype: torch.dtype = torch.float64) -> FourierFeatures:  # fmt: skip
+    def random(
+        cls, inputs: int, count: int, scale: float, *, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> FourierFeatures:
         """Frequencies drawn from a normal distribution of standard deviation `scale` (cycles per unit)."""
         generator = torch.Generator().manual_seed(seed)
         return cls(scale * torch.randn(count, inputs, generator=generator, dtype=torch.float64).to(dtype))

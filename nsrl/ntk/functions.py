@@ -118,8 +118,12 @@ class ParameterFunction:
                 for parameter, before in zip(parameters, trained, strict=True):
                     parameter.requires_grad_(before)
             (ours,) = torch.autograd.grad(self(point, inputs), point, rows, allow_unused=True, materialize_grads=True)
-        whole = torch.cat([torch.zeros_like(p).flatten() if grad is None else flat(grad)
-                           for p, grad in zip(parameters, expected, strict=True)])  # fmt: skip
+        whole = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if grad is None else flat(grad)
+                for p, grad in zip(parameters, expected, strict=True)
+            ]
+        )
         share, _ = TOLERANCES.get(whole.dtype, (HALF, 0.0))
         if not float((ours - whole).norm()) <= share * float(whole.norm()):  # NaN, too
             raise NsrlError(

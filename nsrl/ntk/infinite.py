@@ -97,8 +97,9 @@ class InfiniteNetwork:
         """Tangent kernel of an output, shape (n1, n2), float64; inputs (n, d)."""
         return self._kernels(x1, x2)[1]
 
-    def finite(self, inputs: int, width: int, outputs: int = 1, *, seed: int = 0,
-               dtype: torch.dtype = torch.float64) -> nn.Sequential:  # fmt: skip
+    def finite(
+        self, inputs: int, width: int, outputs: int = 1, *, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> nn.Sequential:
         """A network of this kind with finite width, in the same parametrisation; its kernels tend to these."""
         generator = torch.Generator().manual_seed(seed)
         sizes = [inputs, *[width] * self.hidden_layers, outputs]
@@ -126,10 +127,15 @@ class InfiniteNetwork:
     def _of_inputs(self, x1: Tensor, x2: Tensor) -> Covariance:
         """That of the first layer's outputs: an inner product of the inputs, with a constant for the bias."""
         vectors = [
-            torch.cat([math.sqrt(self.weight_variance / x.shape[1]) * x,
-                       x.new_full((len(x), 1), math.sqrt(self.bias_variance))], 1)
+            torch.cat(
+                [
+                    math.sqrt(self.weight_variance / x.shape[1]) * x,
+                    x.new_full((len(x), 1), math.sqrt(self.bias_variance)),
+                ],
+                1,
+            )
             for x in (x1, x2)
-        ]  # fmt: skip
+        ]
         left, right = (self._affine(x.square().mean(1)) for x in (x1, x2))
         return Covariance(self._affine(x1 @ x2.T / x1.shape[1]), left.unsqueeze(1), right, _angles(*vectors))
 
@@ -156,8 +162,14 @@ class NTKLinear(nn.Module):
     and keeps it factored.
     """
 
-    def __init__(self, width_in: int, width_out: int, weight_variance: float, bias_variance: float,
-                 dtype: torch.dtype = torch.float64):  # fmt: skip
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        weight_variance: float,
+        bias_variance: float,
+        dtype: torch.dtype = torch.float64,
+    ):
         super().__init__()
         self.weight_scale = math.sqrt(weight_variance / width_in)
         self.bias_scale = math.sqrt(bias_variance)
@@ -196,8 +208,14 @@ def _relu_moments(covariance: Covariance) -> Moments:
     angle, norms = covariance.angle, (covariance.left * covariance.right).sqrt()
     products = norms * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
     short = norms / 2 * (2.0 * (angle / 2).sin().square() - _sine_less_cosine(angle) / math.pi)
-    return Moments(products, (math.pi - angle) / (2 * math.pi), covariance.left / 2, covariance.right / 2, short,
-                   norms / 2 + products)  # fmt: skip
+    return Moments(
+        products,
+        (math.pi - angle) / (2 * math.pi),
+        covariance.left / 2,
+        covariance.right / 2,
+        short,
+        norms / 2 + products,
+    )
 
 
 def _sine_less_cosine(angle: Tensor) -> Tensor:

@@ -153,9 +153,12 @@ class _Lineariser:
 
         batch = id(inputs), start, stop
         result = jacobian(
-            self._model, take_samples(inputs, start, stop), forward=self._forward,
-            seed=None if output is None else pick, check=batch not in self._seen,
-        )  # fmt: skip
+            self._model,
+            take_samples(inputs, start, stop),
+            forward=self._forward,
+            seed=None if output is None else pick,
+            check=batch not in self._seen,
+        )
         self._seen.add(batch)
         return result
 

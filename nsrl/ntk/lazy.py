@@ -120,9 +120,12 @@ def kappa(
         raise NsrlError("the Jacobian is zero at these inputs, so kappa is infinite; the model does not learn at all")
     residual_norm = float((J.outputs - targets.to(J.outputs)).norm())
     return Laziness(
-        residual_norm * hessian_norm / jacobian_norm**2, residual_norm, hessian_norm, jacobian_norm,
+        residual_norm * hessian_norm / jacobian_norm**2,
+        residual_norm,
+        hessian_norm,
+        jacobian_norm,
         jacobian_settled and hessian_settled,
-    )  # fmt: skip
+    )
 
 
 def kernel_drift(kernel: Tensor, origin: Tensor) -> float:

@@ -108,8 +108,15 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
         ridge_: the fitted `KernelRidge(kernel="precomputed")`.
     """
 
-    def __init__(self, network: nn.Module | None = None, *, alpha: float = 1e-2, width: int = 128,
-                 batch_size: int | None = None, random_state: Any = 0):  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        *,
+        alpha: float = 1e-2,
+        width: int = 128,
+        batch_size: int | None = None,
+        random_state: Any = 0,
+    ):
         self.network = network
         self.alpha = alpha
         self.width = width
@@ -134,8 +141,15 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
     Arguments and attributes are those of `NTKRegressor`, and `classes_`.
     """
 
-    def __init__(self, network: nn.Module | None = None, *, alpha: float = 1e-2, width: int = 128,
-                 batch_size: int | None = None, random_state: Any = 0):  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        *,
+        alpha: float = 1e-2,
+        width: int = 128,
+        batch_size: int | None = None,
+        random_state: Any = 0,
+    ):
         self.network = network
         self.alpha = alpha
         self.width = width
@@ -176,8 +190,15 @@ class NTKPrincipalComponents(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         pca_: the fitted `KernelPCA(kernel="precomputed")`.
     """
 
-    def __init__(self, n_components: int = 2, network: nn.Module | None = None, *, width: int = 128,
-                 batch_size: int | None = None, random_state: Any = 0):  # fmt: skip
+    def __init__(
+        self,
+        n_components: int = 2,
+        network: nn.Module | None = None,
+        *,
+        width: int = 128,
+        batch_size: int | None = None,
+        random_state: Any = 0,
+    ):
         self.n_components = n_components
         self.network = network
         self.width = width

@@ -48,5 +48,6 @@ def fit_slope(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) 
         raise NsrlError("a log-log slope needs positive finite numbers only; leave the others out")
     fit = stats.linregress(np.log(xs), np.log(ys))
     half = fit.stderr * stats.t.ppf((1 + confidence) / 2, xs.size - 2)
-    return Slope(float(fit.slope), float(fit.intercept), float(fit.slope - half), float(fit.slope + half),
-                 confidence, xs.size)  # fmt: skip
+    return Slope(
+        float(fit.slope), float(fit.intercept), float(fit.slope - half), float(fit.slope + half), confidence, xs.size
+    )

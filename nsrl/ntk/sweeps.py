@@ -50,8 +50,14 @@ class ScalePoint:
     test_loss: float | None
 
 
-def width_sweep(build: Callable[[int], nn.Module], widths: Sequence[int], inputs: Tensor, targets: Tensor, *,
-                seeds: Iterable[int] = range(3)) -> list[WidthPoint]:  # fmt: skip
+def width_sweep(
+    build: Callable[[int], nn.Module],
+    widths: Sequence[int],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    seeds: Iterable[int] = range(3),
+) -> list[WidthPoint]:
     """kappa, |J| and |Hess f| of networks of growing width at initialisation, their outputs shifted to zero.
 
     In the standard parametrisation (variance 1 / width) they go as width^-1, width^(1/2) and width^0.

@@ -36,8 +36,9 @@ class FlatParameters:
 
     def gradient(self) -> Tensor:
         """Copy of the gradients, zeros where there is none, shape (P,)."""
-        return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                          for p in self.parameters])  # fmt: skip
+        return torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.parameters]
+        )
 
     @torch.no_grad()
     def add_gradients(self, pieces: Sequence[Tensor], factor: float = 1.0) -> None:

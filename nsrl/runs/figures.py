@@ -119,8 +119,14 @@ def _draw_kl(axis: Any, curves: Sequence[Curve], budget: float | None) -> None:
             points = [(step, value) for step, value in zip(steps, values, strict=True) if step > 0]
             # The dashed lines share one grey entry in the legend, made by `_add_legend`.
             label = label if style == "-" else "_" + label
-            axis.plot([step for step, _ in points], [max(value, LEAST_KL) for _, value in points],
-                      color=colour, linestyle=style, linewidth=1.5 if style == "-" else 1.0, label=label)  # fmt: skip
+            axis.plot(
+                [step for step, _ in points],
+                [max(value, LEAST_KL) for _, value in points],
+                color=colour,
+                linestyle=style,
+                linewidth=1.5 if style == "-" else 1.0,
+                label=label,
+            )
     if budget is not None:
         label = f"KL budget {budget:g}"
         axis.axhline(max(budget, 1e-6), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=label)

@@ -107,21 +107,32 @@ def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, n
     retention = replace(config.retention, seed=config.seed)
     algorithm = NullSpacePPO if config.algorithm == "ppo" else NullSpaceTRPO
     return algorithm.from_pretrained(
-        agent, envs, retain=buffer, config=retention, method=config.method, penalty=config.penalty,
-        trust_buffer=config.trust_buffer, seed=config.seed, **overrides,
-    )  # fmt: skip
+        agent,
+        envs,
+        retain=buffer,
+        config=retention,
+        method=config.method,
+        penalty=config.penalty,
+        trust_buffer=config.trust_buffer,
+        seed=config.seed,
+        **overrides,
+    )
 
 
-def _run(config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: Model, *,
-         progress: bool, resume: bool) -> Outcome:  # fmt: skip
+def _run(
+    config: FinetuneConfig, tasks: Tasks, folder: RunFolder, agent: Agent, model: Model, *, progress: bool, resume: bool
+) -> Outcome:
     """Train and write down what came out."""
     watch = Stopwatch()
     old = slug(tasks.old)
     settings = config.evaluation
     evaluation = TaskEvaluation(
-        (tasks.new, agent.normalizer), {old: (tasks.old, agent.normalizer)},
-        every=settings.every, episodes=settings.episodes, deterministic=settings.deterministic,
-    )  # fmt: skip
+        (tasks.new, agent.normalizer),
+        {old: (tasks.old, agent.normalizer)},
+        every=settings.every,
+        episodes=settings.episodes,
+        deterministic=settings.deterministic,
+    )
     bar = FineTuningProgress(evaluation) if progress else None
     try:
         before = _measure(config, tasks, agent, model)  # not restored yet
@@ -179,9 +190,15 @@ def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -
     found: dict[str, Any] = {}
     for key, env in (("old_return", tasks.old), ("new_return", tasks.new)):
         found[key] = describe_returns(
-            evaluate(model, env, normalizer=agent.normalizer, episodes=settings.final_episodes, seed=FINAL_SEED,
-                     deterministic=settings.deterministic)
-        )  # fmt: skip
+            evaluate(
+                model,
+                env,
+                normalizer=agent.normalizer,
+                episodes=settings.final_episodes,
+                seed=FINAL_SEED,
+                deterministic=settings.deterministic,
+            )
+        )
     assert model.retention is not None
     return {**found, **asdict(model.retention.constraint.measure())}
 

@@ -116,11 +116,30 @@ class TRPOOverrides:
 
 
 LEAST = {
-    "n_envs": 1, "n_steps": 1, "batch_size": 1, "n_epochs": 1, "total_timesteps": 1, "checkpoint_every": 1,
-    "every": 1, "episodes": 1, "final_episodes": 1, "seed": 0, "penalty": 0.0, "learning_rate": 0.0, "ent_coef": 0.0,
-    "vf_coef": 0.0, "max_grad_norm": 0.0, "clip_range": 0.0, "gamma": 0.0, "gae_lambda": 0.0, "target_kl": 0.0,
-    "cg_damping": 0.0, "cg_max_steps": 1, "n_critic_updates": 1, "sub_sampling_factor": 1,
-}  # fmt: skip
+    "n_envs": 1,
+    "n_steps": 1,
+    "batch_size": 1,
+    "n_epochs": 1,
+    "total_timesteps": 1,
+    "checkpoint_every": 1,
+    "every": 1,
+    "episodes": 1,
+    "final_episodes": 1,
+    "seed": 0,
+    "penalty": 0.0,
+    "learning_rate": 0.0,
+    "ent_coef": 0.0,
+    "vf_coef": 0.0,
+    "max_grad_norm": 0.0,
+    "clip_range": 0.0,
+    "gamma": 0.0,
+    "gae_lambda": 0.0,
+    "target_kl": 0.0,
+    "cg_damping": 0.0,
+    "cg_max_steps": 1,
+    "n_critic_updates": 1,
+    "sub_sampling_factor": 1,
+}
 MOST = {"gamma": 1.0, "gae_lambda": 1.0}
 
 

@@ -156,6 +156,12 @@ def _run(config: PretrainConfig, folder: RunFolder, model: PPO, *, progress: boo
 def _measure(config: PretrainConfig, model: PPO) -> dict[str, Any]:
     settings = config.evaluation
     assert config.env is not None
-    found = evaluate(model, config.env, normalizer=moving_normalizer(model), episodes=settings.final_episodes,
-                     seed=FINAL_SEED, deterministic=settings.deterministic)  # fmt: skip
+    found = evaluate(
+        model,
+        config.env,
+        normalizer=moving_normalizer(model),
+        episodes=settings.final_episodes,
+        seed=FINAL_SEED,
+        deterministic=settings.deterministic,
+    )
     return {"return": describe_returns(found)}

@@ -21,8 +21,13 @@ OWNED = frozenset({"retention.seed", "finetuning.retention.seed"})
 #: The key of jsonargparse for classes, and the name under which it knows `load_value`.
 CLASS, MODE = "class_path", "bounded yaml"
 NAMES = {
-    int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null", Any: "anything",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "anything",
+}
 
 
 def key_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

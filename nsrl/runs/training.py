@@ -147,8 +147,11 @@ def train(
             evaluation.skip_end = interruption.requested
             shown = [] if progress is None else [progress]
             try:
-                model.learn(left, callback=[evaluation, history, checkpoint, *shown, interruption],
-                            reset_num_timesteps=purge_step is None)  # fmt: skip
+                model.learn(
+                    left,
+                    callback=[evaluation, history, checkpoint, *shown, interruption],
+                    reset_num_timesteps=purge_step is None,
+                )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal
                 raise Interrupted(folder.path, interruption.exit_status or 130) from error
             finally:

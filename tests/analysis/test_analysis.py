@@ -107,8 +107,13 @@ def test_the_share_that_survives_is_that_of_a_dense_null_space():
 
 def test_a_small_update_costs_what_was_forecast():
     """Four epochs of plain descent; a second order that is tempered, and the third is left out."""
-    model = finetuner(method="finetune", n_epochs=4, learning_rate=0.02, max_grad_norm=1e9,
-                      policy_kwargs={"optimizer_class": torch.optim.SGD})  # fmt: skip
+    model = finetuner(
+        method="finetune",
+        n_epochs=4,
+        learning_rate=0.02,
+        max_grad_norm=1e9,
+        policy_kwargs={"optimizer_class": torch.optim.SGD},
+    )
     said = []
 
     class Foresee(BaseCallback):
@@ -116,8 +121,17 @@ def test_a_small_update_costs_what_was_forecast():
             return True
 
         def _on_rollout_end(self) -> None:
-            said.append(forecast(self.model.retention.constraint, transitions_of(self.model), learning_rate=0.02,
-                                 updates=4, batch_size=32, optimizer="sgd", states=None))  # fmt: skip
+            said.append(
+                forecast(
+                    self.model.retention.constraint,
+                    transitions_of(self.model),
+                    learning_rate=0.02,
+                    updates=4,
+                    batch_size=32,
+                    optimizer="sgd",
+                    states=None,
+                )
+            )
 
     model.learn(64, callback=Foresee())
     constraint = model.retention.constraint
@@ -178,8 +192,9 @@ def test_forgetting_is_attributed_and_adds_up(method):
     model.learn(128, callback=watch)
     assert len(watch.updates) == 2
     constraint = RetentionConstraint(model.policy, watch.buffer)
-    torch.testing.assert_close(sum(update.kl for update in watch.updates), constraint.state_divergences(),
-                               rtol=1e-5, atol=1e-9)  # fmt: skip
+    torch.testing.assert_close(
+        sum(update.kl for update in watch.updates), constraint.state_divergences(), rtol=1e-5, atol=1e-9
+    )
     first = watch.updates[0]
     assert float(first.path.certificate.max()) < 1e-3
     assert first.contributions.shape == (5, 64)
@@ -198,9 +213,18 @@ def one_step_of_descent(removed: int | None = None, callback=None) -> NullSpaceP
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
     agent, buffer = trained()
     model = NullSpacePPO.from_pretrained(
-        agent, envs, retain=buffer, method="finetune", seed=3, n_steps=32, batch_size=64, n_epochs=1,
-        learning_rate=1e-2, max_grad_norm=1e9, policy_kwargs={"optimizer_class": torch.optim.SGD},
-    )  # fmt: skip
+        agent,
+        envs,
+        retain=buffer,
+        method="finetune",
+        seed=3,
+        n_steps=32,
+        batch_size=64,
+        n_epochs=1,
+        learning_rate=1e-2,
+        max_grad_norm=1e9,
+        policy_kwargs={"optimizer_class": torch.optim.SGD},
+    )
     if removed is not None:
         drawn = []
         draw = model.rollout_buffer._get_samples
@@ -243,8 +267,9 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
             rollouts.append(self.model.rollout_buffer.observations.copy())
 
     agent, buffer = trained()
-    model = NullSpacePPO.from_pretrained(agent, make_vec_env(NEW["discrete"], 2, seed=0), retain=buffer, seed=3,
-                                         **{**SMALL, "n_steps": 32})  # fmt: skip
+    model = NullSpacePPO.from_pretrained(
+        agent, make_vec_env(NEW["discrete"], 2, seed=0), retain=buffer, seed=3, **{**SMALL, "n_steps": 32}
+    )
     watch = BatchWatch(model, lambda *told: seen.append(told))
     model.learn(64, callback=Keep())
     watch.detach()
@@ -306,8 +331,15 @@ def test_a_study_ranks_runs_and_can_be_resumed(tmp_path):
     agent, buffer = trained()
     out = tmp_path / "study.json"
     calls = []
-    options = {"tasks": ("swapped",), "learning_rates": (1e-4, 1e-3, 3e-3), "timesteps": (512,), "seeds": (0,),
-               "n_envs": 2, "n_epochs": 2, "on_run": lambda *counts: calls.append(counts)}  # fmt: skip
+    options = {
+        "tasks": ("swapped",),
+        "learning_rates": (1e-4, 1e-3, 3e-3),
+        "timesteps": (512,),
+        "seeds": (0,),
+        "n_envs": 2,
+        "n_epochs": 2,
+        "on_run": lambda *counts: calls.append(counts),
+    }
     study = forecast_study(agent, buffer, out, **options)
     assert len(study.rows) == 3 and study.first_update.forecast.spearman == pytest.approx(1.0)
     assert study.whole_run.forecast.partial is None  # one run of each setting
@@ -331,14 +363,31 @@ def test_a_study_ranks_runs_and_can_be_resumed(tmp_path):
 def test_a_studys_numbers_are_those_of_the_runs(tmp_path):
     """One row against a run made by hand: the KL after the first update, and after the last."""
     agent, buffer = trained()
-    study = forecast_study(agent, buffer, tmp_path / "study.json", tasks=("swapped",), learning_rates=(1e-3,),
-                           timesteps=(256, 512), seeds=(0, 1), n_envs=2)  # fmt: skip
+    study = forecast_study(
+        agent,
+        buffer,
+        tmp_path / "study.json",
+        tasks=("swapped",),
+        learning_rates=(1e-3,),
+        timesteps=(256, 512),
+        seeds=(0, 1),
+        n_envs=2,
+    )
     row = next(row for row in study.rows if row["timesteps"] == 512 and row["seed"] == 1)
     measured = []
     for steps in (256, 512):
-        model = NullSpacePPO.from_pretrained(agent, cartpole_variant("swapped", 2, 1), retain=buffer, method="finetune",
-                                             learning_rate=1e-3, seed=1, clip_range=0.2, n_steps=128, batch_size=64,
-                                             n_epochs=5)  # fmt: skip
+        model = NullSpacePPO.from_pretrained(
+            agent,
+            cartpole_variant("swapped", 2, 1),
+            retain=buffer,
+            method="finetune",
+            learning_rate=1e-3,
+            seed=1,
+            clip_range=0.2,
+            n_steps=128,
+            batch_size=64,
+            n_epochs=5,
+        )
         model.learn(steps)
         measured.append(model.retention.constraint.measure().kl_mean)
     assert [row["first_update"]["measured_kl"], row["whole_run"]["measured_kl"]] == pytest.approx(measured)

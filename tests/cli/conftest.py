@@ -9,9 +9,17 @@ from nsrl.cli.main import main
 
 #: Options that make any training take a second.
 QUICK = (
-    "--progress", "false", "--ppo.n_envs", "2",
-    "--evaluation.every", "256", "--evaluation.episodes", "2", "--evaluation.final_episodes", "2",
-)  # fmt: skip
+    "--progress",
+    "false",
+    "--ppo.n_envs",
+    "2",
+    "--evaluation.every",
+    "256",
+    "--evaluation.episodes",
+    "2",
+    "--evaluation.final_episodes",
+    "2",
+)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -35,9 +43,18 @@ def finetuning(pretrained) -> Callable[..., list[str]]:
 
     def words(*more: str) -> list[str]:
         return [
-            "finetune", "--agent", str(pretrained), "--pair", "cartpole_swapped", "--total_timesteps", "512",
-            "--states.n_states", "64", *QUICK, *more,
-        ]  # fmt: skip
+            "finetune",
+            "--agent",
+            str(pretrained),
+            "--pair",
+            "cartpole_swapped",
+            "--total_timesteps",
+            "512",
+            "--states.n_states",
+            "64",
+            *QUICK,
+            *more,
+        ]
 
     return words
 

@@ -80,12 +80,15 @@ class TestAgents:
         sentence = refused(*finetuning("--agent", str(tmp_path / "evil.zip")))
         assert "weights" in sentence and not (tmp_path / "attacked").exists()
 
-    @pytest.mark.parametrize("command", [
-        ("finetune", "--old_env", "CartPole-v1", "--new_env", "nsrl/Pendulum-v0"),
-        ("finetune", "--pair", "pendulum_reversed"),
-        ("evaluate", "--env", "nsrl/Pendulum-v0"),
-        ("collect", "--env", "nsrl/Pendulum-v0"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("finetune", "--old_env", "CartPole-v1", "--new_env", "nsrl/Pendulum-v0"),
+            ("finetune", "--pair", "pendulum_reversed"),
+            ("evaluate", "--env", "nsrl/Pendulum-v0"),
+            ("collect", "--env", "nsrl/Pendulum-v0"),
+        ],
+    )
     def test_other_spaces_name_both(self, command, refused, pretrained):
         sentence = refused(*command, "--agent", str(pretrained))
         # one of the two has 5 observations, the other 4

@@ -68,8 +68,21 @@ def test_bad_input_is_one_sentence_and_writes_nothing(more, said, elsewhere, cap
 
 @pytest.mark.slow
 def test_the_benchmark_runs_resumes_and_reports(tmp_path, capsys):
-    arguments = ["bench", "continual", "--only", "split_digits,naive,joint", "--quick", "--workers", "1",
-                 "--configs", str(CONFIGS), "--out", str(tmp_path / "runs"), "--reference", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "bench",
+        "continual",
+        "--only",
+        "split_digits,naive,joint",
+        "--quick",
+        "--workers",
+        "1",
+        "--configs",
+        str(CONFIGS),
+        "--out",
+        str(tmp_path / "runs"),
+        "--reference",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "split digits, 1 runs" in text and "joint" in text

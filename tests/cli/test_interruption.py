@@ -15,17 +15,22 @@ from nsrl.files import read_lines
 
 ROLLOUT = 256
 DEMO = (
-    "--pretraining.total_timesteps", "1024", "--pretraining.evaluation.final_episodes", "2",
-    "--finetuning.states.n_states", "64",
-)  # fmt: skip
+    "--pretraining.total_timesteps",
+    "1024",
+    "--pretraining.evaluation.final_episodes",
+    "2",
+    "--finetuning.states.n_states",
+    "64",
+)
 TOTAL = 20 * ROLLOUT
 
 
 def stop(words: list[str], folder: Path, number: int, rollouts: int) -> subprocess.CompletedProcess:
     """Start a command, and send it a signal once its history has grown by some rollouts."""
     before = len(read_lines(folder / "history.jsonl"))
-    process = subprocess.Popen([sys.executable, "-m", "nsrl.cli.main", *words], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nsrl.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         while len(read_lines(folder / "history.jsonl")) < before + rollouts:
             assert process.poll() is None, process.communicate()
@@ -40,7 +45,7 @@ def stop(words: list[str], folder: Path, number: int, rollouts: int) -> subproce
 def long(finetuning, folder: Path) -> list[str]:
     return finetuning(
         "--total_timesteps", str(TOTAL), "--checkpoint_every", str(ROLLOUT), "--ppo.n_epochs", "2", "--out", str(folder)
-    )  # fmt: skip
+    )
 
 
 def test_a_run_survives_ctrl_c_and_kill(finetuning, tmp_path, capsys, a_second_later):

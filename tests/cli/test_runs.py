@@ -15,9 +15,16 @@ from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.settings import load
 
 FILES = {
-    "config.yaml", "agent.zip", "retention.npz", "metrics.json", "history.jsonl", "report.md", "curves.png", "tb",
+    "config.yaml",
+    "agent.zip",
+    "retention.npz",
+    "metrics.json",
+    "history.jsonl",
+    "report.md",
+    "curves.png",
+    "tb",
     "pretrained",
-}  # fmt: skip
+}
 
 
 def test_a_finetuning_folder_holds_all_and_nothing_half_written(finetuned):

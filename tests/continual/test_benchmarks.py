@@ -61,11 +61,17 @@ def test_permuted_digits_are_permutations_of_scikit_learns_images():
 def test_no_image_is_trained_on_in_one_task_and_tested_in_another():
     benchmark = build_benchmark(BenchmarkSettings("permuted_digits", tasks=4), 5)
     keys = [
-        {part: {(tuple(np.sort(row)), int(label)) for row, label in
-                zip(getattr(data.splits, part).inputs.numpy(), getattr(data.splits, part).targets, strict=True)}
-         for part in PARTS}
+        {
+            part: {
+                (tuple(np.sort(row)), int(label))
+                for row, label in zip(
+                    getattr(data.splits, part).inputs.numpy(), getattr(data.splits, part).targets, strict=True
+                )
+            }
+            for part in PARTS
+        }
         for data in benchmark.tasks
-    ]  # fmt: skip
+    ]
     for other in keys[1:]:
         assert keys[0] == other
 
@@ -166,7 +172,7 @@ def test_augmented_images_are_shifted_and_mirrored_copies():
         ({"name": "permuted_digits", "test": 0.7}, "benchmark.test"),
         ({"name": "mnist"}, "there is no benchmark 'mnist'"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_exist_is_told(settings, said):
     with pytest.raises(NsrlError, match=said):
         build_benchmark(BenchmarkSettings(**settings))

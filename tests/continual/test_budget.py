@@ -59,8 +59,11 @@ def test_losses_and_slopes_are_autograds(objective):
     torch.testing.assert_close(found, loss.detach())
     torch.testing.assert_close(slope, wanted)
     # the negative log-likelihood of a unit Gaussian has half of the squared error
-    likelihood = F.cross_entropy if isinstance(objective, Classification) else lambda z, y, reduction: 0.5 * F.mse_loss(
-        z, y, reduction=reduction)  # fmt: skip
+    likelihood = (
+        F.cross_entropy
+        if isinstance(objective, Classification)
+        else lambda z, y, reduction: 0.5 * F.mse_loss(z, y, reduction=reduction)
+    )
     (wanted,) = torch.autograd.grad(likelihood(outputs, targets, reduction="sum"), outputs)
     torch.testing.assert_close(objective.slope(outputs.detach(), targets), wanted)
 

@@ -40,8 +40,10 @@ def test_a_missing_or_needless_head_is_told():
 
 def test_scenarios():
     assert [Task("a", 0).scenario, Task("a", 0, (0, 1)).scenario, Task("a", 0, (0, 1), 0).scenario] == [
-        "domain", "class", "task",
-    ]  # fmt: skip
+        "domain",
+        "class",
+        "task",
+    ]
 
 
 def test_class_incremental_predictions_are_among_the_seen_classes():

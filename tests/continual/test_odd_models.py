@@ -59,8 +59,10 @@ def build_model(name: str) -> nn.Module:
 
 
 every_model = pytest.mark.parametrize("name", ["outside", "experts", "hook", "weight norm", "logit scale"])
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
-    ".*weight_norm", ".*no constraint covers", ".*no layer features cover", "There is a performance drop")]  # fmt: skip
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (".*weight_norm", ".*no constraint covers", ".*no layer features cover", "There is a performance drop")
+]
 
 
 def whitened(model: nn.Module, inputs: Tensor) -> Tensor:

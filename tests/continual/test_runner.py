@@ -65,8 +65,12 @@ def test_the_matrix_and_its_metrics(finished):
 def test_the_folder_holds_everything_and_nothing_that_only_a_resumed_run_needs(finished):
     config, folder, metrics = finished
     assert {path.name for path in folder.iterdir()} == {
-        "accuracy_matrix.png", "config.yaml", "metrics.json", "model.pt", "tb"
-    }  # fmt: skip
+        "accuracy_matrix.png",
+        "config.yaml",
+        "metrics.json",
+        "model.pt",
+        "tb",
+    }
     assert json.loads((folder / "metrics.json").read_text())["matrix"] == metrics["matrix"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["epochs"] == config.training.epochs
     benchmark = build_benchmark(config.benchmark, config.seed)
@@ -205,8 +209,10 @@ def test_every_strategy_runs_in_every_scenario(strategy, scenario):
     metrics = run_continual(small(strategy=strategy, scenario=scenario, tasks=2, epochs=1))
     assert math.isfinite(metrics["acc"]) and metrics["memory_bytes"] >= 0
     assert metrics["strategy"] == strategy and metrics["history"][0]["diagnostics"].keys() <= {
-        "kept_share", "leakage", "rank"
-    }  # fmt: skip
+        "kept_share",
+        "leakage",
+        "rank",
+    }
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,14 @@ def test_agem_projects_a_conflicting_gradient_and_no_other():
         strategy.before_task(SECOND, other)
         parameters = list(strategy.model.parameters())
         g, reference = (
-            torch.cat([t.flatten() for t in torch.autograd.grad(
-                F.cross_entropy(strategy.model(first.inputs), targets), parameters)])
+            torch.cat(
+                [
+                    t.flatten()
+                    for t in torch.autograd.grad(F.cross_entropy(strategy.model(first.inputs), targets), parameters)
+                ]
+            )
             for targets in (other.targets, first.targets)
-        )  # fmt: skip
+        )
         assert (float(g @ reference) < 0.0) == conflicts
         wanted = g - (g @ reference) / (reference @ reference) * reference if conflicts else g
         before = strategy.flat.read()
@@ -169,8 +173,11 @@ def _gpm_basis(features: np.ndarray, basis: np.ndarray, energy: float) -> np.nda
 
 def test_gpm_bases_are_the_papers_by_numpy():
     strategy = build("gpm", energy=0.9, samples_per_task=1000)
-    bases = {name: np.zeros((layer.in_features, 0)) for name, layer in strategy.model.named_children()
-             if isinstance(layer, nn.Linear)}  # fmt: skip
+    bases = {
+        name: np.zeros((layer.in_features, 0))
+        for name, layer in strategy.model.named_children()
+        if isinstance(layer, nn.Linear)
+    }
     for task in (FIRST, SECOND):
         loader = blobs(task.index)
         learn(strategy, task, loader, epochs=2)
@@ -292,10 +299,19 @@ def test_measured_kl_is_within_the_budget_whenever_it_is_promised(name):
 def _largest_kl(model: nn.Module, references: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     with torch.no_grad():
         return max(
-            (float(F.kl_div(model(x).double().log_softmax(1), then.double().log_softmax(1), log_target=True,
-                            reduction="batchmean")) for x, then in references),
+            (
+                float(
+                    F.kl_div(
+                        model(x).double().log_softmax(1),
+                        then.double().log_softmax(1),
+                        log_target=True,
+                        reduction="batchmean",
+                    )
+                )
+                for x, then in references
+            ),
             default=0.0,
-        )  # fmt: skip
+        )
 
 
 def test_regression_keeps_half_the_squared_change_in_the_budget():
@@ -383,12 +399,15 @@ def test_bad_input_is_one_sentence():
         build("gpm", nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3))).before_task(FIRST, loader)
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("kl-budget", {}, "no strategy 'kl-budget'; choose one of naive"),
-    ("er", {"samples": 3}, "'er' has no option samples; it has samples_per_task"),
-    ("kl_budget", {"kl_budget": 0.0}, "positive number of nats"),
-    ("features", {"energy": 1.5}, "share in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kl-budget", {}, "no strategy 'kl-budget'; choose one of naive"),
+        ("er", {"samples": 3}, "'er' has no option samples; it has samples_per_task"),
+        ("kl_budget", {"kl_budget": 0.0}, "positive number of nats"),
+        ("features", {"energy": 1.5}, "share in"),
+    ],
+)
 def test_unknown_names_and_values_are_refused(name, options, message):
     with pytest.raises(NsrlError, match=message):
         build(name, **options)

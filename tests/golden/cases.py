@@ -92,13 +92,15 @@ def collected(model: Any, kind: str = "discrete", **options: Any) -> RetentionBu
     return RetentionBuffer.collect(model, OLD[kind], **{"n_states": 160, "n_envs": 2, **options})
 
 
-def fine_tuned(kind: str = "discrete", cls: Any = NullSpacePPO, steps: int = 384, settings: Any = None,
-               **options: Any) -> Digests:  # fmt: skip
+def fine_tuned(
+    kind: str = "discrete", cls: Any = NullSpacePPO, steps: int = 384, settings: Any = None, **options: Any
+) -> Digests:
     source = agent(kind, **(settings or {}))
     buffer = collected(source, kind)
     extra = {} if cls is NullSpaceTRPO else SMALL
-    model = cls.from_pretrained(source, make_vec_env(NEW[kind], 2, seed=1), retain=buffer, seed=1,
-                                **{**extra, **options})  # fmt: skip
+    model = cls.from_pretrained(
+        source, make_vec_env(NEW[kind], 2, seed=1), retain=buffer, seed=1, **{**extra, **options}
+    )
     return {"buffer": buffer.digest(), **outcome(model.learn(steps))}
 
 
@@ -125,8 +127,14 @@ def task_budgets(cls: Any = NullSpacePPO) -> Digests:
     second = RetentionBuffer.collect(source, NEW["discrete"], n_states=80, n_envs=2, task="second")
     buffer = RetentionBuffer.merge([first, second])
     extra = SMALL if cls is NullSpacePPO else {"n_steps": 64, "batch_size": 64}
-    model = cls.from_pretrained(source, make_vec_env(NEW["discrete"], 2, seed=0), retain=buffer, seed=0,
-                                task_budgets={"first": 0.002, "second": 0.02}, **extra)  # fmt: skip
+    model = cls.from_pretrained(
+        source,
+        make_vec_env(NEW["discrete"], 2, seed=0),
+        retain=buffer,
+        seed=0,
+        task_budgets={"first": 0.002, "second": 0.02},
+        **extra,
+    )
     return {"buffer": buffer.digest(), **outcome(model.learn(256))}
 
 
@@ -134,8 +142,9 @@ def several_agents() -> Digests:
     """A merged Gaussian buffer, whose states differ in reference spread, distilled into one agent."""
     source, other = agent("box"), agent("box", learning_rate=1e-3)
     buffer = RetentionBuffer.from_agents([source, other], OLD["box"], n_states=80, n_envs=2)
-    model = NullSpacePPO.from_pretrained(source, make_vec_env(NEW["box"], 2, seed=0), retain=buffer, seed=0,
-                                         kl_budget=0.5, trust_buffer=True, **SMALL)  # fmt: skip
+    model = NullSpacePPO.from_pretrained(
+        source, make_vec_env(NEW["box"], 2, seed=0), retain=buffer, seed=0, kl_budget=0.5, trust_buffer=True, **SMALL
+    )
     return {"buffer": buffer.digest(), **outcome(model.learn(256))}
 
 
@@ -196,8 +205,16 @@ def drawn(kind: str, **options: Any) -> Digests:
         "dict": ("MultiInputPolicy", {"cnn_output_dim": 16}),
         "binary": ("MlpPolicy", {}),
     }[kind]
-    model = PPO(policy, envs, seed=0, device="cpu", n_steps=32, batch_size=32, n_epochs=2,
-                policy_kwargs={"features_extractor_kwargs": features, "net_arch": [8]})  # fmt: skip
+    model = PPO(
+        policy,
+        envs,
+        seed=0,
+        device="cpu",
+        n_steps=32,
+        batch_size=32,
+        n_epochs=2,
+        policy_kwargs={"features_extractor_kwargs": features, "net_arch": [8]},
+    )
     buffer = RetentionBuffer.collect(model, envs, n_states=40)
     protect(model, retain=buffer, **{"kl_budget": 1e-3, **options})
     return {"buffer": buffer.digest(), **outcome(model.learn(128))}
@@ -309,8 +326,9 @@ def kernels() -> Digests:
 
     model, inputs = network()
     source = agent()
-    learner = NullSpacePPO.from_pretrained(source, make_vec_env(NEW["discrete"], 2, seed=1), retain=collected(source),
-                                           seed=1, **SMALL)  # fmt: skip
+    learner = NullSpacePPO.from_pretrained(
+        source, make_vec_env(NEW["discrete"], 2, seed=1), retain=collected(source), seed=1, **SMALL
+    )
     rollout = locate("collect_transitions")(learner)
     told = locate("forecast")(learner.retention.constraint, rollout, learning_rate=3e-3, updates=4, kl_budget=0.01)
     return {
@@ -325,16 +343,22 @@ def run_cell() -> Digests:
     """What a benchmark cell does: an agent is pretrained as a run, and fine-tuned as another."""
     quick = locate("EvaluationSettings")(every=128, episodes=1, final_episodes=2)
     before = locate("PretrainConfig")(
-        env=OLD["discrete"], total_timesteps=256, evaluation=quick,
+        env=OLD["discrete"],
+        total_timesteps=256,
+        evaluation=quick,
         ppo=locate("PPOSettings")(n_envs=2, n_steps=64, batch_size=64, n_epochs=2),
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         locate("pretrain")(before, root / "agent")
         config = locate("FinetuneConfig")(
-            agent=str(root / "agent"), pair="cartpole_swapped", total_timesteps=256, evaluation=quick,
-            ppo=locate("PPOOverrides")(n_envs=2, n_steps=64), states=locate("BufferSettings")(n_states=64, n_envs=2),
-        )  # fmt: skip
+            agent=str(root / "agent"),
+            pair="cartpole_swapped",
+            total_timesteps=256,
+            evaluation=quick,
+            ppo=locate("PPOOverrides")(n_envs=2, n_steps=64),
+            states=locate("BufferSettings")(n_states=64, n_envs=2),
+        )
         locate("finetune")(config, root / "run")
         metrics = json.loads((root / "run" / "metrics.json").read_text())
         weights = PPO.load(root / "run" / "agent.zip", device="cpu").policy.state_dict()

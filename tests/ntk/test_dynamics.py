@@ -87,9 +87,14 @@ def test_kernel_descent_is_parameter_descent_for_any_loss():
         curve.append(linear(x).detach())
         elsewhere.append(linear(test).detach())
     ours, ours_elsewhere = kernel_descent(
-        empirical_ntk(model, x), model(x), lambda f: nn.functional.cross_entropy(f, labels), learning_rate=rate,
-        steps=100, cross_kernel=empirical_ntk(model, test, x), test_outputs=model(test).detach(),
-    )  # fmt: skip
+        empirical_ntk(model, x),
+        model(x),
+        lambda f: nn.functional.cross_entropy(f, labels),
+        learning_rate=rate,
+        steps=100,
+        cross_kernel=empirical_ntk(model, test, x),
+        test_outputs=model(test).detach(),
+    )
     assert ours_elsewhere is not None
     assert (ours - torch.stack(curve)).abs().max() < 1e-10
     assert (ours_elsewhere - torch.stack(elsewhere)).abs().max() < 1e-10
@@ -194,8 +199,11 @@ def test_a_wide_network_follows_its_prediction():
 @every_loss
 def test_measured_losses_are_in_the_loss_asked_for(loss):
     model, x, y, _ = problem()
-    expected = {"half_sum": nn.MSELoss(reduction="sum")(model(x), y) / 2, "half_mean": nn.MSELoss()(model(x), y) / 2,
-                "mse": nn.MSELoss()(model(x), y)}[loss]  # fmt: skip
+    expected = {
+        "half_sum": nn.MSELoss(reduction="sum")(model(x), y) / 2,
+        "half_mean": nn.MSELoss()(model(x), y) / 2,
+        "mse": nn.MSELoss()(model(x), y),
+    }[loss]
     path = descend(model, x, y, learning_rate=1e-3, steps=7, every=3, loss=loss)
     assert float(path.losses[0]) == pytest.approx(expected.item())
     assert path.times.tolist() == pytest.approx([0.0, 0.003, 0.006, 0.007])
@@ -249,9 +257,13 @@ def test_linearization_error_is_of_second_order():
 def test_policies_of_agents_are_linearised():
     """SB3 registers its features extractor under two names, which `functional_call` alone would leave damaged."""
     policy = ActorCriticPolicy(
-        spaces.Box(-1.0, 1.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32), lambda _: 1e-3,
-        net_arch=[6], features_extractor_class=TrainableExtractor, ortho_init=False,
-    )  # fmt: skip
+        spaces.Box(-1.0, 1.0, (3,), np.float32),
+        spaces.Box(-1.0, 1.0, (2,), np.float32),
+        lambda _: 1e-3,
+        net_arch=[6],
+        features_extractor_class=TrainableExtractor,
+        ortho_init=False,
+    )
     policy.set_training_mode(False)
     x = normal(4, 3, dtype=torch.float32)
     linear, J = linearize(policy, forward=policy_outputs), jacobian(policy, x, forward=policy_outputs)

@@ -89,8 +89,9 @@ def test_nearly_parallel_inputs_keep_all_digits(activation, layers, weight, bias
     """The arc cosine of a correlation that is 1 up to round-off has half of them, and so had the diagonal."""
     network = InfiniteNetwork(layers, activation, weight, bias)
     x, other, way = normal(1, 7), normal(1, 7, seed=1), normal(1, 7, seed=2)
-    inputs = torch.cat([x, other, (1 + 1e-9) * x, x + 1e-5 * way, x + 1e-11 * way, 2 * x, -x, -3 * other,
-                        1e-7 * way - other])  # fmt: skip
+    inputs = torch.cat(
+        [x, other, (1 + 1e-9) * x, x + 1e-5 * way, x + 1e-11 * way, 2 * x, -x, -3 * other, 1e-7 * way - other]
+    )
     for kernel, which in ((network.nngp(inputs), 0), (network.ntk(inputs), 1)):
         for i in range(len(inputs)):
             for j in range(i, len(inputs)):

@@ -19,10 +19,19 @@ from tests.projection.architectures import ARCHITECTURES
 from tests.projection.builders import Net, jacrev_matrix, mlp, normal, rows_matrix
 
 ODD = (
-    "one linear used twice", "tied weights", "free parameters", "positions before samples", "embedding", "attention",
-    "conv used twice", "lstm", "language model, tied head", "batch norm in eval mode", "conv and group norm",
+    "one linear used twice",
+    "tied weights",
+    "free parameters",
+    "positions before samples",
+    "embedding",
+    "attention",
+    "conv used twice",
+    "lstm",
+    "language model, tied head",
+    "batch norm in eval mode",
+    "conv and group norm",
     "low-rank adapter",
-)  # fmt: skip
+)
 
 
 def build() -> nn.Module:
@@ -221,8 +230,11 @@ def test_models_that_use_a_layer_differently_on_later_batches(function, kind):
     x[:8, 0] = torch.linspace(-2.0, -1.0, 8, dtype=torch.float64)
     rows = rows_matrix(model, x)
     full = (rows @ rows.T).view(17, 2, 17, 2)
-    expected = {"full": full.reshape(34, 34), "trace": torch.einsum("nomo->nm", full),
-                "diagonal": torch.einsum("nomo->onm", full)}[kind]  # fmt: skip
+    expected = {
+        "full": full.reshape(34, 34),
+        "trace": torch.einsum("nomo->nm", full),
+        "diagonal": torch.einsum("nomo->onm", full),
+    }[kind]
     torch.testing.assert_close(empirical_ntk(model, x, None, kind, batch_size=4), expected, rtol=1e-10, atol=1e-10)
 
 

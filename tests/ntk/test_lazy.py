@@ -92,8 +92,13 @@ def test_kappa_falls_as_one_over_the_output_scale():
 
 def test_width_exponents():
     """In the standard parametrisation kappa ~ 1 / width, |J| ~ width^(1/2), |Hess f| ~ width^0."""
-    points = width_sweep(lambda width: nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double(),
-                         [128, 512, 2048], normal(4, 2), torch.ones(4, 1).double(), seeds=range(2))  # fmt: skip
+    points = width_sweep(
+        lambda width: nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double(),
+        [128, 512, 2048],
+        normal(4, 2),
+        torch.ones(4, 1).double(),
+        seeds=range(2),
+    )
     widths = [point.width for point in points]
     assert len(points) == 6 and all(point.converged for point in points)
     for name, expected in (("kappa", -1.0), ("jacobian_norm", 0.5), ("hessian_norm", 0.0)):
@@ -104,8 +109,15 @@ def test_width_exponents():
 
 def test_scale_exponents():
     """Drift of the kernel, change of the weights and distance from the linearisation all fall as 1 / alpha."""
-    points = scale_sweep(lambda: mlp(2, 32, 1).double(), [100.0, 300.0, 1000.0, 3000.0], normal(5, 2),
-                         normal(5, 1, seed=1), learning_rate=0.02, steps=150, seeds=range(2))  # fmt: skip
+    points = scale_sweep(
+        lambda: mlp(2, 32, 1).double(),
+        [100.0, 300.0, 1000.0, 3000.0],
+        normal(5, 2),
+        normal(5, 1, seed=1),
+        learning_rate=0.02,
+        steps=150,
+        seeds=range(2),
+    )
     for seed in range(2):  # networks differ in the prefactor
         own = [point for point in points if point.seed == seed]
         for name in ("drift", "weight_change", "linear_gap"):
@@ -124,9 +136,18 @@ def teacher(inputs: Tensor) -> Tensor:
 def test_lazy_is_not_better():
     """Chizat et al. 2019, figure 2: a student that may learn features beats its own kernel on new data."""
     train, test = normal(150, 10, seed=1), normal(500, 10, seed=2)
-    points = scale_sweep(lambda: mlp(10, 40, 1, activation=nn.ReLU).double(), [1.0, 100.0], train, teacher(train),
-                         learning_rate=0.3, steps=600, test_inputs=test, test_targets=teacher(test),
-                         loss="half_mean", seeds=[0])  # fmt: skip
+    points = scale_sweep(
+        lambda: mlp(10, 40, 1, activation=nn.ReLU).double(),
+        [1.0, 100.0],
+        train,
+        teacher(train),
+        learning_rate=0.3,
+        steps=600,
+        test_inputs=test,
+        test_targets=teacher(test),
+        loss="half_mean",
+        seeds=[0],
+    )
     rich, lazy = points
     assert rich.drift > 100 * lazy.drift
     assert rich.test_loss is not None and lazy.test_loss is not None

@@ -160,8 +160,15 @@ def test_tracin_with_the_left_rule_is_the_sum_over_checkpoints():
     model, indices = net(), [torch.tensor([5, 0, 3]), torch.tensor([1, 7])]
     targets = torch.ones(len(QUERIES), 2, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    recorder = PathRecorder(model, optimizer, QUERIES, rule="left", samples=len(X), weightings={"tracin": tracin},
-                            query_slope=lambda f: f - targets)  # fmt: skip
+    recorder = PathRecorder(
+        model,
+        optimizer,
+        QUERIES,
+        rule="left",
+        samples=len(X),
+        weightings={"tracin": tracin},
+        query_slope=lambda f: f - targets,
+    )
     expected = torch.zeros(len(QUERIES), len(X), dtype=torch.float64)
 
     def gradient(inputs, wanted):
@@ -183,8 +190,9 @@ def test_exact_tracin_sums_to_the_fall_of_the_loss():
     model = net()
     targets = torch.ones(len(QUERIES), 2, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    recorder = PathRecorder(model, optimizer, QUERIES, samples=len(X), weightings={"tracin": tracin},
-                            query_slope=lambda f: f - targets)  # fmt: skip
+    recorder = PathRecorder(
+        model, optimizer, QUERIES, samples=len(X), weightings={"tracin": tracin}, query_slope=lambda f: f - targets
+    )
     before = 0.5 * (model(QUERIES).detach() - targets).square().sum(1)
     train(model, optimizer, 20, [recorder])
     fall = before - 0.5 * (model(QUERIES).detach() - targets).square().sum(1)
@@ -275,8 +283,9 @@ def test_across_a_barrier_the_linear_term_is_no_small_part():
     calm, wild = two_minima(0.02), two_minima(0.3)
     assert not calm.crossed and wild.crossed
     for run in (calm, wild):
-        torch.testing.assert_close(torch.tensor(run.residuals), torch.tensor(run.displacements).square(),
-                                   rtol=1e-6, atol=1e-12)  # fmt: skip
+        torch.testing.assert_close(
+            torch.tensor(run.residuals), torch.tensor(run.displacements).square(), rtol=1e-6, atol=1e-12
+        )
         assert run.exact_error < 1e-12
     assert calm.left_error < 0.2 < 0.5 < wild.left_error
 

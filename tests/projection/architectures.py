@@ -140,17 +140,21 @@ ARCHITECTURES = [
     Architecture("one linear used twice", lambda: Net(shared_twice, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0),
     Architecture(
         "one linear used with and without positions",
-        lambda: Net(shared_with_positions, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0, sequences,
+        lambda: Net(shared_with_positions, a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
+        0,
+        sequences,
     ),
     Architecture(
         "weight used outside its layer",
-        lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)), 1,
+        lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)),
+        1,
     ),
     Architecture(
         "bias used outside its layer", lambda: Net(lambda net, x: net.a(x) + net.a.bias**2, a=nn.Linear(4, 3)), 1
     ),
     Architecture(
-        "weight transposed back", lambda: Net(lambda net, x: torch.tanh(net.a(x)) @ net.a.weight, a=nn.Linear(4, 3)),
+        "weight transposed back",
+        lambda: Net(lambda net, x: torch.tanh(net.a(x)) @ net.a.weight, a=nn.Linear(4, 3)),
         1,
     ),
     Architecture("tied weights", lambda: tied(), 0),
@@ -160,123 +164,304 @@ ARCHITECTURES = [
         "layer called both ways", lambda: Net(lambda net, x: net.a(input=x) + net.a(x.sin()), a=nn.Linear(4, 3)), 0
     ),
     Architecture("output changed by a hook of the user", hooked_by_user, 0),
-    Architecture("weight norm", lambda: nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 3),
-    Architecture("layer norm", lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), 2),
+    Architecture(
+        "weight norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)),
+        3,
+    ),
+    Architecture(
+        "layer norm", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), 2
+    ),
     Architecture("batch norm in eval mode", evaluated_batch_norm, 2),
-    Architecture("free parameters", lambda: Net(
-        free_parameters, a=nn.Linear(4, 3), w=nn.Parameter(normal(4, 3)), g=nn.Parameter(normal(3))), 2),
-    Architecture("positions, factored", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 30), b=nn.Linear(30, 20)), 0, sequences),
-    Architecture("positions, materialised", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 2), b=nn.Linear(2, 2)), 0, sequences),
-    Architecture("two axes of positions", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.a(x))).mean((1, 2)), a=nn.Linear(7, 3), b=nn.Linear(3, 2)), 0, images),
-    Architecture("positions before samples", lambda: Net(
-        lambda net, x: net.a(x.transpose(0, 1)).sum(0), a=nn.Linear(4, 3)), 2, sequences),
-    Architecture("positions folded into samples", lambda: Net(
-        lambda net, x: net.a(x.reshape(-1, 4)).view(-1, 3, 3).sum(1), a=nn.Linear(4, 3)), 2, sequences),
-    Architecture("a layer that sees no sample", lambda: Net(
-        lambda net, x: net.a(x) + net.b(x.new_ones(1, 2)), a=nn.Linear(4, 3), b=nn.Linear(2, 3)), 2),
-    Architecture("embedding", lambda: Net(
-        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2)), 0, tokens),
-    Architecture("embedding with padding", lambda: Net(
-        lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4, padding_idx=1), a=nn.Linear(4, 2)), 0, tokens),
-    Architecture("embedding tied to the head", lambda: Net(
-        lambda net, x: F.linear(torch.tanh(net.e(x)).mean(1), net.e.weight), e=nn.Embedding(6, 4)), 1, tokens),
-    Architecture("attention", lambda: Net(
-        lambda net, x: net.b(net.a(x, x, x, need_weights=False)[0].mean(1)),
-        a=nn.MultiheadAttention(4, 2, batch_first=True), b=nn.Linear(4, 2)), 0, sequences),
-    Architecture("two-argument layer", lambda: Net(
-        lambda net, x: net.a(x) + net.b(x, x.sin()), a=nn.Linear(4, 2), b=nn.Bilinear(4, 4, 2)), 2),
+    Architecture(
+        "free parameters",
+        lambda: Net(free_parameters, a=nn.Linear(4, 3), w=nn.Parameter(normal(4, 3)), g=nn.Parameter(normal(3))),
+        2,
+    ),
+    Architecture(
+        "positions, factored",
+        lambda: Net(lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 30), b=nn.Linear(30, 20)),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "positions, materialised",
+        lambda: Net(lambda net, x: net.b(torch.tanh(net.a(x))).mean(1), a=nn.Linear(4, 2), b=nn.Linear(2, 2)),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "two axes of positions",
+        lambda: Net(lambda net, x: net.b(torch.tanh(net.a(x))).mean((1, 2)), a=nn.Linear(7, 3), b=nn.Linear(3, 2)),
+        0,
+        images,
+    ),
+    Architecture(
+        "positions before samples",
+        lambda: Net(lambda net, x: net.a(x.transpose(0, 1)).sum(0), a=nn.Linear(4, 3)),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "positions folded into samples",
+        lambda: Net(lambda net, x: net.a(x.reshape(-1, 4)).view(-1, 3, 3).sum(1), a=nn.Linear(4, 3)),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "a layer that sees no sample",
+        lambda: Net(lambda net, x: net.a(x) + net.b(x.new_ones(1, 2)), a=nn.Linear(4, 3), b=nn.Linear(2, 3)),
+        2,
+    ),
+    Architecture(
+        "embedding",
+        lambda: Net(lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2)),
+        0,
+        tokens,
+    ),
+    Architecture(
+        "embedding with padding",
+        lambda: Net(lambda net, x: net.a(net.e(x)).sum(1), e=nn.Embedding(6, 4, padding_idx=1), a=nn.Linear(4, 2)),
+        0,
+        tokens,
+    ),
+    Architecture(
+        "embedding tied to the head",
+        lambda: Net(lambda net, x: F.linear(torch.tanh(net.e(x)).mean(1), net.e.weight), e=nn.Embedding(6, 4)),
+        1,
+        tokens,
+    ),
+    Architecture(
+        "attention",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x, x, x, need_weights=False)[0].mean(1)),
+            a=nn.MultiheadAttention(4, 2, batch_first=True),
+            b=nn.Linear(4, 2),
+        ),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "two-argument layer",
+        lambda: Net(lambda net, x: net.a(x) + net.b(x, x.sin()), a=nn.Linear(4, 2), b=nn.Bilinear(4, 4, 2)),
+        2,
+    ),
     Architecture("conv", lambda: convolution(nn.Conv2d(3, 4, 3)), 0, images),
     Architecture("conv stride", lambda: convolution(nn.Conv2d(3, 4, 3, stride=2)), 0, images),
     Architecture("conv padding", lambda: convolution(nn.Conv2d(3, 4, (3, 2), padding=(2, 1))), 0, images),
     Architecture("conv dilation", lambda: convolution(nn.Conv2d(3, 4, 2, dilation=(2, 3))), 0, images),
     Architecture("conv no bias", lambda: convolution(nn.Conv2d(3, 4, 3, stride=(1, 2), bias=False)), 0, images),
     Architecture("conv groups", lambda: convolution(nn.Conv2d(3, 6, 3, groups=3)), 0, images),
-    Architecture("conv circular padding", lambda: convolution(
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), 0, images),
-    Architecture("conv used twice", lambda: Net(
-        lambda net, x: net.b(net.a(torch.tanh(net.a(x))).flatten(1)),
-        a=nn.Conv2d(3, 3, 3), b=nn.Linear(27, 2)), 0, images),
-    Architecture("conv and group norm", lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2)), 2, images),
+    Architecture(
+        "conv circular padding", lambda: convolution(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), 0, images
+    ),
+    Architecture(
+        "conv used twice",
+        lambda: Net(
+            lambda net, x: net.b(net.a(torch.tanh(net.a(x))).flatten(1)), a=nn.Conv2d(3, 3, 3), b=nn.Linear(27, 2)
+        ),
+        0,
+        images,
+    ),
+    Architecture(
+        "conv and group norm",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2)),
+        2,
+        images,
+    ),
     Architecture("conv1d", lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(12, 2)), 0, sequences),
-    Architecture("transposed conv", lambda: nn.Sequential(
-        nn.ConvTranspose2d(3, 2, 2), nn.Flatten(), nn.Linear(128, 2)), 2, images),
-    Architecture("conv same padding", lambda: convolution(
-        nn.Conv2d(3, 4, (3, 2), padding="same", dilation=(1, 2))), 0, images),
-    Architecture("conv same padding, reflected", lambda: convolution(
-        nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect")), 0, images),
-    Architecture("conv depthwise, many groups", lambda: nn.Sequential(
-        nn.Conv2d(3, 18, 1), nn.Conv2d(18, 18, 3, groups=18), nn.Flatten(), nn.Linear(450, 2)), 2, images),
-    Architecture("conv1d groups, dilation, no bias", lambda: nn.Sequential(
-        nn.Conv1d(4, 6, 2, groups=2, dilation=2, padding=1, bias=False), nn.Flatten(), nn.Linear(18, 2)), 0,
-        lambda samples, seed: sequences(samples, seed).transpose(1, 2)),
-    Architecture("conv3d", lambda: nn.Sequential(
-        nn.Conv3d(2, 4, 2, groups=2, stride=(1, 2, 1), padding=1), nn.Flatten(), nn.Linear(96, 2)), 0, volumes),
-    Architecture("conv1d transposed", lambda: nn.Sequential(
-        nn.ConvTranspose1d(3, 2, 2), nn.Flatten(), nn.Linear(10, 2)), 2, sequences),
-    Architecture("conv channels last", lambda: convolution(nn.Conv2d(3, 4, 3)), 0,
-                 lambda samples, seed: images(samples, seed).to(memory_format=torch.channels_last)),
-    Architecture("inputs not contiguous", lambda: mlp(4, 6, 3), 0,
-                 lambda samples, seed: normal(4, samples, seed=seed).T),
-    Architecture("frozen conv weight", lambda: frozen(
-        convolution(nn.Conv2d(3, 6, 3, groups=3)), "0.weight"), 0, images),
-    Architecture("layer norm over two axes", lambda: nn.Sequential(
-        nn.LayerNorm((3, 4)), nn.Flatten(), nn.Linear(12, 2)), 2, sequences),
-    Architecture("layer norm at positions, no bias", lambda: nn.Sequential(
-        nn.Linear(4, 5), nn.LayerNorm(5, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)), 1, sequences),
-    Architecture("rms norm", lambda: nn.Sequential(
-        nn.Linear(4, 5), nn.RMSNorm(5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)), 1, sequences),
-    Architecture("norm used twice", lambda: Net(
-        lambda net, x: net.a(net.n(torch.tanh(net.n(x)))), n=nn.LayerNorm(4), a=nn.Linear(4, 2)), 2),
+    Architecture(
+        "transposed conv",
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 2, 2), nn.Flatten(), nn.Linear(128, 2)),
+        2,
+        images,
+    ),
+    Architecture(
+        "conv same padding", lambda: convolution(nn.Conv2d(3, 4, (3, 2), padding="same", dilation=(1, 2))), 0, images
+    ),
+    Architecture(
+        "conv same padding, reflected",
+        lambda: convolution(nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect")),
+        0,
+        images,
+    ),
+    Architecture(
+        "conv depthwise, many groups",
+        lambda: nn.Sequential(nn.Conv2d(3, 18, 1), nn.Conv2d(18, 18, 3, groups=18), nn.Flatten(), nn.Linear(450, 2)),
+        2,
+        images,
+    ),
+    Architecture(
+        "conv1d groups, dilation, no bias",
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 6, 2, groups=2, dilation=2, padding=1, bias=False), nn.Flatten(), nn.Linear(18, 2)
+        ),
+        0,
+        lambda samples, seed: sequences(samples, seed).transpose(1, 2),
+    ),
+    Architecture(
+        "conv3d",
+        lambda: nn.Sequential(
+            nn.Conv3d(2, 4, 2, groups=2, stride=(1, 2, 1), padding=1), nn.Flatten(), nn.Linear(96, 2)
+        ),
+        0,
+        volumes,
+    ),
+    Architecture(
+        "conv1d transposed",
+        lambda: nn.Sequential(nn.ConvTranspose1d(3, 2, 2), nn.Flatten(), nn.Linear(10, 2)),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "conv channels last",
+        lambda: convolution(nn.Conv2d(3, 4, 3)),
+        0,
+        lambda samples, seed: images(samples, seed).to(memory_format=torch.channels_last),
+    ),
+    Architecture(
+        "inputs not contiguous", lambda: mlp(4, 6, 3), 0, lambda samples, seed: normal(4, samples, seed=seed).T
+    ),
+    Architecture(
+        "frozen conv weight", lambda: frozen(convolution(nn.Conv2d(3, 6, 3, groups=3)), "0.weight"), 0, images
+    ),
+    Architecture(
+        "layer norm over two axes",
+        lambda: nn.Sequential(nn.LayerNorm((3, 4)), nn.Flatten(), nn.Linear(12, 2)),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "layer norm at positions, no bias",
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)),
+        1,
+        sequences,
+    ),
+    Architecture(
+        "rms norm",
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)),
+        1,
+        sequences,
+    ),
+    Architecture(
+        "norm used twice",
+        lambda: Net(lambda net, x: net.a(net.n(torch.tanh(net.n(x)))), n=nn.LayerNorm(4), a=nn.Linear(4, 2)),
+        2,
+    ),
     Architecture("batch norm of images in eval mode", lambda: evaluated_batch_norm_2d(), 2, images),
-    Architecture("instance norm", lambda: nn.Sequential(
-        nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.Linear(147, 2)), 2, images),
+    Architecture(
+        "instance norm",
+        lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.Linear(147, 2)),
+        2,
+        images,
+    ),
     Architecture("prelu", lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(3), nn.Linear(3, 2)), 1),
-    Architecture("attention, positions first", lambda: Net(
-        lambda net, x: net.b(attend(net.a, x.transpose(0, 1)).mean(0)), a=nn.MultiheadAttention(4, 2),
-        b=nn.Linear(4, 2)), 0, sequences),
-    Architecture("attention across, own widths", lambda: Net(
-        lambda net, x: net.b(net.a(x, x[:, :2, :3], x[:, :2, :2])[0].mean(1)),
-        a=nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True), b=nn.Linear(4, 2)), 0, sequences),
-    Architecture("attention, masked, with extra key", lambda: Net(
-        lambda net, x: net.b(attend(net.a, x, attn_mask=CAUSAL.to(x.device)).mean(1)),
-        a=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
-        b=nn.Linear(4, 2)), 2, sequences),
-    Architecture("attention used twice, without bias", lambda: Net(
-        lambda net, x: net.b(attend(net.a, torch.tanh(attend(net.a, x))).mean(1)),
-        a=nn.MultiheadAttention(4, 1, bias=False, batch_first=True), b=nn.Linear(4, 2)), 0, sequences),
-    Architecture("attention of one sample without batch axis", lambda: Net(
-        lambda net, x: net.b(torch.stack([attend(net.a, one) for one in x]).mean(1)),
-        a=nn.MultiheadAttention(4, 2), b=nn.Linear(4, 2)), 4, sequences),
-    Architecture("transformer encoder layer", lambda: Net(
-        lambda net, x: net.b(net.a(x).mean(1)),
-        a=nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), b=nn.Linear(4, 2)).eval(), 4, sequences),
-    Architecture("transformer decoder layer", lambda: Net(
-        lambda net, x: net.b(net.a(x, x.sin()).mean(1)),
-        a=nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, norm_first=True, batch_first=True),
-        b=nn.Linear(4, 2)).eval(), 6, sequences),
+    Architecture(
+        "attention, positions first",
+        lambda: Net(
+            lambda net, x: net.b(attend(net.a, x.transpose(0, 1)).mean(0)),
+            a=nn.MultiheadAttention(4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "attention across, own widths",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x, x[:, :2, :3], x[:, :2, :2])[0].mean(1)),
+            a=nn.MultiheadAttention(4, 2, kdim=3, vdim=2, batch_first=True),
+            b=nn.Linear(4, 2),
+        ),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "attention, masked, with extra key",
+        lambda: Net(
+            lambda net, x: net.b(attend(net.a, x, attn_mask=CAUSAL.to(x.device)).mean(1)),
+            a=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+            b=nn.Linear(4, 2),
+        ),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "attention used twice, without bias",
+        lambda: Net(
+            lambda net, x: net.b(attend(net.a, torch.tanh(attend(net.a, x))).mean(1)),
+            a=nn.MultiheadAttention(4, 1, bias=False, batch_first=True),
+            b=nn.Linear(4, 2),
+        ),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "attention of one sample without batch axis",
+        lambda: Net(
+            lambda net, x: net.b(torch.stack([attend(net.a, one) for one in x]).mean(1)),
+            a=nn.MultiheadAttention(4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        4,
+        sequences,
+    ),
+    Architecture(
+        "transformer encoder layer",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x).mean(1)),
+            a=nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+            b=nn.Linear(4, 2),
+        ).eval(),
+        4,
+        sequences,
+    ),
+    Architecture(
+        "transformer decoder layer",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x, x.sin()).mean(1)),
+            a=nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, norm_first=True, batch_first=True),
+            b=nn.Linear(4, 2),
+        ).eval(),
+        6,
+        sequences,
+    ),
     Architecture("scaled dot product attention block", lambda: SelfAttention(), 4, sequences),
     Architecture("language model, tied head", lambda: LanguageModel(), 2, tokens),
     Architecture("language model, tied head with bias", lambda: LanguageModel(bias=True), 2, tokens),
     Architecture("transposed linear", lambda: nn.Sequential(Conv1D(6, 4), nn.Tanh(), nn.Linear(6, 2)), 0),
-    Architecture("transposed linear, positions", lambda: nn.Sequential(
-        Conv1D(6, 4), nn.Tanh(), nn.Flatten(), Conv1D(2, 18)), 0, sequences),
+    Architecture(
+        "transposed linear, positions",
+        lambda: nn.Sequential(Conv1D(6, 4), nn.Tanh(), nn.Flatten(), Conv1D(2, 18)),
+        0,
+        sequences,
+    ),
     Architecture("weight tied to a transposed linear", lambda: transposed_tie(), 0),
-    Architecture("lstm", lambda: Net(
-        lambda net, x: net.a(net.r(x)[0][:, -1]), r=nn.LSTM(4, 3, batch_first=True), a=nn.Linear(3, 2)), 4, sequences),
-    Architecture("gru", lambda: Net(
-        lambda net, x: net.a(net.r(x)[0][:, -1]), r=nn.GRU(4, 3, batch_first=True), a=nn.Linear(3, 2)), 4, sequences),
-    Architecture("low-rank adapter", lambda: Net(
-        lambda net, x: net.b(torch.tanh(net.w(x) + net.up(net.down(x)))),
-        w=frozen(nn.Linear(4, 5), "weight", "bias"), down=nn.Linear(4, 1, bias=False), up=nn.Linear(1, 5, bias=False),
-        b=frozen(nn.Linear(5, 2), "weight", "bias")), 0),
+    Architecture(
+        "lstm",
+        lambda: Net(lambda net, x: net.a(net.r(x)[0][:, -1]), r=nn.LSTM(4, 3, batch_first=True), a=nn.Linear(3, 2)),
+        4,
+        sequences,
+    ),
+    Architecture(
+        "gru",
+        lambda: Net(lambda net, x: net.a(net.r(x)[0][:, -1]), r=nn.GRU(4, 3, batch_first=True), a=nn.Linear(3, 2)),
+        4,
+        sequences,
+    ),
+    Architecture(
+        "low-rank adapter",
+        lambda: Net(
+            lambda net, x: net.b(torch.tanh(net.w(x) + net.up(net.down(x)))),
+            w=frozen(nn.Linear(4, 5), "weight", "bias"),
+            down=nn.Linear(4, 1, bias=False),
+            up=nn.Linear(1, 5, bias=False),
+            b=frozen(nn.Linear(5, 2), "weight", "bias"),
+        ),
+        0,
+    ),
     Architecture("parametrised low-rank adapter", lambda: parametrised(), 2),
     *ROUTED,
     *PARAMETRISED,
     *LAYERS,
-]  # fmt: skip
+]

@@ -89,9 +89,12 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
-            nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4),
-        )  # fmt: skip
+            nn.Conv2d(3, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+        )
         self.around = nn.Conv2d(3, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,117 +178,287 @@ def swish_gated(net: Net, x: Tensor) -> Tensor:
 
 
 LAYERS = [
-    Architecture("transposed conv1d, strided", lambda: flattened(
-        20, nn.ConvTranspose1d(3, 2, 3, stride=2, output_padding=1)), 2, sequences),
-    Architecture("transposed conv, groups and dilation", lambda: flattened(
-        484, nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, groups=2, dilation=2)), 2, images),
-    Architecture("transposed conv3d", lambda: flattened(
-        54, nn.ConvTranspose3d(2, 2, (2, 2, 2), padding=(0, 0, 0), bias=False)), 1,
-        lambda samples, seed: normal(samples, 2, 2, 2, 2, seed=seed)),
-    Architecture("group norm of vectors", lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2)), 2),
+    Architecture(
+        "transposed conv1d, strided",
+        lambda: flattened(20, nn.ConvTranspose1d(3, 2, 3, stride=2, output_padding=1)),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "transposed conv, groups and dilation",
+        lambda: flattened(484, nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, groups=2, dilation=2)),
+        2,
+        images,
+    ),
+    Architecture(
+        "transposed conv3d",
+        lambda: flattened(54, nn.ConvTranspose3d(2, 2, (2, 2, 2), padding=(0, 0, 0), bias=False)),
+        1,
+        lambda samples, seed: normal(samples, 2, 2, 2, 2, seed=seed),
+    ),
+    Architecture(
+        "group norm of vectors",
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2)),
+        2,
+    ),
     Architecture("group norm of one group", lambda: flattened(100, nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)), 2, images),
     Architecture("group norm of sequences", lambda: flattened(12, nn.GroupNorm(2, 4)), 2, positions_last),
-    Architecture("instance norm of sequences", lambda: flattened(
-        12, nn.InstanceNorm1d(4, affine=True)), 2, positions_last),
-    Architecture("instance norm with running statistics", lambda: evaluated(flattened(
-        147, nn.InstanceNorm2d(3, affine=True, track_running_stats=True))), 2, images),
+    Architecture(
+        "instance norm of sequences", lambda: flattened(12, nn.InstanceNorm1d(4, affine=True)), 2, positions_last
+    ),
+    Architecture(
+        "instance norm with running statistics",
+        lambda: evaluated(flattened(147, nn.InstanceNorm2d(3, affine=True, track_running_stats=True))),
+        2,
+        images,
+    ),
     Architecture("instance norm of volumes", lambda: flattened(24, nn.InstanceNorm3d(2, affine=True)), 2, volumes),
     Architecture("batch norm of sequences", lambda: evaluated(flattened(12, nn.BatchNorm1d(4))), 2, positions_last),
     Architecture("batch norm of volumes", lambda: evaluated(flattened(24, nn.BatchNorm3d(2))), 2, volumes),
-    Architecture("batch norm without scale", lambda: evaluated(nn.Sequential(
-        nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))), 0),
-    Architecture("local response norm", lambda: flattened(
-        100, nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)), 0, images),
-    Architecture("sparse embedding", lambda: Net(
-        lambda net, x: net.a(net.e(x).flatten(1)), e=nn.Embedding(6, 4, sparse=True), a=nn.Linear(12, 2)), 0, tokens,
-        rows=True),
-    Architecture("sparse embedding, used outside too", lambda: Net(
-        lambda net, x: net.a(net.e(x).flatten(1)) + net.e.weight[:2, 0], e=nn.Embedding(6, 4, sparse=True),
-        a=nn.Linear(12, 2)), 1, tokens, rows=True),
+    Architecture(
+        "batch norm without scale",
+        lambda: evaluated(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))),
+        0,
+    ),
+    Architecture("local response norm", lambda: flattened(100, nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)), 0, images),
+    Architecture(
+        "sparse embedding",
+        lambda: Net(lambda net, x: net.a(net.e(x).flatten(1)), e=nn.Embedding(6, 4, sparse=True), a=nn.Linear(12, 2)),
+        0,
+        tokens,
+        rows=True,
+    ),
+    Architecture(
+        "sparse embedding, used outside too",
+        lambda: Net(
+            lambda net, x: net.a(net.e(x).flatten(1)) + net.e.weight[:2, 0],
+            e=nn.Embedding(6, 4, sparse=True),
+            a=nn.Linear(12, 2),
+        ),
+        1,
+        tokens,
+        rows=True,
+    ),
     Architecture("bag of embeddings, mean", lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 2)), 1, tokens),
-    Architecture("bag of embeddings, sum and padding", lambda: nn.Sequential(
-        nn.EmbeddingBag(6, 4, mode="sum", padding_idx=1), nn.Linear(4, 2)), 1, tokens),
-    Architecture("bag of embeddings, largest", lambda: nn.Sequential(
-        nn.EmbeddingBag(6, 4, mode="max"), nn.Linear(4, 2)), 1, tokens, rows=True),
-    Architecture("bags of one list", lambda: Net(
-        bag_of_one_list, e=nn.EmbeddingBag(6, 4, mode="sum"), a=nn.Linear(4, 2)), 1, tokens, rows=True),
-    Architecture("bilinear at positions", lambda: Net(
-        lambda net, x: net.a(x, x.cos()).sum(1), a=nn.Bilinear(4, 4, 2)), 2, sequences),
+    Architecture(
+        "bag of embeddings, sum and padding",
+        lambda: nn.Sequential(nn.EmbeddingBag(6, 4, mode="sum", padding_idx=1), nn.Linear(4, 2)),
+        1,
+        tokens,
+    ),
+    Architecture(
+        "bag of embeddings, largest",
+        lambda: nn.Sequential(nn.EmbeddingBag(6, 4, mode="max"), nn.Linear(4, 2)),
+        1,
+        tokens,
+        rows=True,
+    ),
+    Architecture(
+        "bags of one list",
+        lambda: Net(bag_of_one_list, e=nn.EmbeddingBag(6, 4, mode="sum"), a=nn.Linear(4, 2)),
+        1,
+        tokens,
+        rows=True,
+    ),
+    Architecture(
+        "bilinear at positions",
+        lambda: Net(lambda net, x: net.a(x, x.cos()).sum(1), a=nn.Bilinear(4, 4, 2)),
+        2,
+        sequences,
+    ),
     Architecture("pixel shuffle", lambda: flattened(400, nn.Conv2d(3, 16, 3), nn.PixelShuffle(2)), 0, images),
-    Architecture("pixel unshuffle", lambda: flattened(
-        36, nn.Conv2d(3, 1, 2), nn.PixelUnshuffle(2)), 0, images),
-    Architecture("unfold and fold", lambda: Net(
-        lambda net, x: net.b(F.fold(net.a(F.unfold(x, 3).transpose(1, 2)).transpose(1, 2), (5, 5), 1).flatten(1)),
-        a=nn.Linear(27, 2), b=nn.Linear(50, 2)), 0, images),
-    Architecture("pooled and unpooled", lambda: Net(
-        unpooled, a=nn.Conv2d(3, 2, 3), b=nn.Linear(50, 2)), 0, images),
-    Architecture("upsampled", lambda: flattened(
-        392, nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=2, mode="bicubic")), 0, images),
-    Architecture("adaptive pooling", lambda: flattened(
-        16, nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(2)), 0, images),
+    Architecture("pixel unshuffle", lambda: flattened(36, nn.Conv2d(3, 1, 2), nn.PixelUnshuffle(2)), 0, images),
+    Architecture(
+        "unfold and fold",
+        lambda: Net(
+            lambda net, x: net.b(F.fold(net.a(F.unfold(x, 3).transpose(1, 2)).transpose(1, 2), (5, 5), 1).flatten(1)),
+            a=nn.Linear(27, 2),
+            b=nn.Linear(50, 2),
+        ),
+        0,
+        images,
+    ),
+    Architecture("pooled and unpooled", lambda: Net(unpooled, a=nn.Conv2d(3, 2, 3), b=nn.Linear(50, 2)), 0, images),
+    Architecture(
+        "upsampled", lambda: flattened(392, nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=2, mode="bicubic")), 0, images
+    ),
+    Architecture("adaptive pooling", lambda: flattened(16, nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(2)), 0, images),
     Architecture("prelu, one slope", lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 2)), 1),
     Architecture("prelu of channels", lambda: flattened(100, nn.Conv2d(3, 4, 3), nn.PReLU(4)), 1, images),
-    Architecture("prelu, as many outputs as samples", lambda: nn.Sequential(
-        nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 4)), 1),
+    Architecture(
+        "prelu, as many outputs as samples", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 4)), 1
+    ),
     Architecture("gated linear units", lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.Linear(3, 2)), 0),
-    Architecture("swish-gated units", lambda: Net(
-        swish_gated, gate=nn.Linear(4, 5, bias=False), up=nn.Linear(4, 5, bias=False), down=nn.Linear(5, 2)), 0),
-    Architecture("odd activations", lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.Mish(), nn.Linear(6, 6), nn.RReLU().eval(), nn.Linear(6, 6), nn.Softmax(-1),
-        nn.Linear(6, 2), nn.LogSigmoid()), 0),
-    Architecture("transformer encoder with padding", lambda: Net(
-        encoded, body=encoder(), head=nn.Linear(4, 2)).eval(), 8, sequences),
-    Architecture("transformer encoder with padding, norm first", lambda: Net(
-        encoded, body=encoder(norm_first=True, activation="gelu"), head=nn.Linear(4, 2)).eval(), 8, sequences),
-    Architecture("transformer encoder on tokens, positions first", lambda: Net(
-        lambda net, x: net.head(net.body(net.e(x).transpose(0, 1), src_key_padding_mask=padding_of(x))[0]),
-        e=nn.Embedding(6, 4), body=nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1), 1, enable_nested_tensor=False),
-        head=nn.Linear(4, 2)).eval(), 8, tokens),
-    Architecture("transformer decoder, masked", lambda: Net(
-        decoded, body=nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 6, batch_first=True), 1),
-        head=nn.Linear(4, 2)).eval(), 10, sequences),
-    Architecture("transformer", lambda: Net(
-        both, body=nn.Transformer(4, 2, 1, 1, 6, batch_first=True), head=nn.Linear(4, 2)).eval(), 14, sequences),
-    Architecture("attention, mean of its weights", lambda: Net(
-        lambda net, x: net.b(net.a(x, x, x, key_padding_mask=padding_of(x))[1].flatten(1)),
-        a=nn.MultiheadAttention(4, 2, batch_first=True), b=nn.Linear(9, 2)), 2, sequences),
-    Architecture("grouped queries with learnt bias", lambda: Net(
-        grouped_queries, q=nn.Linear(4, 4), k=nn.Linear(4, 2), v=nn.Linear(4, 2), head=nn.Linear(4, 2),
-        bias=nn.Parameter(normal(2, 3, 3))), 1, sequences, rows=True),
-    Architecture("rotary attention", lambda: Net(
-        rotary, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), head=nn.Linear(4, 2)), 0, sequences),
-    Architecture("linear attention", lambda: Net(
-        linear_attention, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), head=nn.Linear(4, 2)), 0, sequences),
+    Architecture(
+        "swish-gated units",
+        lambda: Net(
+            swish_gated, gate=nn.Linear(4, 5, bias=False), up=nn.Linear(4, 5, bias=False), down=nn.Linear(5, 2)
+        ),
+        0,
+    ),
+    Architecture(
+        "odd activations",
+        lambda: nn.Sequential(
+            nn.Linear(4, 6),
+            nn.Mish(),
+            nn.Linear(6, 6),
+            nn.RReLU().eval(),
+            nn.Linear(6, 6),
+            nn.Softmax(-1),
+            nn.Linear(6, 2),
+            nn.LogSigmoid(),
+        ),
+        0,
+    ),
+    Architecture(
+        "transformer encoder with padding",
+        lambda: Net(encoded, body=encoder(), head=nn.Linear(4, 2)).eval(),
+        8,
+        sequences,
+    ),
+    Architecture(
+        "transformer encoder with padding, norm first",
+        lambda: Net(encoded, body=encoder(norm_first=True, activation="gelu"), head=nn.Linear(4, 2)).eval(),
+        8,
+        sequences,
+    ),
+    Architecture(
+        "transformer encoder on tokens, positions first",
+        lambda: Net(
+            lambda net, x: net.head(net.body(net.e(x).transpose(0, 1), src_key_padding_mask=padding_of(x))[0]),
+            e=nn.Embedding(6, 4),
+            body=nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1), 1, enable_nested_tensor=False),
+            head=nn.Linear(4, 2),
+        ).eval(),
+        8,
+        tokens,
+    ),
+    Architecture(
+        "transformer decoder, masked",
+        lambda: Net(
+            decoded,
+            body=nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 6, batch_first=True), 1),
+            head=nn.Linear(4, 2),
+        ).eval(),
+        10,
+        sequences,
+    ),
+    Architecture(
+        "transformer",
+        lambda: Net(both, body=nn.Transformer(4, 2, 1, 1, 6, batch_first=True), head=nn.Linear(4, 2)).eval(),
+        14,
+        sequences,
+    ),
+    Architecture(
+        "attention, mean of its weights",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x, x, x, key_padding_mask=padding_of(x))[1].flatten(1)),
+            a=nn.MultiheadAttention(4, 2, batch_first=True),
+            b=nn.Linear(9, 2),
+        ),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "grouped queries with learnt bias",
+        lambda: Net(
+            grouped_queries,
+            q=nn.Linear(4, 4),
+            k=nn.Linear(4, 2),
+            v=nn.Linear(4, 2),
+            head=nn.Linear(4, 2),
+            bias=nn.Parameter(normal(2, 3, 3)),
+        ),
+        1,
+        sequences,
+        rows=True,
+    ),
+    Architecture(
+        "rotary attention",
+        lambda: Net(rotary, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), head=nn.Linear(4, 2)),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "linear attention",
+        lambda: Net(linear_attention, q=nn.Linear(4, 4), k=nn.Linear(4, 4), v=nn.Linear(4, 4), head=nn.Linear(4, 2)),
+        0,
+        sequences,
+    ),
     Architecture("residual block", lambda: evaluated(flattened(196, Residual())), 4, images),
-    Architecture("squeeze and excitation", lambda: flattened(
-        100, nn.Conv2d(3, 4, 3), SqueezeExcite(4)), 0, images),
+    Architecture("squeeze and excitation", lambda: flattened(100, nn.Conv2d(3, 4, 3), SqueezeExcite(4)), 0, images),
     Architecture("mixer", lambda: Mixer(), 4, sequences),
     Architecture("gated causal conv", lambda: flattened(12, Gated(), Gated()), 0, positions_last),
     Architecture("convolutional gru", lambda: ConvolutionalGRU(), 0, images),
-    Architecture("u-net", lambda: Net(
-        unet, a=nn.Conv2d(3, 2, 3), b=nn.Conv2d(2, 2, 1), c=nn.Conv2d(4, 2, 1), head=nn.Linear(2, 2)), 0, images),
-    Architecture("dueling", lambda: Net(
-        dueling, body=nn.Linear(4, 5), value=nn.Linear(5, 1), advantage=nn.Linear(5, 3)), 0),
-    Architecture("dense connections", lambda: Net(
-        lambda net, x: net.c(torch.cat([x, net.a(x).relu(), net.b(torch.cat([x, net.a(x)], 1)).relu()], 1)),
-        a=nn.Linear(4, 3), b=nn.Linear(7, 3), c=nn.Linear(10, 2)), 0),
-    Architecture("highway", lambda: Net(
-        lambda net, x: net.c(torch.sigmoid(net.t(x)) * torch.relu(net.h(x)) + (1 - torch.sigmoid(net.t(x))) * x),
-        t=nn.Linear(4, 4), h=nn.Linear(4, 4), c=nn.Linear(4, 2)), 0),
-    Architecture("maxout", lambda: Net(
-        lambda net, x: net.b(net.a(x).unflatten(1, (3, 2)).amax(2)), a=nn.Linear(4, 6), b=nn.Linear(3, 2)), 0),
-    Architecture("deep set", lambda: Net(
-        lambda net, x: net.rho(net.phi(x).amax(1)), phi=mlp(4, 5, 5), rho=mlp(5, 4, 2)), 0, sequences),
-    Architecture("siamese", lambda: Net(
-        lambda net, x: (net.a(x[:, 0]) - net.a(x[:, 1])).abs() @ net.a[2].weight[:, :2], a=mlp(4, 5, 3)), 1, sequences),
-    Architecture("adaptive softmax", lambda: Net(
-        lambda net, x: net.s.log_prob(net.a(x)), a=nn.Linear(4, 4),
-        s=nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2, 4], div_value=2.0)), 3, rows=True),
-    Architecture("euler steps", lambda: Net(
-        lambda net, x: net.b(x + 0.1 * net.a(x) + 0.1 * net.a(x + 0.1 * net.a(x))), a=mlp(4, 6, 4),
-        b=nn.Linear(4, 2)), 0),
-    Architecture("log-determinant of a matrix", lambda: Net(
-        lambda net, x: net.a(x).unflatten(1, (2, 2)).matrix_exp().flatten(1), a=nn.Linear(4, 4)), 0, vectors),
-]  # fmt: skip
+    Architecture(
+        "u-net",
+        lambda: Net(unet, a=nn.Conv2d(3, 2, 3), b=nn.Conv2d(2, 2, 1), c=nn.Conv2d(4, 2, 1), head=nn.Linear(2, 2)),
+        0,
+        images,
+    ),
+    Architecture(
+        "dueling", lambda: Net(dueling, body=nn.Linear(4, 5), value=nn.Linear(5, 1), advantage=nn.Linear(5, 3)), 0
+    ),
+    Architecture(
+        "dense connections",
+        lambda: Net(
+            lambda net, x: net.c(torch.cat([x, net.a(x).relu(), net.b(torch.cat([x, net.a(x)], 1)).relu()], 1)),
+            a=nn.Linear(4, 3),
+            b=nn.Linear(7, 3),
+            c=nn.Linear(10, 2),
+        ),
+        0,
+    ),
+    Architecture(
+        "highway",
+        lambda: Net(
+            lambda net, x: net.c(torch.sigmoid(net.t(x)) * torch.relu(net.h(x)) + (1 - torch.sigmoid(net.t(x))) * x),
+            t=nn.Linear(4, 4),
+            h=nn.Linear(4, 4),
+            c=nn.Linear(4, 2),
+        ),
+        0,
+    ),
+    Architecture(
+        "maxout",
+        lambda: Net(lambda net, x: net.b(net.a(x).unflatten(1, (3, 2)).amax(2)), a=nn.Linear(4, 6), b=nn.Linear(3, 2)),
+        0,
+    ),
+    Architecture(
+        "deep set",
+        lambda: Net(lambda net, x: net.rho(net.phi(x).amax(1)), phi=mlp(4, 5, 5), rho=mlp(5, 4, 2)),
+        0,
+        sequences,
+    ),
+    Architecture(
+        "siamese",
+        lambda: Net(lambda net, x: (net.a(x[:, 0]) - net.a(x[:, 1])).abs() @ net.a[2].weight[:, :2], a=mlp(4, 5, 3)),
+        1,
+        sequences,
+    ),
+    Architecture(
+        "adaptive softmax",
+        lambda: Net(
+            lambda net, x: net.s.log_prob(net.a(x)),
+            a=nn.Linear(4, 4),
+            s=nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2, 4], div_value=2.0),
+        ),
+        3,
+        rows=True,
+    ),
+    Architecture(
+        "euler steps",
+        lambda: Net(
+            lambda net, x: net.b(x + 0.1 * net.a(x) + 0.1 * net.a(x + 0.1 * net.a(x))),
+            a=mlp(4, 6, 4),
+            b=nn.Linear(4, 2),
+        ),
+        0,
+    ),
+    Architecture(
+        "log-determinant of a matrix",
+        lambda: Net(lambda net, x: net.a(x).unflatten(1, (2, 2)).matrix_exp().flatten(1), a=nn.Linear(4, 4)),
+        0,
+        vectors,
+    ),
+]

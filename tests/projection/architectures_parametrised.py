@@ -148,83 +148,201 @@ def layer_scaled(net: Net, x: Tensor) -> Tensor:
 
 
 PARAMETRISED = [
-    Architecture("logit scale", lambda: Net(
-        cosine_logits, a=nn.Linear(4, 3), classes=nn.Parameter(normal(5, 3)), scale=number(0.5)), 2),
-    Architecture("temperature", lambda: Net(
-        lambda net, x: (net.a(x) / net.t).log_softmax(-1), a=nn.Linear(4, 3), t=number(0.8)), 1),
-    Architecture("rezero", lambda: Net(
-        rezero, blocks=nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), head=nn.Linear(4, 2),
-        gains=nn.ParameterList(number(value) for value in (0.0, 0.1, -0.2))), 3),
+    Architecture(
+        "logit scale",
+        lambda: Net(cosine_logits, a=nn.Linear(4, 3), classes=nn.Parameter(normal(5, 3)), scale=number(0.5)),
+        2,
+    ),
+    Architecture(
+        "temperature",
+        lambda: Net(lambda net, x: (net.a(x) / net.t).log_softmax(-1), a=nn.Linear(4, 3), t=number(0.8)),
+        1,
+    ),
+    Architecture(
+        "rezero",
+        lambda: Net(
+            rezero,
+            blocks=nn.ModuleList(nn.Linear(4, 4) for _ in range(3)),
+            head=nn.Linear(4, 2),
+            gains=nn.ParameterList(number(value) for value in (0.0, 0.1, -0.2)),
+        ),
+        3,
+    ),
     Architecture("one number for all", lambda: Net(lambda net, x: (net.w * x).tanh(), w=number(0.3)), 1),
     Architecture("a layer of one number", lambda: nn.Sequential(nn.Linear(4, 3), Scale(0.4), nn.Linear(3, 2)), 1),
-    Architecture("one number where nothing can be batched", lambda: Net(
-        lambda net, x: net.b(net.g * torch.stack([net.a(row) for row in x.unbind(0) if row.sum().item() < 1e9])),
-        a=nn.Linear(4, 4), b=nn.Linear(4, 2), g=number(0.3)), 3),
-    Architecture("shift of one number", lambda: Net(
-        lambda net, x: net.a(x) + net.b, a=nn.Linear(4, 3), b=number(0.3)), 1),
-    Architecture("parameter without entries", lambda: Net(
-        lambda net, x: net.a(torch.cat([x, net.e.expand(len(x), -1)], 1)), a=nn.Linear(4, 3),
-        e=nn.Parameter(torch.zeros(0)), f=nn.Parameter(torch.zeros(0, 3))), 2),
-    Architecture("parameters in a dictionary", lambda: Net(
-        lambda net, x: x @ net.p["w"] * net.p["s"] + net.p["b"],
-        p=nn.ParameterDict({"w": normal(4, 3), "s": torch.tensor(0.5), "b": normal(3)})), 3),
-    Architecture("old weight norm", lambda: nn.Sequential(
-        weight_normed(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 3),
-    Architecture("old weight norm, one scale", lambda: nn.Sequential(
-        weight_normed(nn.Linear(4, 3), None), nn.Tanh(), weight_normed(nn.Linear(3, 2, bias=False))), 5),
-    Architecture("old weight norm of a conv", lambda: nn.Sequential(
-        weight_normed(nn.Conv2d(3, 2, 3, groups=1)), nn.Flatten(), nn.Linear(50, 2)), 3, images),
-    Architecture("weight norm of a conv", lambda: nn.Sequential(
-        parametrizations.weight_norm(nn.Conv2d(3, 2, 3)), nn.Flatten(), nn.Linear(50, 2)), 3, images),
-    Architecture("spectral norm", lambda: nn.Sequential(
-        spectral_normed(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 2),
-    Architecture("old spectral norm", lambda: nn.Sequential(
-        spectral_normed(nn.Linear(4, 3), old=True), nn.Tanh(), nn.Linear(3, 2)), 2),
-    Architecture("orthogonal", lambda: nn.Sequential(
-        parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2)), 2, rows=True),
+    Architecture(
+        "one number where nothing can be batched",
+        lambda: Net(
+            lambda net, x: net.b(net.g * torch.stack([net.a(row) for row in x.unbind(0) if row.sum().item() < 1e9])),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 2),
+            g=number(0.3),
+        ),
+        3,
+    ),
+    Architecture(
+        "shift of one number", lambda: Net(lambda net, x: net.a(x) + net.b, a=nn.Linear(4, 3), b=number(0.3)), 1
+    ),
+    Architecture(
+        "parameter without entries",
+        lambda: Net(
+            lambda net, x: net.a(torch.cat([x, net.e.expand(len(x), -1)], 1)),
+            a=nn.Linear(4, 3),
+            e=nn.Parameter(torch.zeros(0)),
+            f=nn.Parameter(torch.zeros(0, 3)),
+        ),
+        2,
+    ),
+    Architecture(
+        "parameters in a dictionary",
+        lambda: Net(
+            lambda net, x: x @ net.p["w"] * net.p["s"] + net.p["b"],
+            p=nn.ParameterDict({"w": normal(4, 3), "s": torch.tensor(0.5), "b": normal(3)}),
+        ),
+        3,
+    ),
+    Architecture(
+        "old weight norm", lambda: nn.Sequential(weight_normed(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 3
+    ),
+    Architecture(
+        "old weight norm, one scale",
+        lambda: nn.Sequential(
+            weight_normed(nn.Linear(4, 3), None), nn.Tanh(), weight_normed(nn.Linear(3, 2, bias=False))
+        ),
+        5,
+    ),
+    Architecture(
+        "old weight norm of a conv",
+        lambda: nn.Sequential(weight_normed(nn.Conv2d(3, 2, 3, groups=1)), nn.Flatten(), nn.Linear(50, 2)),
+        3,
+        images,
+    ),
+    Architecture(
+        "weight norm of a conv",
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 2, 3)), nn.Flatten(), nn.Linear(50, 2)),
+        3,
+        images,
+    ),
+    Architecture(
+        "spectral norm", lambda: nn.Sequential(spectral_normed(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 2
+    ),
+    Architecture(
+        "old spectral norm",
+        lambda: nn.Sequential(spectral_normed(nn.Linear(4, 3), old=True), nn.Tanh(), nn.Linear(3, 2)),
+        2,
+    ),
+    Architecture(
+        "orthogonal",
+        lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2)),
+        2,
+        rows=True,
+    ),
     Architecture("pruned", lambda: nn.Sequential(pruned(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)), 2),
     Architecture("symmetric weight", symmetric, 2),
     Architecture("parametrised and cached", cached, 2),
     Architecture("masked linear", lambda: nn.Sequential(MaskedLinear(4, 3), nn.ReLU(), MaskedLinear(3, 2)), 4),
     Architecture("linear with a gain", lambda: nn.Sequential(GainedLinear(4, 3), nn.Tanh(), nn.Linear(3, 2)), 3),
-    Architecture("low-rank update inside a weight", lambda: Net(
-        lambda net, x: F.linear(x, net.w + net.up @ net.down), w=frozen(nn.Linear(4, 3), "weight").weight,
-        up=nn.Parameter(normal(3, 2)), down=nn.Parameter(normal(2, 4, seed=1))), 2),
-    Architecture("weights made from a code", lambda: Net(
-        made_of_a_code, make=nn.Linear(3, 8), code=nn.Parameter(normal(3))), 3),
-    Architecture("encoder tied to its decoder", lambda: Net(
-        lambda net, x: F.linear(torch.tanh(net.a(x)), net.a.weight.T, net.b), a=nn.Linear(4, 3),
-        b=nn.Parameter(normal(4))), 2),
+    Architecture(
+        "low-rank update inside a weight",
+        lambda: Net(
+            lambda net, x: F.linear(x, net.w + net.up @ net.down),
+            w=frozen(nn.Linear(4, 3), "weight").weight,
+            up=nn.Parameter(normal(3, 2)),
+            down=nn.Parameter(normal(2, 4, seed=1)),
+        ),
+        2,
+    ),
+    Architecture(
+        "weights made from a code", lambda: Net(made_of_a_code, make=nn.Linear(3, 8), code=nn.Parameter(normal(3))), 3
+    ),
+    Architecture(
+        "encoder tied to its decoder",
+        lambda: Net(
+            lambda net, x: F.linear(torch.tanh(net.a(x)), net.a.weight.T, net.b),
+            a=nn.Linear(4, 3),
+            b=nn.Parameter(normal(4)),
+        ),
+        2,
+    ),
     Architecture("two layers share a weight, one its bias", lambda: _shared_weight(), 0),
     Architecture("conv tied to another", lambda: _tied_convolutions(), 2, images),
     Architecture("weight stored transposed", transposed_storage, 0),
     Architecture("conv stored channels last", channels_last, 0, images),
-    Architecture("broadcast parameters", lambda: Net(
-        lambda net, x: net.a(x * net.row + net.column).sum(1), a=nn.Linear(4, 2), row=nn.Parameter(normal(1, 1, 4)),
-        column=nn.Parameter(normal(3, 1))), 2, sequences),
-    Architecture("part of a parameter", lambda: Net(
-        lambda net, x: F.linear(x, net.w[1:4], net.w[0, :3]) + net.w[4].sum(), w=nn.Parameter(normal(5, 4))), 1),
-    Architecture("a layer that sees a buffer", lambda: with_anchors(Net(prototypes, a=nn.Linear(4, 3))), 2,
-                 rows=True),  # jacrev of cdist is not what finite differences say (torch 2.13)
-    Architecture("complex view", lambda: Net(
-        spectral_convolution, a=nn.Linear(12, 2), filter=nn.Parameter(normal(2, 4, 2))), 1, sequences),
-    Architecture("three-way product", lambda: Net(
-        lambda net, x: torch.einsum("ni,nj,ijk->nk", x, x, net.w), w=nn.Parameter(normal(4, 4, 2))), 1),
-    Architecture("cp-decomposed", lambda: Net(
-        lambda net, x: ((x @ net.u) * (x @ net.v)) @ net.w, u=nn.Parameter(normal(4, 3)),
-        v=nn.Parameter(normal(4, 3, seed=1)), w=nn.Parameter(normal(3, 2))), 3),
-    Architecture("learnt fourier features", lambda: Net(
-        lambda net, x: net.a(torch.cat([(x @ net.b).sin(), (x @ net.b).cos()], 1)), a=nn.Linear(6, 2),
-        b=nn.Parameter(normal(4, 3))), 1),
+    Architecture(
+        "broadcast parameters",
+        lambda: Net(
+            lambda net, x: net.a(x * net.row + net.column).sum(1),
+            a=nn.Linear(4, 2),
+            row=nn.Parameter(normal(1, 1, 4)),
+            column=nn.Parameter(normal(3, 1)),
+        ),
+        2,
+        sequences,
+    ),
+    Architecture(
+        "part of a parameter",
+        lambda: Net(
+            lambda net, x: F.linear(x, net.w[1:4], net.w[0, :3]) + net.w[4].sum(), w=nn.Parameter(normal(5, 4))
+        ),
+        1,
+    ),
+    Architecture(
+        "a layer that sees a buffer", lambda: with_anchors(Net(prototypes, a=nn.Linear(4, 3))), 2, rows=True
+    ),  # jacrev of cdist is not what finite differences say (torch 2.13)
+    Architecture(
+        "complex view",
+        lambda: Net(spectral_convolution, a=nn.Linear(12, 2), filter=nn.Parameter(normal(2, 4, 2))),
+        1,
+        sequences,
+    ),
+    Architecture(
+        "three-way product",
+        lambda: Net(lambda net, x: torch.einsum("ni,nj,ijk->nk", x, x, net.w), w=nn.Parameter(normal(4, 4, 2))),
+        1,
+    ),
+    Architecture(
+        "cp-decomposed",
+        lambda: Net(
+            lambda net, x: ((x @ net.u) * (x @ net.v)) @ net.w,
+            u=nn.Parameter(normal(4, 3)),
+            v=nn.Parameter(normal(4, 3, seed=1)),
+            w=nn.Parameter(normal(3, 2)),
+        ),
+        3,
+    ),
+    Architecture(
+        "learnt fourier features",
+        lambda: Net(
+            lambda net, x: net.a(torch.cat([(x @ net.b).sin(), (x @ net.b).cos()], 1)),
+            a=nn.Linear(6, 2),
+            b=nn.Parameter(normal(4, 3)),
+        ),
+        1,
+    ),
     Architecture("vision transformer", lambda: Vision().eval(), 8, images),
-    Architecture("layer scale", lambda: Net(
-        layer_scaled, stem=nn.Conv2d(3, 4, 3), depth=nn.Conv2d(4, 4, 3, padding=1, groups=4), mix=nn.Conv2d(4, 4, 1),
-        scale=nn.Parameter(1e-2 * normal(4)), head=nn.Linear(4, 2)), 1, images),
-    Architecture("embedding and one number", lambda: Net(
-        lambda net, x: net.a(net.e(x) * net.g).mean(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2), g=number(0.5)), 1,
-        tokens),
+    Architecture(
+        "layer scale",
+        lambda: Net(
+            layer_scaled,
+            stem=nn.Conv2d(3, 4, 3),
+            depth=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            mix=nn.Conv2d(4, 4, 1),
+            scale=nn.Parameter(1e-2 * normal(4)),
+            head=nn.Linear(4, 2),
+        ),
+        1,
+        images,
+    ),
+    Architecture(
+        "embedding and one number",
+        lambda: Net(
+            lambda net, x: net.a(net.e(x) * net.g).mean(1), e=nn.Embedding(6, 4), a=nn.Linear(4, 2), g=number(0.5)
+        ),
+        1,
+        tokens,
+    ),
     Architecture("shared by two names, one frozen", lambda: _two_names(), 0),
-]  # fmt: skip
+]
 
 
 def _shared_weight() -> nn.Module:

@@ -208,85 +208,206 @@ def time_first(layer: nn.Module, width: int) -> Net:
 
 
 ROUTED = [
-    Architecture("mixture of experts, one each", lambda: Net(
-        routed_to_one, gate=nn.Linear(4, 3), experts=experts()), 6, rows=True),
-    Architecture("mixture of experts, one expert for all", lambda: Net(
-        routed_to_one, gate=nn.Linear(4, 1), experts=experts(1)), 2),
-    Architecture("mixture of experts, two each", lambda: Net(
-        routed_to_two, gate=nn.Linear(4, 3), experts=experts()), 0),
+    Architecture(
+        "mixture of experts, one each",
+        lambda: Net(routed_to_one, gate=nn.Linear(4, 3), experts=experts()),
+        6,
+        rows=True,
+    ),
+    Architecture(
+        "mixture of experts, one expert for all",
+        lambda: Net(routed_to_one, gate=nn.Linear(4, 1), experts=experts(1)),
+        2,
+    ),
+    Architecture(
+        "mixture of experts, two each", lambda: Net(routed_to_two, gate=nn.Linear(4, 3), experts=experts()), 0
+    ),
     Architecture("sorted and unsorted", lambda: Net(all_to_one, a=nn.Linear(4, 3), b=nn.Linear(4, 4)), 4),
-    Architecture("two branches, both computed", lambda: Net(per_sample_branch, a=nn.Linear(4, 3), b=nn.Linear(4, 3)),
-                 0),
-    Architecture("a branch for each sample", lambda: Net(
-        branch_on_each_sample, a=nn.Linear(4, 3), b=nn.Linear(4, 3)), 4, rows=True),
-    Architecture("early exit", lambda: Net(
-        early_exit, a=nn.Linear(4, 5), b=nn.Linear(5, 2), c=nn.Linear(5, 5)), 4, rows=True),
-    Architecture("a module of a dictionary for each sample", lambda: Net(
-        one_key_a_sample, branches=nn.ModuleDict({"left": nn.Linear(4, 3), "right": mlp(4, 4, 3)})), 6, rows=True),
+    Architecture(
+        "two branches, both computed", lambda: Net(per_sample_branch, a=nn.Linear(4, 3), b=nn.Linear(4, 3)), 0
+    ),
+    Architecture(
+        "a branch for each sample",
+        lambda: Net(branch_on_each_sample, a=nn.Linear(4, 3), b=nn.Linear(4, 3)),
+        4,
+        rows=True,
+    ),
+    Architecture(
+        "early exit", lambda: Net(early_exit, a=nn.Linear(4, 5), b=nn.Linear(5, 2), c=nn.Linear(5, 5)), 4, rows=True
+    ),
+    Architecture(
+        "a module of a dictionary for each sample",
+        lambda: Net(one_key_a_sample, branches=nn.ModuleDict({"left": nn.Linear(4, 3), "right": mlp(4, 4, 3)})),
+        6,
+        rows=True,
+    ),
     Architecture("single rows, as many as the layer is wide", lambda: loop(mlp(4, 4, 4)), 4),
-    Architecture("single rows of positions", lambda: Net(
-        lambda net, x: torch.stack([net.a(one).mean(0) for one in x]), a=nn.Linear(4, 4)), 2,
-        lambda samples, seed: normal(samples, samples, 4, seed=seed)),
-    Architecture("single images", lambda: Net(
-        lambda net, x: net.b(torch.stack([net.a(one) for one in x]).flatten(1)),
-        a=nn.Conv2d(3, 4, 3), b=nn.Linear(100, 2)), 2, images),
-    Architecture("packed lstm", lambda: Net(
-        last_of_each, r=nn.LSTM(4, 3, batch_first=True), a=nn.Linear(3, 2)), 4, padded, rows=True),
-    Architecture("packed gru, sorted by length", lambda: Net(
-        lambda net, inputs: last_of_each(net, inputs, True), r=nn.GRU(4, 3, batch_first=True), a=nn.Linear(3, 2)), 4,
-        descending, rows=True),
-    Architecture("linear on packed sequences", lambda: Net(
-        linear_on_packed, a=nn.Linear(4, 3), b=nn.Linear(3, 2)), 2, padded, rows=True),
-    Architecture("lstm of two layers, both ways", lambda: recurrent(
-        nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), 6), 16, sequences),
-    Architecture("lstm without bias, projected", lambda: recurrent(
-        nn.LSTM(4, 3, bias=False, proj_size=2, batch_first=True), 2), 3, sequences),
+    Architecture(
+        "single rows of positions",
+        lambda: Net(lambda net, x: torch.stack([net.a(one).mean(0) for one in x]), a=nn.Linear(4, 4)),
+        2,
+        lambda samples, seed: normal(samples, samples, 4, seed=seed),
+    ),
+    Architecture(
+        "single images",
+        lambda: Net(
+            lambda net, x: net.b(torch.stack([net.a(one) for one in x]).flatten(1)),
+            a=nn.Conv2d(3, 4, 3),
+            b=nn.Linear(100, 2),
+        ),
+        2,
+        images,
+    ),
+    Architecture(
+        "packed lstm",
+        lambda: Net(last_of_each, r=nn.LSTM(4, 3, batch_first=True), a=nn.Linear(3, 2)),
+        4,
+        padded,
+        rows=True,
+    ),
+    Architecture(
+        "packed gru, sorted by length",
+        lambda: Net(
+            lambda net, inputs: last_of_each(net, inputs, True), r=nn.GRU(4, 3, batch_first=True), a=nn.Linear(3, 2)
+        ),
+        4,
+        descending,
+        rows=True,
+    ),
+    Architecture(
+        "linear on packed sequences",
+        lambda: Net(linear_on_packed, a=nn.Linear(4, 3), b=nn.Linear(3, 2)),
+        2,
+        padded,
+        rows=True,
+    ),
+    Architecture(
+        "lstm of two layers, both ways",
+        lambda: recurrent(nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), 6),
+        16,
+        sequences,
+    ),
+    Architecture(
+        "lstm without bias, projected",
+        lambda: recurrent(nn.LSTM(4, 3, bias=False, proj_size=2, batch_first=True), 2),
+        3,
+        sequences,
+    ),
     Architecture("lstm, time first", lambda: time_first(nn.LSTM(4, 3), 3), 4, sequences),
-    Architecture("gru of two layers, time first, both ways", lambda: time_first(
-        nn.GRU(4, 3, 2, bidirectional=True), 6), 16, sequences),
-    Architecture("gru both ways, first step", lambda: recurrent(
-        nn.GRU(4, 3, batch_first=True, bidirectional=True), 6, 0), 8, sequences),
+    Architecture(
+        "gru of two layers, time first, both ways",
+        lambda: time_first(nn.GRU(4, 3, 2, bidirectional=True), 6),
+        16,
+        sequences,
+    ),
+    Architecture(
+        "gru both ways, first step",
+        lambda: recurrent(nn.GRU(4, 3, batch_first=True, bidirectional=True), 6, 0),
+        8,
+        sequences,
+    ),
     Architecture("relu rnn", lambda: recurrent(nn.RNN(4, 3, nonlinearity="relu", batch_first=True), 3), 4, sequences),
     Architecture("lstm cell, unrolled", lambda: Net(unrolled, r=nn.LSTMCell(4, 3), a=nn.Linear(3, 2)), 4, sequences),
     Architecture("fixed point", lambda: Net(fixed_point, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0),
-    Architecture("as many steps as needed", lambda: Net(until_short, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 2,
-                 rows=True),
-    Architecture("checkpointed", lambda: Net(
-        lambda net, x: net.b(checkpoint(net.a, x, use_reentrant=False)), a=mlp(4, 5, 4), b=nn.Linear(4, 2)), 0,
-        rows=True),
-    Architecture("own backward pass", lambda: Net(
-        lambda net, x: net.b(Cube.apply(net.a(x)) * net.g), a=nn.Linear(4, 3), b=nn.Linear(3, 2),
-        g=nn.Parameter(normal(3))), 1, rows=True),
-    Architecture("straight through", lambda: Net(
-        lambda net, x: net.b(Rounded.apply(net.a(x)) * net.g), a=nn.Linear(4, 3), b=nn.Linear(3, 2),
-        g=nn.Parameter(normal(3))), 1),
-    Architecture("straight through by detaching", lambda: Net(
-        lambda net, x: net.b(net.a(x) + (net.a(x).sign() - net.a(x)).detach()), a=nn.Linear(4, 3), b=nn.Linear(3, 2)),
-        0),
+    Architecture(
+        "as many steps as needed", lambda: Net(until_short, a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 2, rows=True
+    ),
+    Architecture(
+        "checkpointed",
+        lambda: Net(lambda net, x: net.b(checkpoint(net.a, x, use_reentrant=False)), a=mlp(4, 5, 4), b=nn.Linear(4, 2)),
+        0,
+        rows=True,
+    ),
+    Architecture(
+        "own backward pass",
+        lambda: Net(
+            lambda net, x: net.b(Cube.apply(net.a(x)) * net.g),
+            a=nn.Linear(4, 3),
+            b=nn.Linear(3, 2),
+            g=nn.Parameter(normal(3)),
+        ),
+        1,
+        rows=True,
+    ),
+    Architecture(
+        "straight through",
+        lambda: Net(
+            lambda net, x: net.b(Rounded.apply(net.a(x)) * net.g),
+            a=nn.Linear(4, 3),
+            b=nn.Linear(3, 2),
+            g=nn.Parameter(normal(3)),
+        ),
+        1,
+    ),
+    Architecture(
+        "straight through by detaching",
+        lambda: Net(
+            lambda net, x: net.b(net.a(x) + (net.a(x).sign() - net.a(x)).detach()), a=nn.Linear(4, 3), b=nn.Linear(3, 2)
+        ),
+        0,
+    ),
     Architecture("adapted by an inner step", lambda: with_support(Net(adapted, a=nn.Linear(4, 3))), 2, rows=True),
     Architecture("gradient field", lambda: Net(gradient_field, a=nn.Linear(4, 5)), 2, rows=True),
-    Architecture("a layer under other weights", lambda: Net(
-        lambda net, x: net.b(functional_call(net.a, {"weight": 2.0 * net.a.weight, "bias": net.a.bias.exp()}, (x,))),
-        a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 2),
+    Architecture(
+        "a layer under other weights",
+        lambda: Net(
+            lambda net, x: net.b(
+                functional_call(net.a, {"weight": 2.0 * net.a.weight, "bias": net.a.bias.exp()}, (x,))
+            ),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 2),
+        ),
+        2,
+    ),
     Architecture("inputs overwritten", lambda: Net(overwriting, a=nn.Linear(4, 3)), 0, rows=True),
     Architecture("assigned in place", lambda: Net(assigned, a=nn.Linear(4, 3), b=nn.Linear(3, 2)), 0),
-    Architecture("pair of inputs", lambda: Net(
-        lambda net, inputs: net.a(inputs[0]).tanh() * net.b(inputs[1]), a=nn.Linear(4, 2), b=nn.Linear(3, 2)), 0, pair),
-    Architecture("message passing", lambda: Net(
-        message_passing, layers=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)]), head=nn.Linear(3, 2)), 0, graphs),
+    Architecture(
+        "pair of inputs",
+        lambda: Net(
+            lambda net, inputs: net.a(inputs[0]).tanh() * net.b(inputs[1]), a=nn.Linear(4, 2), b=nn.Linear(3, 2)
+        ),
+        0,
+        pair,
+    ),
+    Architecture(
+        "message passing",
+        lambda: Net(message_passing, layers=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)]), head=nn.Linear(3, 2)),
+        0,
+        graphs,
+    ),
     Architecture("weights made from the sample", lambda: Net(generated_weights, make=nn.Linear(4, 8)), 0),
-    Architecture("attention over tokens with one loop a head", lambda: Net(
-        lambda net, x: net.out(torch.cat([
-            F.scaled_dot_product_attention(q(net.e(x)), k(net.e(x)), v(net.e(x)))
-            for q, k, v in zip(net.q, net.k, net.v, strict=True)], -1).mean(1)),
-        e=nn.Embedding(6, 4), q=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)),
-        k=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)), v=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)),
-        out=nn.Linear(4, 2)), 0, tokens),
-    Architecture("residual block used again", lambda: Net(
-        lambda net, x: net.b(x + net.a(x) + net.a(x + net.a(x))), a=mlp(4, 5, 4), b=nn.Linear(4, 2)), 0),
-    Architecture("part of it without gradients", lambda: Net(
-        lambda net, x: net.b(net.a(x) + _constant(net.a, x.sin())), a=nn.Linear(4, 4), b=nn.Linear(4, 2)), 0),
-]  # fmt: skip
+    Architecture(
+        "attention over tokens with one loop a head",
+        lambda: Net(
+            lambda net, x: net.out(
+                torch.cat(
+                    [
+                        F.scaled_dot_product_attention(q(net.e(x)), k(net.e(x)), v(net.e(x)))
+                        for q, k, v in zip(net.q, net.k, net.v, strict=True)
+                    ],
+                    -1,
+                ).mean(1)
+            ),
+            e=nn.Embedding(6, 4),
+            q=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)),
+            k=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)),
+            v=nn.ModuleList(nn.Linear(4, 2) for _ in range(2)),
+            out=nn.Linear(4, 2),
+        ),
+        0,
+        tokens,
+    ),
+    Architecture(
+        "residual block used again",
+        lambda: Net(lambda net, x: net.b(x + net.a(x) + net.a(x + net.a(x))), a=mlp(4, 5, 4), b=nn.Linear(4, 2)),
+        0,
+    ),
+    Architecture(
+        "part of it without gradients",
+        lambda: Net(lambda net, x: net.b(net.a(x) + _constant(net.a, x.sin())), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
+        0,
+    ),
+]
 
 
 @torch.no_grad()

@@ -37,21 +37,30 @@ class _Bound(nn.Module):
         return self.function(self.module, inputs)
 
 
-def jacrev_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Tensor] | None = None,
-                  names: Iterable[str] | None = None) -> Tensor:  # fmt: skip
+def jacrev_matrix(
+    module: nn.Module,
+    inputs: Any,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    names: Iterable[str] | None = None,
+) -> Tensor:
     """The whole-batch Jacobian (N * O, P) by `torch.func.jacrev` over `functional_call`: no hooks and no factors."""
     bound = _Bound(module, forward or (lambda module, inputs: module(inputs)))
     wanted = {
-        name: p for name, p in bound.named_parameters()
+        name: p
+        for name, p in bound.named_parameters()
         if p.requires_grad and (names is None or name.removeprefix("module.") in names)
-    }  # fmt: skip
+    }
     # Not functional_call's own tie_weights: it leaves a submodule that is registered under two names (as every SB3
     # policy's features extractor is) with the substituted tensor in place of its parameter.
     slots = {
-        name: [f"{prefix}.{local}" for prefix, child in bound.named_modules() for local, q in child._parameters.items()
-               if q is p]
+        name: [
+            f"{prefix}.{local}"
+            for prefix, child in bound.named_modules()
+            for local, q in child._parameters.items()
+            if q is p
+        ]
         for name, p in wanted.items()
-    }  # fmt: skip
+    }
 
     def call(values: dict[str, Tensor]) -> Tensor:
         placed = {slot: values[name] for name in values for slot in slots[name]}
@@ -59,8 +68,9 @@ def jacrev_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, 
 
     inputs = copied(inputs)
     pieces = jacrev(call)({name: p.detach() for name, p in wanted.items()})
-    return torch.cat([pieces[name].reshape(*pieces[name].shape[:2], p.numel()) for name, p in wanted.items()],
-                     2).flatten(0, 1)  # fmt: skip
+    return torch.cat(
+        [pieces[name].reshape(*pieces[name].shape[:2], p.numel()) for name, p in wanted.items()], 2
+    ).flatten(0, 1)
 
 
 def rows_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Tensor] | None = None) -> Tensor:
@@ -70,8 +80,14 @@ def rows_matrix(module: nn.Module, inputs: Any, forward: Callable[[nn.Module, An
     rows = []
     for output in outputs.flatten():
         grads = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.to_dense().flatten()
-                               for p, g in zip(parameters, grads, strict=True)]))  # fmt: skip
+        rows.append(
+            torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if g is None else g.to_dense().flatten()
+                    for p, g in zip(parameters, grads, strict=True)
+                ]
+            )
+        )
     return torch.stack(rows).detach()
 
 

@@ -38,8 +38,11 @@ def linear_jacobian(value: float) -> FactoredJacobian:
 
 
 @broken
-@pytest.mark.parametrize("kind", [DiagonalConstraint, KroneckerConstraint, lambda c: LowRankConstraint(c, 20)],
-                         ids=["diagonal", "kronecker", "low rank"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [DiagonalConstraint, KroneckerConstraint, lambda c: LowRankConstraint(c, 20)],
+    ids=["diagonal", "kronecker", "low rank"],
+)
 def test_constraints_made_of_a_jacobian(kind, value):
     """Hard() takes eigenvalues above a share of the largest: of NaN none, so everything would be let through."""
     constraint = kind(parameter_columns(nn.Linear(4, 3)))

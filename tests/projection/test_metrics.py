@@ -61,8 +61,11 @@ def test_divergence(name, spread, seed):
     result = metric.divergence(reference, outputs)
     assert result.shape == (5,)
     torch.testing.assert_close(result, torch_divergence(metric, reference, outputs), **CLOSE)
-    torch.testing.assert_close(metric.divergence(outputs, outputs) - metric.divergence(reference, reference),
-                               torch.zeros(5, dtype=torch.float64), **CLOSE)  # fmt: skip
+    torch.testing.assert_close(
+        metric.divergence(outputs, outputs) - metric.divergence(reference, reference),
+        torch.zeros(5, dtype=torch.float64),
+        **CLOSE,
+    )
 
 
 @every_head
@@ -201,13 +204,16 @@ def test_seeds_and_residuals_carry_no_graph_from_log_std():
     assert not metric.log_std_residual(outputs, outputs).requires_grad
 
 
-@pytest.mark.parametrize("metric,reference,outputs,expected", [
-    (Categorical((3,)), [[1.0, 0, 0], [0, 2, 1]], [[0.2, 0.1, 0], [0, 1, 1.5]], 0.5),
-    (Categorical((2, 2)), [[1.0, 0, 1, 0], [1, 0, 1, 0]], [[2.0, 0, 0, 1], [3, 2, 1, 0]], 0.5),
-    (Bernoulli(), [[1.0, -1], [1, 1]], [[0.1, -3], [1, -1]], 0.5),
-    (Gaussian(torch.zeros(2), torch.zeros(2)), [[0.0, 0], [0, 0]], [[0.4, -0.5], [0.6, 0]], 0.5),
-    (Gaussian(torch.zeros(1), torch.full((1,), -1.0)), [[0.0], [0.0]], [[0.18], [0.19]], 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metric,reference,outputs,expected",
+    [
+        (Categorical((3,)), [[1.0, 0, 0], [0, 2, 1]], [[0.2, 0.1, 0], [0, 1, 1.5]], 0.5),
+        (Categorical((2, 2)), [[1.0, 0, 1, 0], [1, 0, 1, 0]], [[2.0, 0, 0, 1], [3, 2, 1, 0]], 0.5),
+        (Bernoulli(), [[1.0, -1], [1, 1]], [[0.1, -3], [1, -1]], 0.5),
+        (Gaussian(torch.zeros(2), torch.zeros(2)), [[0.0, 0], [0, 0]], [[0.4, -0.5], [0.6, 0]], 0.5),
+        (Gaussian(torch.zeros(1), torch.full((1,), -1.0)), [[0.0], [0.0]], [[0.18], [0.19]], 0.5),
+    ],
+)
 def test_agreement(metric, reference, outputs, expected):
     assert metric.agreement(torch.tensor(reference), torch.tensor(outputs)) == expected
 

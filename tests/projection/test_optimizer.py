@@ -83,9 +83,17 @@ def test_projection_still_learns(name):
     assert loss() < before - 0.01
 
 
-@pytest.mark.parametrize("name,leaves", [
-    ("sgd", False), ("sgd momentum", False), ("sgd decay", True), ("adam", True), ("adamw", True), ("rmsprop", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,leaves",
+    [
+        ("sgd", False),
+        ("sgd momentum", False),
+        ("sgd decay", True),
+        ("adam", True),
+        ("adamw", True),
+        ("rmsprop", True),
+    ],
+)
 def test_projecting_the_gradient_alone(name, leaves):
     """DESIGN, trap 2: enough for linear optimizers, not for diagonal scaling or weight decay."""
     problem = Problem(name)

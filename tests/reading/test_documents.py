@@ -41,11 +41,24 @@ def test_anchors_and_merge_keys_are_read_as_pyyaml_reads_them():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-3", 1e-3), ("-2E5", -2e5), (".5", 0.5), ("1_000.5", 1000.5), ("1.", 1.0), (".inf", float("inf")),
-        ("2020-01-01", "2020-01-01"), ("0x10", 16), ("1_000", 1000), ("yes", True), ("~", None), ("", None),
-        ("e3", "e3"), ("1e", "1e"), ("._", "._"), ("'1'", "1"),
+        ("1e-3", 1e-3),
+        ("-2E5", -2e5),
+        (".5", 0.5),
+        ("1_000.5", 1000.5),
+        ("1.", 1.0),
+        (".inf", float("inf")),
+        ("2020-01-01", "2020-01-01"),
+        ("0x10", 16),
+        ("1_000", 1000),
+        ("yes", True),
+        ("~", None),
+        ("", None),
+        ("e3", "e3"),
+        ("1e", "1e"),
+        ("._", "._"),
+        ("'1'", "1"),
     ],
-)  # fmt: skip
+)
 def test_numbers_as_people_write_them(text, value):
     assert parse_yaml(text, exponents=True) == value
 

@@ -19,9 +19,11 @@ def fuzz(folder, count, *targets):
     """How many mutations of each target were read and refused, and what else happened."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.reading.hostile.fuzz", str(folder), str(count), "0", *targets],
-        capture_output=True, text=True, cwd=ROOT,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-    )  # fmt: skip
+    )
     found = {row.pop("target"): row for row in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 0, f"ended behind {list(found)}: {done.stderr[-2000:]}"
     return found

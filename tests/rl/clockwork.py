@@ -88,10 +88,18 @@ def build_buffer(agent: PPO) -> RetentionBuffer:
     return RetentionBuffer.collect(agent, OLD, n_states=64, n_envs=2, seed=3)
 
 
-def build_model(agent: PPO | Path, buffer: RetentionBuffer | None = None, env: VecEnv | None = None,
-                **options: Any) -> NullSpacePPO:  # fmt: skip
-    options = {"kl_budget": 1e-4, "n_steps": N_STEPS, "seed": 5, "learning_rate": LinearSchedule(2e-3, 1e-4, 1.0),
-               "clip_range": LinearSchedule(0.3, 0.1, 1.0), "trust_buffer": True, **options}  # fmt: skip
+def build_model(
+    agent: PPO | Path, buffer: RetentionBuffer | None = None, env: VecEnv | None = None, **options: Any
+) -> NullSpacePPO:
+    options = {
+        "kl_budget": 1e-4,
+        "n_steps": N_STEPS,
+        "seed": 5,
+        "learning_rate": LinearSchedule(2e-3, 1e-4, 1.0),
+        "clip_range": LinearSchedule(0.3, 0.1, 1.0),
+        "trust_buffer": True,
+        **options,
+    }
     env = make_vec_env(NEW, N_ENVS) if env is None else env
     return NullSpacePPO.from_pretrained(agent, env, retain=buffer, **options)
 

@@ -29,8 +29,13 @@ def raw_outputs(policy: ActorCriticPolicy, buffer: RetentionBuffer) -> Tensor:
     return parts.mean if isinstance(parts, Normal) else parts.logits
 
 
-def state_kls(policy: ActorCriticPolicy, buffer: RetentionBuffer, preserve: str = "distribution",
-              outputs: Tensor | None = None, reference: Tensor | None = None) -> Tensor:  # fmt: skip
+def state_kls(
+    policy: ActorCriticPolicy,
+    buffer: RetentionBuffer,
+    preserve: str = "distribution",
+    outputs: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
     """KL(pi_ref || pi) of the joint action, shape (N,), float64.
 
     Args:

@@ -81,10 +81,13 @@ def draw_rollout(policy: ActorCriticPolicy, count: int = 12) -> SimpleNamespace:
     with torch.no_grad():
         actions, values, log_prob = policy(observations)
     return SimpleNamespace(
-        observations=observations, actions=actions.view(count, -1).to(torch.float64), old_log_prob=log_prob,
-        advantages=torch.randn(count, dtype=torch.float64), returns=torch.randn(count, dtype=torch.float64),
+        observations=observations,
+        actions=actions.view(count, -1).to(torch.float64),
+        old_log_prob=log_prob,
+        advantages=torch.randn(count, dtype=torch.float64),
+        returns=torch.randn(count, dtype=torch.float64),
         old_values=values.flatten(),
-    )  # fmt: skip
+    )
 
 
 def dense_jacobian(policy: nn.Module, compute: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:

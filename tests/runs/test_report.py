@@ -52,8 +52,14 @@ def test_a_figure_of_nothing_is_still_a_figure(tmp_path):
 
 def test_numbers_are_short_and_keep_their_meaning():
     assert [scientific(value) for value in (0.0, 0.0091234, 1.5, 12.34, 3.21e-7, None, math.nan)] == [
-        "0", "0.0091", "1.5", "12", "3.2e-07", "-", "-",
-    ]  # fmt: skip
+        "0",
+        "0.0091",
+        "1.5",
+        "12",
+        "3.2e-07",
+        "-",
+        "-",
+    ]
     assert percent(0.98765) == "98.8 %" and percent(None) == "-"
     assert returns({"mean": 499.96, "std": 0.0}) == "500.0 ± 0.0" and returns(None) == "-"
     assert [duration(value) for value in (5.2, 89.0, 100.0, 5400.0)] == ["5 s", "89 s", "2 min", "1 h 30 min"]

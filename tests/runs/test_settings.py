@@ -45,9 +45,12 @@ def test_what_is_written_reads_back_the_same(config, tmp_path):
 )
 def test_numbers_survive_the_way_through_yaml(budget, rate, steps, method, tmp_path_factory):
     config = replace(
-        FinetuneConfig(), total_timesteps=steps, method=method, retention=RetentionConfig(kl_budget=budget),
+        FinetuneConfig(),
+        total_timesteps=steps,
+        method=method,
+        retention=RetentionConfig(kl_budget=budget),
         ppo=replace(FinetuneConfig().ppo, learning_rate=rate),
-    )  # fmt: skip
+    )
     assert load(FinetuneConfig, written(tmp_path_factory.mktemp("yaml"), to_yaml(config))) == config
 
 
@@ -100,7 +103,7 @@ def test_numbers_may_be_written_as_people_write_them():
         ("penalty: .nan", r"penalty must be at least 0\.0, not nan"),
         ("seed: -1", r"seed must be at least 0, not -1"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_file_gets_one_sentence(text, sentence, tmp_path):
     path = written(tmp_path, text)
     for attempt in (lambda: read(FinetuneConfig, "--config", str(path)), lambda: load(FinetuneConfig, path)):

@@ -78,9 +78,19 @@ def make_gallery(
     elif waiting:
         _draw_in_processes(waiting, out, quick, workers, finish)
     if len(waiting) == len(FIGURES) and not failed:
-        _write(out / WHOLE, {"figures": len(FIGURES), "seconds": round(perf_counter() - start, 1), "quick": quick,
-                             "workers": max(workers, 1), "cores": os.cpu_count(), "command": "nsrl ntk gallery --again",
-                             "torch": version("torch"), "python": platform.python_version()})  # fmt: skip
+        _write(
+            out / WHOLE,
+            {
+                "figures": len(FIGURES),
+                "seconds": round(perf_counter() - start, 1),
+                "quick": quick,
+                "workers": max(workers, 1),
+                "cores": os.cpu_count(),
+                "command": "nsrl ntk gallery --again",
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
+        )
     write_page(out)
     if failed:
         raise NsrlError("; ".join(f"the figure {name} failed ({reason})" for name, reason in failed.items()))
@@ -95,9 +105,15 @@ def draw(name: str, out: Path, quick: bool) -> None:
     start = perf_counter()
     plate = FIGURES[name].draw(name, quick)
     plate.save(out / f"{name}.png")
-    content = {"figure": name, "quick": quick, "numbers": plate.numbers, "seconds": round(perf_counter() - start, 1),
-               "command": f"nsrl ntk gallery --only {name}", "torch": torch.__version__,
-               "python": platform.python_version()}  # fmt: skip
+    content = {
+        "figure": name,
+        "quick": quick,
+        "numbers": plate.numbers,
+        "seconds": round(perf_counter() - start, 1),
+        "command": f"nsrl ntk gallery --only {name}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     _write(out / f"{name}.json", content)
 
 

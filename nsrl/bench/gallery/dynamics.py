@@ -36,8 +36,14 @@ def modes(quick: bool) -> Plate:
     exact = dynamics.residual_modes(run.times, rate)
     for mode, colour in zip(range(4), COLOURS, strict=False):
         scale = exact[0, mode].abs()
-        left.semilogy(run.times, (measured[:, mode] / scale).abs(), ".", color=colour, markersize=3,
-                      label=f"eigenvalue {float(dynamics.rates[mode]):.3g}")  # fmt: skip
+        left.semilogy(
+            run.times,
+            (measured[:, mode] / scale).abs(),
+            ".",
+            color=colour,
+            markersize=3,
+            label=f"eigenvalue {float(dynamics.rates[mode]):.3g}",
+        )
         left.semilogy(run.times, (exact[:, mode] / scale).abs(), color=colour, linewidth=1)
     left.set_ylim(1e-6, 2)
     label(left, "t = learning rate × steps", "|mode of f - y|, relative", "dots: network; lines: closed form", True)

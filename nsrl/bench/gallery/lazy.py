@@ -108,5 +108,14 @@ def lazy_is_not_better(quick: bool) -> Plate:
     label(right, "training samples", "relative test error", legend=True)
     mark(right, sizes)
     ratio = float(errors.mean(0)[-1] / errors.mean(0).min())
-    return Plate(figure, {"lazy_over_best": ratio, "network": trained, "kernel": kernel_machine, "samples": sizes,
-                          "alphas": alphas, "test_error": errors.mean(0).tolist()})  # fmt: skip
+    return Plate(
+        figure,
+        {
+            "lazy_over_best": ratio,
+            "network": trained,
+            "kernel": kernel_machine,
+            "samples": sizes,
+            "alphas": alphas,
+            "test_error": errors.mean(0).tolist(),
+        },
+    )

@@ -86,14 +86,23 @@ def kernel_pca(quick: bool) -> Plate:
         }
         for axis, (view, values) in zip(axes[3 * row :], views.items(), strict=False):
             # of the leading components those two that tell the classes apart best
-            pair = list(max(itertools.combinations(range(values.shape[1]), 2),
-                            key=lambda chosen: score(values[:, chosen], classes)))  # fmt: skip
+            pair = list(
+                max(
+                    itertools.combinations(range(values.shape[1]), 2),
+                    key=lambda chosen: score(values[:, chosen], classes),
+                )
+            )
             for kind in (0, 1):
-                axis.plot(*values[classes == kind][:, pair].T, ".", color=COLOURS[kind], markersize=3,
-                          label=f"class {kind}")  # fmt: skip
+                axis.plot(
+                    *values[classes == kind][:, pair].T, ".", color=COLOURS[kind], markersize=3, label=f"class {kind}"
+                )
             numbers[f"{name}, {view}"] = score(values[:, pair], classes)
             kind_of = "x" if view == "data" else "component"
-            label(axis, f"{kind_of} {pair[0] + 1}", f"{kind_of} {pair[1] + 1}",
-                  f"{name}, {view}: separable {numbers[f'{name}, {view}']:.0%}")  # fmt: skip
+            label(
+                axis,
+                f"{kind_of} {pair[0] + 1}",
+                f"{kind_of} {pair[1] + 1}",
+                f"{name}, {view}: separable {numbers[f'{name}, {view}']:.0%}",
+            )
     axes[3].legend(fontsize=8, frameon=False, loc="upper right", markerscale=3)
     return Plate(figure, numbers)

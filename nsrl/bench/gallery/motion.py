@@ -111,15 +111,28 @@ def _change(figure: Figure, axis: Axes, width: int, before: nn.Module, after: nn
 def drift(quick: bool) -> Plate:
     """F4."""
     alphas = np.logspace(-1, 3, 5 if quick else 9).tolist()
-    points = scale_sweep(lambda: tanh_net(64), alphas, X, Y, learning_rate=5e-4, steps=100 if quick else 1500,
-                         seeds=range(1 if quick else 5))  # fmt: skip
+    points = scale_sweep(
+        lambda: tanh_net(64),
+        alphas,
+        X,
+        Y,
+        learning_rate=5e-4,
+        steps=100 if quick else 1500,
+        seeds=range(1 if quick else 5),
+    )
     figure, axes = panels(2)
     numbers = {}
     laws = (("drift", "|K_T - K_0| / |K_0|"), ("weight_change", "|w_T - w_0| / |w_0|"))
     for axis, (key, name), colour in zip(axes, laws, COLOURS, strict=False):
         small = [p for p in points if p.alpha < 10]
-        axis.loglog([p.alpha for p in small], [getattr(p, key) for p in small], "o", color="0.7", markersize=4,
-                    label="not lazy, not fitted")  # fmt: skip
+        axis.loglog(
+            [p.alpha for p in small],
+            [getattr(p, key) for p in small],
+            "o",
+            color="0.7",
+            markersize=4,
+            label="not lazy, not fitted",
+        )
         lazy = [p for p in points if p.alpha >= 10]
         numbers[key] = told(law(axis, [p.alpha for p in lazy], [getattr(p, key) for p in lazy], "fit", colour), -1.0)
         label(axis, "output scale alpha", name, legend=True)

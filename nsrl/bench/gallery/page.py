@@ -24,13 +24,17 @@ WHOLE = "gallery.json"
 
 def write_page(out: Path) -> Path:
     """Write README.md with every figure that is in the folder."""
-    parts = ["# Gallery of tangent kernels",
-             "Made by `nsrl ntk gallery`; the numbers beside each figure are in its JSON. A slope is given with its "
-             "95 % interval and the value that theory expects."]  # fmt: skip
+    parts = [
+        "# Gallery of tangent kernels",
+        "Made by `nsrl ntk gallery`; the numbers beside each figure are in its JSON. A slope is given with its "
+        "95 % interval and the value that theory expects.",
+    ]
     if (out / WHOLE).is_file():
         whole = read_results(out / WHOLE)
-        parts.append(f"All {whole['figures']} figures took {whole['seconds']:.0f} s with {whole['workers']} processes "
-                     f"of one thread on {whole['cores']} cores.")  # fmt: skip
+        parts.append(
+            f"All {whole['figures']} figures took {whole['seconds']:.0f} s with {whole['workers']} processes "
+            f"of one thread on {whole['cores']} cores."
+        )
     room = ""
     for name, entry in {**FIGURES, **GUESTS}.items():
         source = out / f"{name}.json"

@@ -42,8 +42,9 @@ def certificate(quick: bool) -> Plate:
     numbers: dict[str, Any] = {}
     figure, axes = panels(2, 5.0, 4.2)
     for axis, activation in zip(axes, (nn.Tanh, nn.ReLU), strict=True):
-        for (rule, order), colour in zip((("left", 1), ("midpoint", 2), ("gauss2", 4), ("gauss3", 6)), COLOURS,
-                                         strict=False):  # fmt: skip
+        for (rule, order), colour in zip(
+            (("left", 1), ("midpoint", 2), ("gauss2", 4), ("gauss3", 6)), COLOURS, strict=False
+        ):
             errors = []
             for rate in rates:
                 model = curved(activation)
@@ -87,16 +88,25 @@ def contributions(quick: bool) -> Plate:
         axis.bar(names, final, color=[COLOURS[0]] * len(X) + [COLOURS[1]])
         axis.axhline(0, color="black", linewidth=0.6)
         moved = float(found.final - found.initial)
-        label(axis, "training point x", f"share of f({float(query):.1f})",
-              f"{name}\nsum {sum(final):.3f}, f moved {moved:.3f}")  # fmt: skip
+        label(
+            axis,
+            "training point x",
+            f"share of f({float(query):.1f})",
+            f"{name}\nsum {sum(final):.3f}, f moved {moved:.3f}",
+        )
         axis.tick_params(axis="x", rotation=60, labelsize=8)
-        numbers[name] = {"rest": final[-1], "sum": sum(final), "moved": moved,
-                         "certificate": float(found.certificate.max())}  # fmt: skip
+        numbers[name] = {
+            "rest": final[-1],
+            "sum": sum(final),
+            "moved": moved,
+            "certificate": float(found.certificate.max()),
+        }
         table = running.diff(dim=0, prepend=torch.zeros(1, len(X), dtype=torch.float64)) if table is None else table
     assert table is not None
     limit = float(table.abs().max())
-    picture = axes[0].imshow(table.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit,
-                             extent=(0, chunks * steps, len(X) - 0.5, -0.5))  # fmt: skip
+    picture = axes[0].imshow(
+        table.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, extent=(0, chunks * steps, len(X) - 0.5, -0.5)
+    )
     figure.colorbar(picture, ax=axes[0], label=f"change of f({float(query):.1f})")
     label(axes[0], "step", "training point", f"SGD, every {steps} steps")
     axes[0].grid(visible=False)
@@ -117,8 +127,14 @@ def residuals(quick: bool) -> Plate:
         history = recorder.result().history
         shares = [r.residual / max(r.change, 1e-300) for r in history]
         left.semilogy(shares, color=colour, label=f"learning rate {rate:g}")
-        right.loglog([r.displacement for r in history], [r.residual for r in history], ".", color=colour, markersize=3,
-                     label=f"learning rate {rate:g}, all steps")  # fmt: skip
+        right.loglog(
+            [r.displacement for r in history],
+            [r.residual for r in history],
+            ".",
+            color=colour,
+            markersize=3,
+            label=f"learning rate {rate:g}, all steps",
+        )
         numbers[f"largest_share_{rate:g}"] = max(shares)
     for rate in (0.01, 0.005, 0.0025, 0.00125):
         model = curved()
@@ -147,23 +163,52 @@ def two_minima(quick: bool) -> Plate:
     for rate, colour in zip((0.02, 0.3), COLOURS, strict=False):
         run = descend_double_well(rate)
         path = torch.tensor(run.weights)
-        left.plot(path, 0.5 * (path.square() - 1).square(), "o-", color=colour, markersize=4, linewidth=0.8,
-                  label=f"learning rate {rate:g}")  # fmt: skip
+        left.plot(
+            path,
+            0.5 * (path.square() - 1).square(),
+            "o-",
+            color=colour,
+            markersize=4,
+            linewidth=0.8,
+            label=f"learning rate {rate:g}",
+        )
         shares = [r / max(c, 1e-300) for r, c in zip(run.residuals, run.changes, strict=True) if c > 1e-12]
-        middle.semilogy(range(1, len(shares) + 1), shares, "o-", color=colour, markersize=4, linewidth=0.8,
-                        label=f"learning rate {rate:g}")  # fmt: skip
+        middle.semilogy(
+            range(1, len(shares) + 1),
+            shares,
+            "o-",
+            color=colour,
+            markersize=4,
+            linewidth=0.8,
+            label=f"learning rate {rate:g}",
+        )
     runs = [descend_double_well(rate) for rate in _rates(quick)]
     for crossed, marker, name in ((False, "o", "stays"), (True, "s", "crosses")):
         chosen = [run for run in runs if run.crossed == crossed]
-        right.semilogy([r.learning_rate for r in chosen], [r.left_error for r in chosen], marker, color=COLOURS[1],
-                       label=f"first order, {name}")  # fmt: skip
-        right.semilogy([r.learning_rate for r in chosen], [max(r.exact_error, 1e-17) for r in chosen], marker,
-                       color=COLOURS[2], label=f"two nodes, {name}")  # fmt: skip
+        right.semilogy(
+            [r.learning_rate for r in chosen],
+            [r.left_error for r in chosen],
+            marker,
+            color=COLOURS[1],
+            label=f"first order, {name}",
+        )
+        right.semilogy(
+            [r.learning_rate for r in chosen],
+            [max(r.exact_error, 1e-17) for r in chosen],
+            marker,
+            color=COLOURS[2],
+            label=f"two nodes, {name}",
+        )
     label(left, "w", "loss 1/2 (w² - 1)²", legend=True)
     label(middle, "step", "|residual| / |change|", legend=True)
     label(right, "learning rate", "relative error of the rebuilt prediction", legend=True)
-    return Plate(figure, {f"{r.learning_rate:g}": {"crossed": r.crossed, "first_order": r.left_error,
-                                                   "two_nodes": r.exact_error} for r in runs})  # fmt: skip
+    return Plate(
+        figure,
+        {
+            f"{r.learning_rate:g}": {"crossed": r.crossed, "first_order": r.left_error, "two_nodes": r.exact_error}
+            for r in runs
+        },
+    )
 
 
 def path_kernels(quick: bool) -> Plate:
@@ -177,8 +222,12 @@ def path_kernels(quick: bool) -> Plate:
     left, exact = (recorder.result().totals["loss_path"] for recorder in recorders)
     after = empirical_ntk(model, X)
     figure, axes = panels(4, 3.7, 3.2)
-    pictures = (("tangent kernel, before", before), ("tangent kernel, after", after),
-                ("loss path kernel, left rule", left), ("its exact form", exact))  # fmt: skip
+    pictures = (
+        ("tangent kernel, before", before),
+        ("tangent kernel, after", after),
+        ("loss path kernel, left rule", left),
+        ("its exact form", exact),
+    )
     for axis, (name, matrix) in zip(axes, pictures, strict=True):
         figure.colorbar(axis.imshow(matrix, cmap="viridis"), ax=axis)
         label(axis, "training point", "query", name)

@@ -37,8 +37,9 @@ def pretrained(steps: int) -> tuple[PPO, RetentionBuffer]:
 
 def _finetuner(quick: bool, method: str = "finetune") -> NullSpacePPO:
     agent, buffer = pretrained(2000 if quick else 40_000)
-    return NullSpacePPO.from_pretrained(agent, make_vec_env(SWAPPED, 4, seed=1), retain=buffer, method=method,
-                                        kl_budget=1e-3, seed=1, **SETTINGS)  # type: ignore[arg-type]  # fmt: skip
+    return NullSpacePPO.from_pretrained(
+        agent, make_vec_env(SWAPPED, 4, seed=1), retain=buffer, method=method, kl_budget=1e-3, seed=1, **SETTINGS
+    )  # type: ignore[arg-type]
 
 
 def policy_spectrum(quick: bool) -> Plate:
@@ -51,10 +52,14 @@ def policy_spectrum(quick: bool) -> Plate:
         found = retained_behaviour(agent, buffer, states=states)
         values = found.spectrum.values[: found.spectrum.rank]
         left.loglog(range(1, len(values) + 1), values, ".-", color=colour, markersize=3, label=f"{states} states")
-        right.semilogx(budgets, [found.effective_dimension(b, 0.3) for b in budgets], color=colour,
-                       label=f"{states} states")  # fmt: skip
-        numbers[f"{states} states"] = {"rank": found.spectrum.rank, "parameters": found.parameters,
-                                       "effective_dimension_0.01": found.effective_dimension(0.01, 0.3)}  # fmt: skip
+        right.semilogx(
+            budgets, [found.effective_dimension(b, 0.3) for b in budgets], color=colour, label=f"{states} states"
+        )
+        numbers[f"{states} states"] = {
+            "rank": found.spectrum.rank,
+            "parameters": found.parameters,
+            "effective_dimension_0.01": found.effective_dimension(0.01, 0.3),
+        }
     label(left, "index", "eigenvalue of J Jᵀ", f"{found.parameters} actor parameters", legend=True)
     label(right, "KL budget, nats a state", "effective dimension", "steps of norm 0.3", legend=True)
     return Plate(figure, numbers)
@@ -76,12 +81,23 @@ def study_plate(study: ForecastStudy) -> Plate:
     rates, tasks = (list(dict.fromkeys(row[key] for row in study.rows)) for key in ("learning_rate", "task"))
     for axis, (name, found) in zip(axes, horizons.items(), strict=True):
         for row in study.rows:
-            axis.loglog(row[name]["forecast_kl"], row[name]["measured_kl"], MARKERS[tasks.index(row["task"])],
-                        color=COLOURS[rates.index(row["learning_rate"]) % len(COLOURS)], markersize=5)  # fmt: skip
+            axis.loglog(
+                row[name]["forecast_kl"],
+                row[name]["measured_kl"],
+                MARKERS[tasks.index(row["task"])],
+                color=COLOURS[rates.index(row["learning_rate"]) % len(COLOURS)],
+                markersize=5,
+            )
         ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
         axis.loglog(ends, ends, ":", color="0.5", label="equal")
-        ranks = [f"{name} {value:.2f}" for name, value in (("rank correlation", found.forecast.spearman),
-                 ("at equal settings", found.forecast.partial)) if value is not None]  # fmt: skip
+        ranks = [
+            f"{name} {value:.2f}"
+            for name, value in (
+                ("rank correlation", found.forecast.spearman),
+                ("at equal settings", found.forecast.partial),
+            )
+            if value is not None
+        ]
         title = f"{name.replace('_', ' ')}, {len(study.rows)} runs" + ("\n" + ", ".join(ranks) if ranks else "")
         label(axis, "forecast KL on the buffer, nats a state", "measured KL, nats a state", title)
     for rate, colour in zip(rates, COLOURS, strict=False):
@@ -129,14 +145,21 @@ def forgetting(quick: bool) -> Plate:
         axis.bar(range(len(order)), update.rest[order], color=COLOURS[1], alpha=0.7, width=0.5, label="rest")
         axis.plot(update.kl[order], "k.", label="measured change")
         label(axis, "retained state, by change", "change of KL, nats", name)
-        numbers[name] = {"kl": float(update.kl.mean()), "by_transitions": float(given.mean()),
-                         "rest": float(update.rest.mean()),
-                         "certificate": float(update.path.certificate.max())}  # fmt: skip
+        numbers[name] = {
+            "kl": float(update.kl.mean()),
+            "by_transitions": float(given.mean()),
+            "rest": float(update.rest.mean()),
+            "certificate": float(update.path.certificate.max()),
+        }
         if method == "finetune":
             effect = update.contributions[order[0]]
             ranked = effect.abs().sort(descending=True).values
-            axes[2].plot(np.arange(1, len(ranked) + 1) / len(ranked), ranked.cumsum(0) / ranked.sum(), color=COLOURS[2],
-                         label="most moved state")  # fmt: skip
+            axes[2].plot(
+                np.arange(1, len(ranked) + 1) / len(ranked),
+                ranked.cumsum(0) / ranked.sum(),
+                color=COLOURS[2],
+                label="most moved state",
+            )
             axes[2].plot([0, 1], [0, 1], ":", color="0.5", label="all alike")
             half = int(torch.searchsorted(ranked.cumsum(0), ranked.sum() / 2)) + 1
             numbers["share_of_transitions_behind_half"] = half / len(ranked)

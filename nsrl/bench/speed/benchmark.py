@@ -47,8 +47,14 @@ class Settings:
     threads: int
 
 
-def measure_speed(out: Path, settings: Settings, *, only: Sequence[str] = (), again: bool = False,
-                  on_progress: OnProgress = lambda text: None) -> dict[str, Any]:  # fmt: skip
+def measure_speed(
+    out: Path,
+    settings: Settings,
+    *,
+    only: Sequence[str] = (),
+    again: bool = False,
+    on_progress: OnProgress = lambda text: None,
+) -> dict[str, Any]:
     """Measure whatever is not in `out` yet.
 
     Args:
@@ -153,8 +159,9 @@ def plan_rounds(found: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 def variant_limit(found: dict[str, dict[str, Any]], library: str) -> int:
     """Seconds for the first run of a library's next variant: what `plan_rounds` would drop need not be waited for."""
-    earlier = [entry["first_seconds"] for entry in found.values()
-               if entry["library"] == library and "first_seconds" in entry]  # fmt: skip
+    earlier = [
+        entry["first_seconds"] for entry in found.values() if entry["library"] == library and "first_seconds" in entry
+    ]
     return min(LIMIT, max(10, ceil(SLOWER_VARIANT * min(earlier)))) if earlier else LIMIT
 
 
@@ -179,15 +186,22 @@ def dense_bound(result: dict[str, Any], bandwidth: float) -> dict[str, float]:
     return limits | ({"dense_share": bound / medians["dense Q"]} if "dense Q" in medians else {})
 
 
-def _first_run(case: Case, method: Method, problem: Problem, settings: Settings, device: str,
-               limit: int) -> dict[str, Any]:  # fmt: skip
+def _first_run(
+    case: Case, method: Method, problem: Problem, settings: Settings, device: str, limit: int
+) -> dict[str, Any]:
     if not method.installed:
         return {"status": "not installed", "note": f"pip install nsrl[rivals] brings {method.library}"}
     needed = method.copies * 4 * problem.rows * problem.parameters
     if needed > free_bytes(device):
         return {"status": "too big", "note": f"needs about {needed / 2**30:.0f} GiB"}
-    task = {"kind": "first run", "case": case.name, "method": method.name, "quick": settings.quick,
-            "device": device, "limit": limit}  # fmt: skip
+    task = {
+        "kind": "first run",
+        "case": case.name,
+        "method": method.name,
+        "quick": settings.quick,
+        "device": device,
+        "limit": limit,
+    }
     answer = ask_worker(task, settings.threads)
     if isinstance(answer, Failure):
         if method.library == "nsrl":

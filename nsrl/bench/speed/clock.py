@@ -28,8 +28,9 @@ FAST_ROUNDS = 5
 LEAST_SECONDS = 0.02
 
 
-def measure_first_run(case: Case, method: Method, *, quick: bool = False, device: str = "cpu",
-                      limit: int = 0) -> dict[str, float]:  # fmt: skip
+def measure_first_run(
+    case: Case, method: Method, *, quick: bool = False, device: str = "cpu", limit: int = 0
+) -> dict[str, float]:
     """Peak memory of preparing and running a method, and both times; this process should do nothing else.
 
     Args:
@@ -59,8 +60,9 @@ def measure_first_run(case: Case, method: Method, *, quick: bool = False, device
     return {"peak_mb": peak.megabytes(), "prepare_seconds": prepared - start, "first_seconds": seconds}
 
 
-def measure_in_turn(case: Case, methods: Mapping[str, Method], rounds: Mapping[str, int], *, quick: bool = False,
-                    device: str = "cpu") -> dict[str, dict[str, Any]]:  # fmt: skip
+def measure_in_turn(
+    case: Case, methods: Mapping[str, Method], rounds: Mapping[str, int], *, quick: bool = False, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
     """Time methods in rounds, all in this process, and compare their results with ours.
 
     Args:

@@ -28,15 +28,17 @@ def case_table(case: dict[str, Any]) -> Table:
     for name, entry in case["methods"].items():
         timed = "median" in entry
         first = entry.get("first_seconds")
-        rows.append((
-            name,
-            seconds(entry["median"]) if timed else "-" if first is None else f"{seconds(first)} *",
-            ratio(time_ratio(case, name)) if timed else "",
-            "-" if "peak_mb" not in entry else f"{entry['peak_mb']:.0f} MB",
-            ratio(memory_ratio(case, name)) if "peak_mb" in entry else "",
-            scientific(entry.get("residual", entry.get("error"))),
-            "" if entry["status"] in ("timed", "first run only") else entry["status"],
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                seconds(entry["median"]) if timed else "-" if first is None else f"{seconds(first)} *",
+                ratio(time_ratio(case, name)) if timed else "",
+                "-" if "peak_mb" not in entry else f"{entry['peak_mb']:.0f} MB",
+                ratio(memory_ratio(case, name)) if "peak_mb" in entry else "",
+                scientific(entry.get("residual", entry.get("error"))),
+                "" if entry["status"] in ("timed", "first run only") else entry["status"],
+            )
+        )
     accuracy = "residual" if "residual" in case["methods"][case["ours"]] else "difference"
     where = "" if case["device"] == "cpu" else f", {case['device'].upper()}"
     return Table(("", "median", "/ ours", "peak", "/ ours", accuracy, ""), tuple(rows), f"{case['title']}{where}")
@@ -97,8 +99,10 @@ def _draw_curve(axis: Any, method: str, curve: dict[str, Any], colour: str, mark
     axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linestyle="none")
     fitted = [(log(at), log(time)) for at, time in points if at >= curve["fitted_from"]]
     centre = [sum(values) / len(fitted) for values in zip(*fitted, strict=True)]
-    for key, style, label in (("exponent", "-", f"{method}: {curve['exponent']:.2f} ({curve['predicted']:.2f})"),
-                              ("predicted", ":", "_predicted")):  # fmt: skip
+    for key, style, label in (
+        ("exponent", "-", f"{method}: {curve['exponent']:.2f} ({curve['predicted']:.2f})"),
+        ("predicted", ":", "_predicted"),
+    ):
         line = [exp(centre[1] + curve[key] * (at - centre[0])) for at, _ in fitted]
         axis.plot([exp(at) for at, _ in fitted], line, color=colour, linestyle=style, linewidth=1.4, label=label)
 

@@ -139,10 +139,13 @@ def measure_scaling(*, quick: bool = False, repeats: int = 3) -> list[dict[str, 
         `exponent` fitted to those `fitted_from` an abscissa on, and the one `predicted` there by operation counts.
     """
     return [
-        {"symbol": sweep.symbol, "title": sweep.title,
-         "methods": {name: _measure_curve(sweep, name, quick, repeats) for name in OPERATIONS}}
+        {
+            "symbol": sweep.symbol,
+            "title": sweep.title,
+            "methods": {name: _measure_curve(sweep, name, quick, repeats) for name in OPERATIONS},
+        }
         for sweep in SWEEPS
-    ]  # fmt: skip
+    ]
 
 
 def _measure_curve(sweep: Sweep, method: str, quick: bool, repeats: int) -> dict[str, Any]:

@@ -34,8 +34,19 @@ BENCHMARKS = (
 SEEDS = (0, 1, 2, 3, 4)
 ORDERS = (0, 1)
 #: What of a run's metrics is averaged.
-MEASURED = ("acc", "bwt", "fwt", "forgetting", "learning", "preserved_kl", "kept_share", "leakage", "train_seconds",
-            "train_cpu_seconds", "memory_bytes")  # fmt: skip
+MEASURED = (
+    "acc",
+    "bwt",
+    "fwt",
+    "forgetting",
+    "learning",
+    "preserved_kl",
+    "kept_share",
+    "leakage",
+    "train_seconds",
+    "train_cpu_seconds",
+    "memory_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,10 @@ def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) 
     """
     unknown = [name for name in only if name not in BENCHMARKS and name not in STRATEGIES]
     if unknown:
-        raise NsrlError(f"there is no benchmark or strategy {unknown[0]!r}; benchmarks: {', '.join(BENCHMARKS)}; "
-                        f"strategies: {', '.join(STRATEGIES)}")  # fmt: skip
+        raise NsrlError(
+            f"there is no benchmark or strategy {unknown[0]!r}; benchmarks: {', '.join(BENCHMARKS)}; "
+            f"strategies: {', '.join(STRATEGIES)}"
+        )
     strategies = [name for name in STRATEGIES if name in only] or list(STRATEGIES)
     wanted = [name for name in BENCHMARKS if name in only] or list(BENCHMARKS)
     bases = {name: load(ContinualConfig, configs / "continual" / f"{name}.yaml") for name in wanted}
@@ -91,16 +104,28 @@ def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) 
                 for strategy in strategies:
                     chosen = base.strategy if base.strategy.name == strategy else StrategySettings(strategy)
                     own = StrategySettings(strategy, replace(base, strategy=chosen).options)
-                    config = replace(base, seed=seed, out=None, strategy=own, presets={},
-                                     benchmark=replace(base.benchmark, order=order))  # fmt: skip
+                    config = replace(
+                        base,
+                        seed=seed,
+                        out=None,
+                        strategy=own,
+                        presets={},
+                        benchmark=replace(base.benchmark, order=order),
+                    )
                     if quick:
                         config = replace(config, training=replace(config.training, epochs=1))
                     cells.append(Cell(benchmark, config))
     return cells
 
 
-def run_cells(cells: Sequence[Cell], out: Path, *, workers: int = 2, again: bool = False,
-              on_status: Callable[[Status], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    workers: int = 2,
+    again: bool = False,
+    on_status: Callable[[Status], Any] | None = None,
+) -> dict[str, Any]:
     """Run whatever is not in `out` yet, and gather all.
 
     Args:
@@ -163,15 +188,22 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
     for cell in cells:
         if cell.name in found:
             metrics = found[cell.name]
-            identity: dict[str, Any] = {"benchmark": cell.benchmark, "strategy": cell.config.strategy.name,
-                        "seed": cell.config.seed, "order": cell.config.benchmark.order}  # fmt: skip
+            identity: dict[str, Any] = {
+                "benchmark": cell.benchmark,
+                "strategy": cell.config.strategy.name,
+                "seed": cell.config.seed,
+                "order": cell.config.benchmark.order,
+            }
             rows.append(identity | {key: metrics.get(key) for key in (*MEASURED, "rank", "matrix")})
     configs = {cell.benchmark: plain(replace(cell.config, strategy=StrategySettings())) for cell in reversed(cells)}
     for name, config in configs.items():
         for key in ("seed", "out", "strategy"):
             config.pop(key)
-        config["presets"] = {cell.config.strategy.name: cell.config.strategy.options for cell in cells
-                             if cell.benchmark == name and cell.config.strategy.options}  # fmt: skip
+        config["presets"] = {
+            cell.config.strategy.name: cell.config.strategy.options
+            for cell in cells
+            if cell.benchmark == name and cell.config.strategy.options
+        }
     return {
         "environment": describe_environment(),
         "configs": configs,
@@ -191,16 +223,20 @@ def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> 
     Besides, `slowdown`: median over the runs of processor time in training over naive's of the same seed and order; and
     `acc_below_joint`: mean and interval of joint's ACC minus this one's, paired.
     """
-    mine = {(row["seed"], row["order"]): row for row in rows
-            if (row["benchmark"], row["strategy"]) == (benchmark, strategy)}  # fmt: skip
+    mine = {
+        (row["seed"], row["order"]): row for row in rows if (row["benchmark"], row["strategy"]) == (benchmark, strategy)
+    }
     summary: dict[str, Any] = {"benchmark": benchmark, "strategy": strategy, "runs": len(mine)}
     for key in MEASURED:
         values = [row[key] for row in mine.values() if row[key] is not None and row[key] == row[key]]
         if values:
             summary[key] = _interval(bootstrap(values)) | {"minimum": min(values), "maximum": max(values)}
     for other in ("naive", "joint"):
-        theirs = {(row["seed"], row["order"]): row for row in rows
-                  if (row["benchmark"], row["strategy"]) == (benchmark, other)}  # fmt: skip
+        theirs = {
+            (row["seed"], row["order"]): row
+            for row in rows
+            if (row["benchmark"], row["strategy"]) == (benchmark, other)
+        }
         pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
         if pairs and other == "naive":
             ratios = sorted(own["train_cpu_seconds"] / naive["train_cpu_seconds"] for own, naive in pairs)

@@ -43,17 +43,19 @@ def benchmark_table(content: dict[str, Any], benchmark: str) -> Table:
     rows = []
     for entry in entries:
         acc = entry["acc"]
-        rows.append((
-            f"**{entry['strategy']}**" if entry["strategy"] in OURS else entry["strategy"],
-            f"{points(acc['mean'])} [{points(acc['low'])}, {points(acc['high'])}]",
-            *(points(_mean(entry, key), sign=True) for key in ("bwt", "fwt")),
-            *(points(_mean(entry, key)) for key in ("forgetting", "learning")),
-            scientific(_mean(entry, "preserved_kl")),
-            number(_mean(entry, "kept_share"), 2),
-            scientific(_mean(entry, "leakage")),
-            "-" if "slowdown" not in entry else f"{entry['slowdown']:.2f}",
-            size(_mean(entry, "memory_bytes")),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"**{entry['strategy']}**" if entry["strategy"] in OURS else entry["strategy"],
+                f"{points(acc['mean'])} [{points(acc['low'])}, {points(acc['high'])}]",
+                *(points(_mean(entry, key), sign=True) for key in ("bwt", "fwt")),
+                *(points(_mean(entry, key)) for key in ("forgetting", "learning")),
+                scientific(_mean(entry, "preserved_kl")),
+                number(_mean(entry, "kept_share"), 2),
+                scientific(_mean(entry, "leakage")),
+                "-" if "slowdown" not in entry else f"{entry['slowdown']:.2f}",
+                size(_mean(entry, "memory_bytes")),
+            )
+        )
     runs = max(entry["runs"] for entry in entries)
     head = ("strategy", "ACC", "BWT", "FWT", "forgetting", "learning", "KL", "kept", "leakage", "time", "memory")
     return Table(head, tuple(rows), f"{benchmark.replace('_', ' ')}, {runs} runs")
@@ -76,10 +78,13 @@ def write_markdown(content: dict[str, Any], path: Path) -> Path:
     if content["failures"]:
         told = [f"* `{name}`: {' '.join(why.split())}" for name, why in content["failures"].items()]
         parts += ["## Without a result", "\n".join(told)]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items()
-                         if name in ("nsrl", "torch", "numpy"))  # fmt: skip
-    parts.append(f"Measured with Python {environment['python']}, {versions}, on {environment['cpu']}, "
-                 f"{environment['cpus']} cores, one thread a run.")  # fmt: skip
+    versions = ", ".join(
+        f"{name} {version}" for name, version in environment["packages"].items() if name in ("nsrl", "torch", "numpy")
+    )
+    parts.append(
+        f"Measured with Python {environment['python']}, {versions}, on {environment['cpu']}, "
+        f"{environment['cpus']} cores, one thread a run."
+    )
     write_text(path, "\n\n".join(parts) + "\n")
     return path
 

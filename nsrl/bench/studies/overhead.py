@@ -18,8 +18,14 @@ from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.machine import describe_environment
 
 
-def measure_overhead(config: FinetuneConfig, agent: Path, *, repeats: int = 3, steps: int | None = None,
-                     on_run: Callable[[str, float], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+def measure_overhead(
+    config: FinetuneConfig,
+    agent: Path,
+    *,
+    repeats: int = 3,
+    steps: int | None = None,
+    on_run: Callable[[str, float], Any] | None = None,
+) -> dict[str, Any]:
     """Fine-tune with stock PPO and with NullSpacePPO in turn, in this process, same environments and settings.
 
     A run is loading the agent, building the model and learning; neither evaluates nor writes anything.
@@ -76,8 +82,16 @@ def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]
         buffer = Path(folder) / "retention.npz"
         obtain_buffer(config, agents.load(agent), resolve_tasks(config).old).save(buffer)
         for name in ("stock", "null_space"):
-            command = [sys.executable, "-m", "nsrl.bench.studies.overhead", name, str(config_path), str(agent),
-                       str(buffer), str(steps)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "nsrl.bench.studies.overhead",
+                name,
+                str(config_path),
+                str(agent),
+                str(buffer),
+                str(steps),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
     return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}

@@ -37,11 +37,18 @@ def subset_rows(suite: Suite, out: Path) -> list[dict[str, Any]]:
         found = job.run.read_metrics()["retention"]
         if "restored" not in found:
             raise NsrlError(f"{job.folder} does not say how often it was restored; remove it and run the suite again")
-        rows.append({
-            "selection": config.retention.selection, "states": config.retention.subset_states, "seed": config.seed,
-            "updates": found["updates"], "restored": found["restored"], "rollbacks": found["rollbacks"],
-            "new_while_learning": fmean(curve["new"][1:]), "old_lowest": min(curve["old"]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "selection": config.retention.selection,
+                "states": config.retention.subset_states,
+                "seed": config.seed,
+                "updates": found["updates"],
+                "restored": found["restored"],
+                "rollbacks": found["rollbacks"],
+                "new_while_learning": fmean(curve["new"][1:]),
+                "old_lowest": min(curve["old"]),
+            }
+        )
     return rows
 
 
@@ -51,11 +58,15 @@ def subset_table(rows: Sequence[dict[str, Any]], title: str = "") -> Table:
     lines = []
     for selection, states in _settings(rows):
         runs = [row for row in rows if (row["selection"], row["states"]) == (selection, states)]
-        lines.append((
-            f"{states}, {selection}", _interval(list(map(_restorations, runs)), 2),
-            _interval(list(map(_return, runs)), 0), number(min(run["old_lowest"] for run in runs), 0),
-            str(sum(run["rollbacks"] for run in runs)),
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"{states}, {selection}",
+                _interval(list(map(_restorations, runs)), 2),
+                _interval(list(map(_return, runs)), 0),
+                number(min(run["old_lowest"] for run in runs), 0),
+                str(sum(run["rollbacks"] for run in runs)),
+            )
+        )
     return Table(head, tuple(lines), title)
 
 

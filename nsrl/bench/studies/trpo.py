@@ -33,8 +33,9 @@ SCALED = "null_space_scaled"
 LABELS = {"stock": "sb3_contrib.TRPO", "null_space": "NullSpaceTRPO", SCALED: "NullSpaceTRPO, scaled"}
 
 
-def measure_trpo(env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0,
-                 **settings: Any) -> dict[str, Any]:  # fmt: skip
+def measure_trpo(
+    env: str = "CartPole-v1", *, rounds: int = 9, warmup: int = 2, seed: int = 0, **settings: Any
+) -> dict[str, Any]:
     """Time one update of both, in turn: same weights, same optimizer state, same rollout, default MlpPolicy.
 
     The rollout and the optimizer state are those of stock TRPO after two updates. An update is the whole of `train()`,
@@ -103,17 +104,33 @@ class Case:
 
 
 CASES = (
-    Case("CartPole-v1", 100_000, {"n_steps": 128, "batch_size": 512, "gamma": 0.98, "gae_lambda": 0.8,
-                                  "cg_damping": 1e-3, "n_critic_updates": 20}, tuple(range(8))),
+    Case(
+        "CartPole-v1",
+        100_000,
+        {
+            "n_steps": 128,
+            "batch_size": 512,
+            "gamma": 0.98,
+            "gae_lambda": 0.8,
+            "cg_damping": 1e-3,
+            "n_critic_updates": 20,
+        },
+        tuple(range(8)),
+    ),
     Case("Pendulum-v1", 100_000, {"n_steps": 256, "gamma": 0.9, "n_critic_updates": 15}),
-    Case("Hopper-v5", 300_000, {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20},
-         algorithms=(*ALGORITHMS, SCALED)),
-)  # fmt: skip
+    Case(
+        "Hopper-v5",
+        300_000,
+        {"n_steps": 256, "cg_max_steps": 25, "n_critic_updates": 20},
+        algorithms=(*ALGORITHMS, SCALED),
+    ),
+)
 ENVS = 8
 
 
-def compare_returns(out: Path, cases: Sequence[Case] = CASES, *, workers: int = 1,
-                    on_status: Callable[[Status], Any] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+def compare_returns(
+    out: Path, cases: Sequence[Case] = CASES, *, workers: int = 1, on_status: Callable[[Status], Any] | None = None
+) -> list[dict[str, Any]]:
     """Train both from scratch, each run in a process of its own; runs that are finished in `out` are not run again.
 
     Both get the same hyper-parameters, as somebody would who exchanges the class.
@@ -175,28 +192,51 @@ def summarise_returns(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             means = {
                 key: statistics.fmean(run[key] for run in chosen) for key in ("final", "training", "curve", "seconds")
             }
-            rows.append({"env": env, "steps": chosen[0]["steps"], "algorithm": name, "seeds": len(chosen), **means,
-                         "lowest": min(run["final"] for run in chosen)})  # fmt: skip
+            rows.append(
+                {
+                    "env": env,
+                    "steps": chosen[0]["steps"],
+                    "algorithm": name,
+                    "seeds": len(chosen),
+                    **means,
+                    "lowest": min(run["final"] for run in chosen),
+                }
+            )
     return rows
 
 
 def trpo_tables(content: dict[str, Any]) -> list[Table]:
     """The tables of a benchmark: seconds an update, and returns."""
     updates = tuple(
-        (row["env"], f"{row['states']}", f"{1e3 * row['medians']['stock']:.0f}",
-         f"{1e3 * row['medians']['null_space']:.0f}", f"{row['ratio']:.2f}")
+        (
+            row["env"],
+            f"{row['states']}",
+            f"{1e3 * row['medians']['stock']:.0f}",
+            f"{1e3 * row['medians']['null_space']:.0f}",
+            f"{row['ratio']:.2f}",
+        )
         for row in content["updates"]
-    )  # fmt: skip
+    )
     returns = tuple(
-        (f"{row['env']}, {row['steps'] // 1000}k", f"{row['seeds']}", LABELS[row["algorithm"]], number(row["final"]),
-         number(row["lowest"]), number(row["training"]), number(row["curve"]))
+        (
+            f"{row['env']}, {row['steps'] // 1000}k",
+            f"{row['seeds']}",
+            LABELS[row["algorithm"]],
+            number(row["final"]),
+            number(row["lowest"]),
+            number(row["training"]),
+            number(row["curve"]),
+        )
         for row in content["returns"]
-    )  # fmt: skip
+    )
     return [
         Table(("one update", "states", "upstream, ms", "ours, ms", "ratio"), updates, "TRPO: median time"),
-        Table(("task", "seeds", "algorithm", "final", "lowest seed", "training", "whole curve"), returns,
-              "TRPO from scratch: mean return"),
-    ]  # fmt: skip
+        Table(
+            ("task", "seeds", "algorithm", "final", "lowest seed", "training", "whole curve"),
+            returns,
+            "TRPO from scratch: mean return",
+        ),
+    ]
 
 
 def _file(out: Path, order: dict[str, Any]) -> Path:
@@ -251,11 +291,16 @@ def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any])
     start = perf_counter()
     model.learn(steps)
     return {
-        "env": env, "steps": steps, "algorithm": name, "seed": seed, "target_kl": model.target_kl,
+        "env": env,
+        "steps": steps,
+        "algorithm": name,
+        "seed": seed,
+        "target_kl": model.target_kl,
         "final": evaluate(model, env).mean,
-        "training": curve[-1] if curve else math.nan, "curve": statistics.fmean(curve) if curve else math.nan,
+        "training": curve[-1] if curve else math.nan,
+        "curve": statistics.fmean(curve) if curve else math.nan,
         "seconds": perf_counter() - start,
-    }  # fmt: skip
+    }
 
 
 def _build(name: str, env: Any, seed: int, settings: dict[str, Any]) -> Any:

@@ -202,8 +202,9 @@ def _start(job: Job) -> _Process:
     command = [sys.executable, "-m", "nsrl.bench.suites.worker", job.command, str(config), str(job.folder)]
     with log.open("wb") as file:
         # An own session: Ctrl-C reaches a child once, from us, and not a second time from the terminal.
-        popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
-                                 start_new_session=True)  # fmt: skip
+        popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
     return _Process(job, popen, log, config)
 
 
@@ -232,8 +233,15 @@ def _stop(running: Sequence[_Process]) -> None:
         process.config.unlink(missing_ok=True)
 
 
-def _status(jobs: Sequence[Job], done: list[str], running: Sequence[_Process], failed: dict[str, str],
-            work: float, waiting: int, start: float) -> Status:  # fmt: skip
+def _status(
+    jobs: Sequence[Job],
+    done: list[str],
+    running: Sequence[_Process],
+    failed: dict[str, str],
+    work: float,
+    waiting: int,
+    start: float,
+) -> Status:
     progress = [(process.job.name, *process.progress()) for process in running]
     seconds = time.monotonic() - start
     left = waiting + sum(1.0 - share for _, share, _ in progress)

@@ -61,20 +61,27 @@ class Suite:
     def pretraining_jobs(self, out: Path) -> list[Job]:
         """One job a seed."""
         return [
-            Job(f"pretrain seed {seed}", "pretrain", replace(self.pretraining, seed=seed, out=None),
-                out / "pretrained" / f"seed{seed}")
+            Job(
+                f"pretrain seed {seed}",
+                "pretrain",
+                replace(self.pretraining, seed=seed, out=None),
+                out / "pretrained" / f"seed{seed}",
+            )
             for seed in self.seeds
-        ]  # fmt: skip
+        ]
 
     def finetuning_jobs(self, out: Path) -> list[Job]:
         """One job a seed and method, seeds outermost, so that a suite that is stopped early is balanced."""
         return [
-            Job(f"{method} seed {seed}", "sequence" if self.is_sequence else "finetune",
+            Job(
+                f"{method} seed {seed}",
+                "sequence" if self.is_sequence else "finetune",
                 replace(config, seed=seed, out=None, agent=str(out / "pretrained" / f"seed{seed}")),
-                out / slug(method) / f"seed{seed}")
+                out / slug(method) / f"seed{seed}",
+            )
             for seed in self.seeds
             for method, config in self.methods.items()
-        ]  # fmt: skip
+        ]
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -96,8 +103,10 @@ def read_suite(path: str | Path) -> Suite:
         raise NsrlError(f"{path} must name the files of its configurations as text") from error
     unknown, missing = set(values) - set(keys), set(keys) - set(values)
     if unknown or missing:
-        raise NsrlError(f"{path} must hold exactly the keys {', '.join(keys)}; "
-                        f"{', '.join(sorted(unknown | missing))} is {'unknown' if unknown else 'missing'}")  # fmt: skip
+        raise NsrlError(
+            f"{path} must hold exactly the keys {', '.join(keys)}; "
+            f"{', '.join(sorted(unknown | missing))} is {'unknown' if unknown else 'missing'}"
+        )
     if "sequence" in values:
         base = load(SequenceConfig, path.parent / files["sequence"])
         sequences = _methods(replace(base, references=False), methods, path)
@@ -107,8 +116,9 @@ def read_suite(path: str | Path) -> Suite:
     return Suite(path.stem, pretraining, pairs, seeds)
 
 
-def run_suite(suite: Suite, out: Path, *, workers: int = 2,
-              on_status: Callable[[Status], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+def run_suite(
+    suite: Suite, out: Path, *, workers: int = 2, on_status: Callable[[Status], Any] | None = None
+) -> dict[str, Any]:
     """Run whatever of a suite is not finished yet, and gather it.
 
     Returns:
@@ -163,13 +173,24 @@ def write_suite(content: dict[str, Any], path: Path) -> None:
 
 def _summary(method: str, rows: list[dict[str, Any]], plain_returns: dict[int, float]) -> dict[str, Any]:
     summary: dict[str, Any] = {"method": method, "seeds": len(rows)}
-    for key in ("before/old_return", "before/new_return", "after/old_return", "after/new_return", "after/kl_mean",
-                "after/kl_heldout", "after/agreement"):  # fmt: skip
+    for key in (
+        "before/old_return",
+        "before/new_return",
+        "after/old_return",
+        "after/new_return",
+        "after/kl_mean",
+        "after/kl_heldout",
+        "after/agreement",
+    ):
         values = [row[key] for row in rows if row[key] is not None]
         if values:
             interval = bootstrap(values)
-            summary[key] = {"mean": interval.estimate, "low": interval.low, "high": interval.high,
-                            "minimum": min(values)}  # fmt: skip
+            summary[key] = {
+                "mean": interval.estimate,
+                "low": interval.low,
+                "high": interval.high,
+                "minimum": min(values),
+            }
     kept = [row["after/old_return"] / row["before/old_return"] for row in rows]
     summary["old_return_kept"] = {"mean": sum(kept) / len(kept), "minimum": min(kept)}
     # Of the same seeds' sums, not the mean of ratios: plain PPO's return can be near zero on one of them.

@@ -20,14 +20,29 @@ def suite_table(content: dict[str, Any]) -> Table:
     `kept`: old-task return as a share of the agent's before; `learnt`: new-task return as a share of plain PPO's.
     """
     first = content["summary"][0]
-    rows = [("before fine-tuning", _interval(first["before/old_return"]), _interval(first["before/new_return"]),
-             "100 %", "-", "-", "-")]  # fmt: skip
+    rows = [
+        (
+            "before fine-tuning",
+            _interval(first["before/old_return"]),
+            _interval(first["before/new_return"]),
+            "100 %",
+            "-",
+            "-",
+            "-",
+        )
+    ]
     for entry in content["summary"]:
-        rows.append((
-            entry["method"], _interval(entry["after/old_return"]), _interval(entry["after/new_return"]),
-            _share(entry["old_return_kept"]), _share(entry.get("new_return_of_plain")),
-            scientific(entry["after/kl_mean"]["mean"]), scientific(entry["after/kl_heldout"]["mean"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                entry["method"],
+                _interval(entry["after/old_return"]),
+                _interval(entry["after/new_return"]),
+                _share(entry["old_return_kept"]),
+                _share(entry.get("new_return_of_plain")),
+                scientific(entry["after/kl_mean"]["mean"]),
+                scientific(entry["after/kl_heldout"]["mean"]),
+            )
+        )
     seeds = first["seeds"]
     head = ("method", "old task", "new task", "kept", "learnt", "KL", "held out")
     return Table(head, tuple(rows), f"{content['suite']}, {seeds} seeds, mean [95 % interval]")
@@ -60,12 +75,15 @@ def learning_curves(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         measured = [line for line in read_lines(job.run.history) if line.get("return/new") is not None]
         if not measured:
             raise NsrlError(f"{job.folder} holds no evaluations; run its suite first, by nsrl bench")
-        rows.append({
-            "method": job.name.rpartition(" seed ")[0], "seed": job.config.seed,
-            "timesteps": [line["timesteps"] for line in measured],
-            "new": [line["return/new"] for line in measured],
-            "old": [line["return/old"] for line in measured],
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": job.name.rpartition(" seed ")[0],
+                "seed": job.config.seed,
+                "timesteps": [line["timesteps"] for line in measured],
+                "new": [line["return/new"] for line in measured],
+                "old": [line["return/old"] for line in measured],
+            }
+        )
     return rows
 
 
@@ -83,8 +101,14 @@ def learning_table(rows: list[dict[str, Any]], title: str = "") -> Table:
         runs = [row for row in rows if row["method"] == method]
         early = [number(fmean(_return_near(run, step) for run in runs), 0) for step in steps]
         whole = bootstrap([fmean(run["new"][1:]) for run in runs])
-        lines.append((method, *early, f"{whole.estimate:.0f} [{whole.low:.0f}, {whole.high:.0f}]",
-                      number(min(min(run["old"]) for run in runs), 0)))  # fmt: skip
+        lines.append(
+            (
+                method,
+                *early,
+                f"{whole.estimate:.0f} [{whole.low:.0f}, {whole.high:.0f}]",
+                number(min(min(run["old"]) for run in runs), 0),
+            )
+        )
     return Table(head, tuple(lines), title)
 
 

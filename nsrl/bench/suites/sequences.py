@@ -33,8 +33,9 @@ COPIED = ("kl_by_task", "largest_share", "rollbacks", "overhead_fraction", "trai
 SUMMARISED = ("average_performance", "forgetting", "forward_transfer", "average_return", "largest_share")
 
 
-def run_sequence_suite(suite: Suite, out: Path, *, workers: int = 2,
-                       on_status: Callable[[Status], Any] | None = None) -> dict[str, Any]:  # fmt: skip
+def run_sequence_suite(
+    suite: Suite, out: Path, *, workers: int = 2, on_status: Callable[[Status], Any] | None = None
+) -> dict[str, Any]:
     """Run whatever of a suite is not finished yet, and gather it.
 
     Returns:
@@ -52,11 +53,15 @@ def reference_jobs(suite: Suite, out: Path) -> list[Job]:
     if not isinstance(config, SequenceConfig) or not suite.references:
         return []
     return [
-        Job(f"{task.label} alone seed {seed}", "pretrain", replace(config, seed=seed).reference(task),
-            _reference(out, task.label, seed).path)
+        Job(
+            f"{task.label} alone seed {seed}",
+            "pretrain",
+            replace(config, seed=seed).reference(task),
+            _reference(out, task.label, seed).path,
+        )
         for seed in suite.seeds
         for task in config.tasks[1:]
-    ]  # fmt: skip
+    ]
 
 
 def summarise_sequences(suite: Suite, jobs: list[Job], out: Path) -> dict[str, Any]:
@@ -70,11 +75,14 @@ def summarise_sequences(suite: Suite, jobs: list[Job], out: Path) -> dict[str, A
         if suite.references:
             references = {task: read_reference(_reference(out, task, seed)) for task in config.labels[1:]}
         stages = [{**task, "returns": found} for task, found in zip(tasks, metrics["returns"], strict=True)]
-        rows.append({
-            "method": job.name.rpartition(" seed ")[0], "seed": seed,
-            **continual_results(config, stages, metrics["curve"], references),
-            **{key: metrics[key] for key in COPIED},
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": job.name.rpartition(" seed ")[0],
+                "seed": seed,
+                **continual_results(config, stages, metrics["curve"], references),
+                **{key: metrics[key] for key in COPIED},
+            }
+        )
     return {
         "suite": suite.name,
         "environment": describe_environment(),
@@ -94,11 +102,14 @@ def sequence_suite_table(content: Mapping[str, Any]) -> Table:
     names = [task["name"] for task in content["tasks"]]
     scaled = content["rows"][0]["unit"] == "performance"
     rows = [
-        (entry["method"], *(_interval(entry.get(key), 100.0 if scaled else 1.0) for key in SUMMARISED[:3]),
-         " / ".join(f"{entry['final_returns'][name]:.0f}" for name in names),
-         scientific(entry["largest_share"]["maximum"]))
+        (
+            entry["method"],
+            *(_interval(entry.get(key), 100.0 if scaled else 1.0) for key in SUMMARISED[:3]),
+            " / ".join(f"{entry['final_returns'][name]:.0f}" for name in names),
+            scientific(entry["largest_share"]["maximum"]),
+        )
         for entry in content["summary"]
-    ]  # fmt: skip
+    ]
     head = ("method", "average", "forgetting", "transfer", "final returns", "KL / budget")
     unit = "%, " if scaled else ""
     title = (
@@ -118,8 +129,13 @@ def _summary(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         values = [row[key] for row in rows if row[key] is not None]
         if values:
             interval = bootstrap(values)
-            summary[key] = {"mean": interval.estimate, "low": interval.low, "high": interval.high,
-                            "minimum": min(values), "maximum": max(values)}  # fmt: skip
+            summary[key] = {
+                "mean": interval.estimate,
+                "low": interval.low,
+                "high": interval.high,
+                "minimum": min(values),
+                "maximum": max(values),
+            }
     for key in ("forgetting_by_task", "performance_by_task"):
         summary[key] = {task: sum(row[key][task] for row in rows) / len(rows) for task in rows[0][key]}
     last = [row["matrix"][-1] for row in rows]

@@ -100,8 +100,16 @@ class Benchmark:
         """Of one input."""
         return tuple(self.tasks[0].splits.train.inputs.shape[1:])
 
-    def loader(self, index: int, part: str = "train", *, batch_size: int = 256, seed: int | None = None,
-               augment: bool = False, device: str = "cpu") -> Minibatches:  # fmt: skip
+    def loader(
+        self,
+        index: int,
+        part: str = "train",
+        *,
+        batch_size: int = 256,
+        seed: int | None = None,
+        augment: bool = False,
+        device: str = "cpu",
+    ) -> Minibatches:
         """Minibatches of one task.
 
         Args:
@@ -123,8 +131,16 @@ class Minibatches:
     It slices whole batches out of tensors: torch's DataLoader takes longer to collate 32 digits than a step on them.
     """
 
-    def __init__(self, examples: Examples, index: int, normalise: Callable[[Tensor], Tensor], batch_size: int,
-                 seed: int | None, augment: bool, device: str):  # fmt: skip
+    def __init__(
+        self,
+        examples: Examples,
+        index: int,
+        normalise: Callable[[Tensor], Tensor],
+        batch_size: int,
+        seed: int | None,
+        augment: bool,
+        device: str,
+    ):
         self.examples, self.index, self.normalise = examples, index, normalise
         self.batch_size, self.augment, self.device = batch_size, augment, device
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -44,8 +44,10 @@ def read_cifar100(path: Path) -> Examples:
     except (OSError, Unreadable) as error:
         raise NsrlError(f"{path} cannot be read ({error}); CIFAR-100 is {WANTED}") from error
     if content.size == 0 or content.size % RECORD:
-        raise NsrlError(f"{path} must consist of records of {RECORD} bytes, but has {content.size} bytes; "
-                        f"download it again: {WANTED}")  # fmt: skip
+        raise NsrlError(
+            f"{path} must consist of records of {RECORD} bytes, but has {content.size} bytes; "
+            f"download it again: {WANTED}"
+        )
     records = content.reshape(-1, RECORD)
     labels = torch.from_numpy(records[:, 1].copy()).long()
     if int(labels.max()) >= CLASSES:

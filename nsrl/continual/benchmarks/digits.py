@@ -22,8 +22,14 @@ def permuted_digits(settings: BenchmarkSettings, seed: int) -> Benchmark:
     tasks = []
     for index in range(settings.tasks or 10):
         pixels = torch.randperm(64, generator=generator) if index else torch.arange(64)
-        tasks.append(domain_task(f"permutation {index}", index, settings,
-                                 splits.with_inputs(lambda inputs, pixels=pixels: inputs[:, pixels])))  # type: ignore[misc]  # fmt: skip
+        tasks.append(
+            domain_task(
+                f"permutation {index}",
+                index,
+                settings,
+                splits.with_inputs(lambda inputs, pixels=pixels: inputs[:, pixels]),
+            )
+        )  # type: ignore[misc]
     return Benchmark("permuted_digits", domain_scenario(settings), tuple(tasks), CLASSES)
 
 

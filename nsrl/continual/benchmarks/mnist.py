@@ -37,8 +37,14 @@ def permuted_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
     tasks = []
     for index in range(settings.tasks or 10):
         order = torch.randperm(pixels, generator=generator) if index else torch.arange(pixels)
-        tasks.append(domain_task(f"permutation {index}", index, settings,
-                                 splits.with_inputs(lambda inputs, order=order: inputs[:, order])))  # type: ignore[misc]  # fmt: skip
+        tasks.append(
+            domain_task(
+                f"permutation {index}",
+                index,
+                settings,
+                splits.with_inputs(lambda inputs, order=order: inputs[:, order]),
+            )
+        )  # type: ignore[misc]
     return Benchmark(
         "permuted_mnist", domain_scenario(settings), tuple(tasks), 10, normalise=lambda images: images.float() / 255.0
     )

@@ -38,8 +38,12 @@ class KernelState:
 
     def scalars(self) -> dict[str, float]:
         """Tags and values."""
-        values = {"ntk/rank": float(self.rank), "ntk/effective_dim": self.effective_dimension,
-                  "ntk/lambda_max": float(self.spectrum[0]), "ntk/drift": self.drift}  # fmt: skip
+        values = {
+            "ntk/rank": float(self.rank),
+            "ntk/effective_dim": self.effective_dimension,
+            "ntk/lambda_max": float(self.spectrum[0]),
+            "ntk/drift": self.drift,
+        }
         return values if self.kappa is None else {**values, "ntk/kappa": self.kappa}
 
 
@@ -64,8 +68,16 @@ class KernelMonitor:
         NsrlError: a damping that is not positive.
     """
 
-    def __init__(self, module: nn.Module, inputs: Any, *, targets: Tensor | None = None, damping: float = 1e-3,
-                 forward: Forward | None = None, parameters: tuple[str, ...] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Any,
+        *,
+        targets: Tensor | None = None,
+        damping: float = 1e-3,
+        forward: Forward | None = None,
+        parameters: tuple[str, ...] | None = None,
+    ):
         if not damping > 0.0:
             raise NsrlError(f"damping must be a positive share of the largest eigenvalue, not {damping}")
         self.module = module
@@ -91,8 +103,9 @@ class KernelMonitor:
             from nsrl.ntk.lazy import kappa as measure_kappa
 
             with unrecorded():
-                kappa = measure_kappa(self.module, self.inputs, self.targets, forward=self._forward,
-                                      parameters=self._parameters, starts=1).kappa  # fmt: skip
+                kappa = measure_kappa(
+                    self.module, self.inputs, self.targets, forward=self._forward, parameters=self._parameters, starts=1
+                ).kappa
         dimension = parts.effective_dimension(self.damping * self._scale)
         return KernelState(parts.values, parts.rank, dimension, drift, kappa)
 

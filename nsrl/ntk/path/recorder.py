@@ -171,9 +171,17 @@ class PathRecorder:
         error = (final - predicted).norm(dim=1)
         totals = {name: total.clone() for name, total in self._totals.items()}
         owned = totals["contribution"].sum(-1) if totals else torch.zeros_like(self._steps)
-        return PathResult(self._initial.clone(), final, predicted, self._steps.clone(), self._outside.clone(), totals,
-                          self._steps - owned, torch.where(moved > 0, error / moved.clamp_min(1e-300), error),
-                          tuple(self._history))  # fmt: skip
+        return PathResult(
+            self._initial.clone(),
+            final,
+            predicted,
+            self._steps.clone(),
+            self._outside.clone(),
+            totals,
+            self._steps - owned,
+            torch.where(moved > 0, error / moved.clamp_min(1e-300), error),
+            tuple(self._history),
+        )
 
     def detach(self) -> None:
         """Stop recording; results stay."""
@@ -299,8 +307,9 @@ class PathRecorder:
 
     def _linearise(self, kind: str, inputs: Any) -> FactoredJacobian:
         # Factors are compared with autograd every time; that samples do not meet is seen once.
-        result = jacobian(self.module, inputs, forward=self._forward, parameters=self.names,
-                          check=kind not in self._checked)  # fmt: skip
+        result = jacobian(
+            self.module, inputs, forward=self._forward, parameters=self.names, check=kind not in self._checked
+        )
         self._checked.add(kind)
         return result
 

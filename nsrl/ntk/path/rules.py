@@ -31,8 +31,12 @@ def _gauss(count: int) -> Rule:
 
 #: "left" is the rule of TracIn and of the first-order identity; "midpoint" is the one for networks with kinks (ReLU),
 #: where more nodes do not pay; three Gauss-Legendre nodes are exact to round-off on smooth networks.
-RULES: dict[str, Rule] = {"left": Rule((0.0,), (1.0,), 1), "midpoint": _gauss(1), "gauss2": _gauss(2),
-                          "gauss3": _gauss(3)}  # fmt: skip
+RULES: dict[str, Rule] = {
+    "left": Rule((0.0,), (1.0,), 1),
+    "midpoint": _gauss(1),
+    "gauss2": _gauss(2),
+    "gauss3": _gauss(3),
+}
 
 
 def find_rule(rule: str | Rule) -> Rule:

@@ -35,8 +35,9 @@ def gradient_scale(
     # stable_baselines3's RMSpropTFLike, A2C's optimizer, has its epsilon inside the root
     inside = kind.__name__ == "RMSpropTFLike"
     if kind is torch.optim.RMSprop or inside:
-        return torch.cat([_rmsprop(groups[p], optimizer.state.get(p, {}), p, lag, inside).flatten()
-                          for p in parameters])  # fmt: skip
+        return torch.cat(
+            [_rmsprop(groups[p], optimizer.state.get(p, {}), p, lag, inside).flatten() for p in parameters]
+        )
     return None
 
 

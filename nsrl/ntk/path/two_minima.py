@@ -66,6 +66,11 @@ def two_minima(learning_rate: float, start: float = 2.0, steps: int = 30, x: flo
     results = left.result(), exact.result()
     history = results[0].history
     return Crossing(
-        learning_rate, tuple(weights), tuple(r.displacement for r in history), tuple(r.change for r in history),
-        tuple(r.residual for r in history), float(results[0].certificate.max()), float(results[1].certificate.max()),
-    )  # fmt: skip
+        learning_rate,
+        tuple(weights),
+        tuple(r.displacement for r in history),
+        tuple(r.change for r in history),
+        tuple(r.residual for r in history),
+        float(results[0].certificate.max()),
+        float(results[1].certificate.max()),
+    )

@@ -28,8 +28,17 @@ class Multiplier:
         integral: what is remembered from one update to the next.
     """
 
-    def __init__(self, target: float, rate: float, damping: float, *, start: float = FLOOR, floor: float = FLOOR,
-                 ceiling: float = CEILING, relative: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        target: float,
+        rate: float,
+        damping: float,
+        *,
+        start: float = FLOOR,
+        floor: float = FLOOR,
+        ceiling: float = CEILING,
+        relative: bool = True,
+    ):
         self.target = target
         self.rate = rate
         self.damping = damping

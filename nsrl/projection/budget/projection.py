@@ -52,8 +52,17 @@ class SpectralProjection(Projector):
         ValueError: wrong shapes, a scale that is not positive, NaN or infinite entries, a J too large to be decomposed.
     """
 
-    def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
-                 passes: int = 2, *, method: str | None = None, memory: float | None = None):  # fmt: skip
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        residual: Tensor,
+        divergence: float,
+        scale: Tensor | None = None,
+        passes: int = 2,
+        *,
+        method: str | None = None,
+        memory: float | None = None,
+    ):
         super().__init__(doubled(jacobian), residual, divergence, scale)
         self.passes = passes
         self.dtype, device = storage(jacobian)
@@ -160,8 +169,9 @@ class SpectralProjection(Projector):
     def _certificate(self, residual: float, damping: float, passes: int, start: float) -> Certificate:
         method = "dual/eigh" if self._basis is None else "primal"
         effective = self.spectrum.effective_dimension(damping)
-        return Certificate(method, residual, self.spectrum.rank, effective, damping, self.dtype, passes,
-                           perf_counter() - start)  # fmt: skip
+        return Certificate(
+            method, residual, self.spectrum.rank, effective, damping, self.dtype, passes, perf_counter() - start
+        )
 
 
 class KrylovProjection(Projector):
@@ -179,8 +189,15 @@ class KrylovProjection(Projector):
         ValueError: as `SpectralProjection`.
     """
 
-    def __init__(self, jacobian: Jacobian, residual: Tensor, divergence: float, scale: Tensor | None = None,
-                 iterations: int = 40, precision: float = 0.02):  # fmt: skip
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        residual: Tensor,
+        divergence: float,
+        scale: Tensor | None = None,
+        iterations: int = 40,
+        precision: float = 0.02,
+    ):
         super().__init__(jacobian, residual, divergence, scale)
         self.iterations = iterations
         self.precision = precision
@@ -223,8 +240,9 @@ class KrylovProjection(Projector):
     def _certificate(self, residual: float, damping: float, passes: int, start: float, values: Tensor) -> Certificate:
         """Rank and effective dimension are those of the Ritz values: lower bounds, for they interlace."""
         effective = 0.0 if math.isinf(damping) else float((values / (values + damping)).sum())
-        return Certificate("krylov", residual, len(values), effective, damping, self.residual.dtype, passes,
-                           perf_counter() - start)  # fmt: skip
+        return Certificate(
+            "krylov", residual, len(values), effective, damping, self.residual.dtype, passes, perf_counter() - start
+        )
 
     def _gram_product(self, rows: Tensor) -> Tensor:
         return self.jacobian.matvec(self.jacobian.rmatvec(rows.to(self.residual.dtype))).double()

@@ -86,8 +86,14 @@ class Candidate:
     free: float
 
 
-def retained_step(local: LocalModel, retention: Quadratic[Products], budget: float, *, guess: Multipliers | None = None,
-                  rounds: int = 2) -> Step:  # fmt: skip
+def retained_step(
+    local: LocalModel,
+    retention: Quadratic[Products],
+    budget: float,
+    *,
+    guess: Multipliers | None = None,
+    rounds: int = 2,
+) -> Step:
     """The step inside both trust regions; where the buffer's is out of reach, no modelled KL above today's is allowed.
 
     Args:
@@ -123,8 +129,9 @@ def retained_step(local: LocalModel, retention: Quadratic[Products], budget: flo
         rounds -= 1
     gain = -float(local.gradient @ found.displacement)
     kept = gain / found.free if found.free > 0.0 else 0.0
-    return Step(found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products,
-                found.scale)  # fmt: skip
+    return Step(
+        found.displacement, found.multiplier, kept, gain, found.kl, found.retained, residual, products, found.scale
+    )
 
 
 def _softened(guess: Multipliers) -> tuple[float, float]:
@@ -192,16 +199,25 @@ class SearchSpace:
         damped = fisher + self.local.damping * (directions @ directions.T)
         basis, shares = _diagonalise(damped, kept)
         diagonal = _Diagonal(
-            basis.T @ fisher @ basis, shares, basis.T @ (directions @ self.local.gradient.double()),
-            basis.T @ (buffer @ self.retention.residual.double()), self.local.radius,
+            basis.T @ fisher @ basis,
+            shares,
+            basis.T @ (directions @ self.local.gradient.double()),
+            basis.T @ (buffer @ self.retention.residual.double()),
+            self.local.radius,
             SLACK * max(budget, self.retention.divergence),
-        )  # fmt: skip
+        )
         room = budget - self.retention.divergence
         coordinates, scale, multiplier = diagonal.bisect(room) or diagonal.bisect(max(room, 0.0)) or diagonal.rest()
         displacement = directions.T @ (basis @ coordinates)
         retained = self.retention.divergence + diagonal.change(coordinates)
-        return Candidate(displacement.to(self.local.gradient), scale, multiplier, diagonal.kl(coordinates), retained,
-                         diagonal.free_gain())  # fmt: skip
+        return Candidate(
+            displacement.to(self.local.gradient),
+            scale,
+            multiplier,
+            diagonal.kl(coordinates),
+            retained,
+            diagonal.free_gain(),
+        )
 
     def _product(self, direction: Tensor, rollout: Tensor, buffer: Tensor, multiplier: float) -> Tensor:
         product = self.local.fisher.rmatvec(rollout) + self.local.damping * direction

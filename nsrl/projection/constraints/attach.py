@@ -27,8 +27,16 @@ class AttachedConstraint:
 
     last: Projected | None = None
 
-    def __init__(self, optimizer: torch.optim.Optimizer, flat: FlatParameters, constraint: Constraint, filter: Filter,
-                 where: Where, every: int, reference: Tensor):  # fmt: skip
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        flat: FlatParameters,
+        constraint: Constraint,
+        filter: Filter,
+        where: Where,
+        every: int,
+        reference: Tensor,
+    ):
         self.constraint = constraint
         self.filter = filter
         self._optimizer = optimizer

@@ -86,10 +86,12 @@ class FeatureConstraint(Constraint):
         """
         refuse_sample_mixing(module)
         modules, named = dict(module.named_modules()), dict(module.named_parameters())
-        calls = LayerCalls({
-            name: (modules[name], [named[full] for full in _held(parts, self.columns)])
-            for name, parts in self._layers.items()
-        })  # fmt: skip
+        calls = LayerCalls(
+            {
+                name: (modules[name], [named[full] for full in _held(parts, self.columns)])
+                for name, parts in self._layers.items()
+            }
+        )
         with differentiable(module):
             with ExitStack() as stack:
                 stack.enter_context(calls.recorded())

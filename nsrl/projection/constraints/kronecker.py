@@ -159,9 +159,10 @@ class KroneckerConstraint(Constraint):
         refused = self._refused | _repeated(c for key in self._factors for c in key if c is not None)
         # A layer in pieces (groups of a convolution) may have been one dense block in another batch.
         return [
-            factors for key, factors in self._factors.items()
+            factors
+            for key, factors in self._factors.items()
             if not any(overlap(mine, theirs) for mine in key if mine is not None for theirs in refused)
-        ]  # fmt: skip
+        ]
 
     def _eigen(self) -> list[tuple[LayerColumns, Tensor, Tensor, Tensor]]:
         """Layer, eigenvalues (rank S, rank A), Q_A (d_in, rank A) and Q_S (d_out, rank S); decomposed once."""

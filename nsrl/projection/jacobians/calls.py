@@ -95,8 +95,13 @@ def _recorder(layer: _Layer) -> Any:
     return record
 
 
-def _accounted(layer: _Layer, whole: Mapping[nn.Parameter, Tensor | None], slopes: Mapping[int, Tensor | None],
-               norms: Mapping[nn.Parameter, float], largest: float) -> bool:  # fmt: skip
+def _accounted(
+    layer: _Layer,
+    whole: Mapping[nn.Parameter, Tensor | None],
+    slopes: Mapping[int, Tensor | None],
+    norms: Mapping[nn.Parameter, float],
+    largest: float,
+) -> bool:
     wanted = list(layer.parameters)
     found = [whole[parameter] for parameter in wanted]
     missing = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(wanted, found, strict=True)]

@@ -80,8 +80,15 @@ class Capture:
             precision inside; a layer's input that was overwritten in place.
     """
 
-    def __init__(self, module: nn.Module, inputs: Any, forward: Forward, columns: Mapping[str, Range],
-                 seed: Callable[[Tensor], Tensor] | None, dense: frozenset[str] = frozenset()):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Any,
+        forward: Forward,
+        columns: Mapping[str, Range],
+        seed: Callable[[Tensor], Tensor] | None,
+        dense: frozenset[str] = frozenset(),
+    ):
         self._sites, attentions = _sites(module, {name: place for name, place in columns.items() if name not in dense})
         # Ahead of the user's hooks: what they make of the output is no longer the layer's.
         handles = [
@@ -138,8 +145,11 @@ class Capture:
 
 def in_precision(block: Any, precision: torch.dtype) -> Block:
     """The block with its numbers in a precision: a layer may compute in another one than the outputs."""
-    changed = {name: value.to(precision) for name, value in vars(block).items()
-               if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != precision}  # fmt: skip
+    changed = {
+        name: value.to(precision)
+        for name, value in vars(block).items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != precision
+    }
     return replace(block, **changed) if changed else block
 
 

@@ -57,8 +57,9 @@ class FactoredJacobian:
     recomputed: tuple[str, ...] = ()
     SWEEPS = 20
 
-    def __init__(self, blocks: Sequence[Block], shape: tuple[int, int], rows: int, names: tuple[str, ...],
-                 outputs: Tensor):  # fmt: skip
+    def __init__(
+        self, blocks: Sequence[Block], shape: tuple[int, int], rows: int, names: tuple[str, ...], outputs: Tensor
+    ):
         self.blocks = tuple(blocks)
         self.shape = shape
         self.names = names

@@ -83,13 +83,18 @@ def add_gram(inputs: Tensor, grads: Tensor, out: Tensor) -> None:
         for rows in _row_chunks(inputs, grads, 2 * len(out)):
             add_row_gram(rows, out)
     elif form is _hadamard:
-        _add_symmetric(len(inputs), a_sample, out,
-                       lambda i, j: _hadamard(inputs[i], grads[i], inputs[j], grads[j], precision))  # fmt: skip
+        _add_symmetric(
+            len(inputs), a_sample, out, lambda i, j: _hadamard(inputs[i], grads[i], inputs[j], grads[j], precision)
+        )
     else:
         features, sliced = inputs.to(precision), _sliced(grads, precision)
-        _add_symmetric(len(inputs), a_sample, out,
-                       lambda i, j: _move_and_meet(features[i], sliced[:, i], features[j], sliced[:, j]),
-                       threaded=True)  # fmt: skip
+        _add_symmetric(
+            len(inputs),
+            a_sample,
+            out,
+            lambda i, j: _move_and_meet(features[i], sliced[:, i], features[j], sliced[:, j]),
+            threaded=True,
+        )
 
 
 def add_row_gram(rows: Tensor, out: Tensor) -> None:
@@ -98,8 +103,9 @@ def add_row_gram(rows: Tensor, out: Tensor) -> None:
     _add_symmetric(len(rows), 1, out, lambda i, j: rows[i] @ rows[j].T)
 
 
-def cross_gram(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor,
-               precision: torch.dtype = torch.float64) -> Tensor:  # fmt: skip
+def cross_gram(
+    inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor, precision: torch.dtype = torch.float64
+) -> Tensor:
     """Inner products with the rows of another batch, shape (N R, M S)."""
     form = _cheapest(inputs, grads, other_inputs, other_grads)
     return form(inputs, grads, other_inputs, other_grads, precision)
@@ -141,8 +147,9 @@ def _cheapest(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: 
     return _pairs if pairs < materialised else _materialised
 
 
-def _hadamard(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor,
-              precision: torch.dtype) -> Tensor:  # fmt: skip
+def _hadamard(
+    inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor, precision: torch.dtype
+) -> Tensor:
     (n, r), (m, s) = grads.shape[:2], other_grads.shape[:2]
     samples = inputs[:, 0].to(precision) @ other_inputs[:, 0].to(precision).T
     gram = grads[:, :, 0].flatten(0, 1).to(precision) @ other_grads[:, :, 0].flatten(0, 1).to(precision).T
@@ -150,10 +157,10 @@ def _hadamard(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: 
     return gram
 
 
-def _pairs(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor,
-           precision: torch.dtype) -> Tensor:  # fmt: skip
-    return _move_and_meet(inputs.to(precision), _sliced(grads, precision),
-                          other_inputs.to(precision), _sliced(other_grads, precision))  # fmt: skip
+def _pairs(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor, precision: torch.dtype) -> Tensor:
+    return _move_and_meet(
+        inputs.to(precision), _sliced(grads, precision), other_inputs.to(precision), _sliced(other_grads, precision)
+    )
 
 
 def _move_and_meet(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor) -> Tensor:
@@ -178,12 +185,14 @@ def _sliced(grads: Tensor, precision: torch.dtype) -> Tensor:
     return grads.unflatten(-1, (slices, -1)).permute(3, 0, 1, 2, 4).to(precision).contiguous()
 
 
-def _materialised(inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor,
-                  precision: torch.dtype) -> Tensor:  # fmt: skip
+def _materialised(
+    inputs: Tensor, grads: Tensor, other_inputs: Tensor, other_grads: Tensor, precision: torch.dtype
+) -> Tensor:
     rows, others = grads.shape[0] * grads.shape[1], other_grads.shape[0] * other_grads.shape[1]
     out = grads.new_zeros(rows, others, dtype=precision)
-    chunks = zip(_row_chunks(inputs, grads, rows + others), _row_chunks(other_inputs, other_grads, rows + others),
-                 strict=True)  # fmt: skip
+    chunks = zip(
+        _row_chunks(inputs, grads, rows + others), _row_chunks(other_inputs, other_grads, rows + others), strict=True
+    )
     for ours, theirs in chunks:
         out.addmm_(ours.to(precision), theirs.to(precision).T)
     return out
@@ -197,8 +206,9 @@ def _row_chunks(inputs: Tensor, grads: Tensor, rows: int) -> Iterator[Tensor]:
         yield matrices(inputs, grads[..., start : start + step]).flatten(1)
 
 
-def _add_symmetric(samples: int, a_sample: int, out: Tensor, product: Callable[[slice, slice], Tensor],
-                   threaded: bool = False) -> None:  # fmt: skip
+def _add_symmetric(
+    samples: int, a_sample: int, out: Tensor, product: Callable[[slice, slice], Tensor], threaded: bool = False
+) -> None:
     """Add a symmetric matrix by its lower stripes; `product` maps two slices of samples to their block.
 
     With `threaded`, for products too thin for BLAS to share them out, stripes are computed side by side.

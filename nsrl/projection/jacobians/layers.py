@@ -116,11 +116,14 @@ def convolution_blocks(site: Site) -> Sequence[Block]:
     grads = grads.unflatten(-1, (groups, -1))
     ranges = {name: _split(columns, groups) for name, columns in site.columns.items()}
     return [
-        _linear(inputs[:, :, group], grads[..., group, :],
-                ranges["weight"][group] if "weight" in ranges else None,
-                ranges["bias"][group] if "bias" in ranges else None)
+        _linear(
+            inputs[:, :, group],
+            grads[..., group, :],
+            ranges["weight"][group] if "weight" in ranges else None,
+            ranges["bias"][group] if "bias" in ranges else None,
+        )
         for group in range(groups)
-    ]  # fmt: skip
+    ]
 
 
 def embedding_blocks(site: Site) -> Sequence[Block]:
@@ -199,8 +202,9 @@ def differentiated_blocks(site: Site) -> Sequence[Block]:
     return [dense_block(value, site.columns[name]) for name, value in totals.items()]
 
 
-def _linear(inputs: Tensor, grads: Tensor, weight: Range | None, bias: Range | None,
-            transposed: bool = False) -> LinearBlock:  # fmt: skip
+def _linear(
+    inputs: Tensor, grads: Tensor, weight: Range | None, bias: Range | None, transposed: bool = False
+) -> LinearBlock:
     if bias is not None:
         ones = torch.ones_like(inputs[..., :1])
         inputs = torch.cat([inputs, ones], -1) if weight is not None else ones
@@ -238,26 +242,54 @@ class Projections:
         self.sites: dict[tuple[str, int, int], Site] = {}
         self.lost: set[str] = set()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> Any:  # fmt: skip
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
         """What the module computes, with its projections made here instead of inside torch's function."""
         layer = self.layer
         if query.dim() != 3:
             self.lost.update(self.names.values())
-            return type(layer).forward(layer, query, key, value, key_padding_mask, need_weights, attn_mask,
-                                       average_attn_weights, is_causal)  # fmt: skip
+            return type(layer).forward(
+                layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if not layer.batch_first:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         queries, keys, values = (tensor.transpose(0, 1) for tensor in self._project(query, key, value))
         # Identity weights leave torch nothing to project: heads, masks and softmax stay its own.
         eye = torch.eye(layer.embed_dim, dtype=queries.dtype, device=queries.device)
         attended, weights = F.multi_head_attention_forward(
-            queries, keys, values, layer.embed_dim, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
-            layer.add_zero_attn, layer.dropout, eye, None, training=layer.training, key_padding_mask=key_padding_mask,
-            need_weights=need_weights, attn_mask=attn_mask, use_separate_proj_weight=True, q_proj_weight=eye,
-            k_proj_weight=eye, v_proj_weight=eye, average_attn_weights=average_attn_weights, is_causal=is_causal,
-        )  # fmt: skip
+            queries,
+            keys,
+            values,
+            layer.embed_dim,
+            layer.num_heads,
+            None,
+            None,
+            layer.bias_k,
+            layer.bias_v,
+            layer.add_zero_attn,
+            layer.dropout,
+            eye,
+            None,
+            training=layer.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=True,
+            q_proj_weight=eye,
+            k_proj_weight=eye,
+            v_proj_weight=eye,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
         out = self._linear(attended.transpose(0, 1), "out_proj.weight", "out_proj.bias", 0, layer.embed_dim)
         return (out if layer.batch_first else out.transpose(0, 1)), weights
 
@@ -266,10 +298,15 @@ class Projections:
         width = self.layer.embed_dim
         stacked = self.layer._qkv_same_embed_dim
         return [
-            self._linear(inputs, "in_proj_weight" if stacked else f"{part}_proj_weight", "in_proj_bias",
-                         index * width, (index + 1) * width)
+            self._linear(
+                inputs,
+                "in_proj_weight" if stacked else f"{part}_proj_weight",
+                "in_proj_bias",
+                index * width,
+                (index + 1) * width,
+            )
             for index, (part, inputs) in enumerate(zip("qkv", (query, key, value), strict=True))
-        ]  # fmt: skip
+        ]
 
     def _linear(self, inputs: Tensor, weight: str, bias: str, start: int, stop: int) -> Tensor:
         """Output features `start` to `stop` of a stacked projection, recorded."""

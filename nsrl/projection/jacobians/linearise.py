@@ -81,8 +81,14 @@ def jacobian(
     return result
 
 
-def _verified(module: nn.Module, inputs: Any, forward: Forward, evaluate: Callable[[Any], Tensor],
-              columns: dict[str, Range], capture: Capture) -> tuple[list[Block], set[str]]:  # fmt: skip
+def _verified(
+    module: nn.Module,
+    inputs: Any,
+    forward: Forward,
+    evaluate: Callable[[Any], Tensor],
+    columns: dict[str, Range],
+    capture: Capture,
+) -> tuple[list[Block], set[str]]:
     """Blocks that agree with autograd, and the names of parameters whose factors did not.
 
     Three ways to the columns of a parameter, from the fastest to the one that is right by definition: factors from

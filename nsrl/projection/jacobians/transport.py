@@ -113,10 +113,12 @@ def stack_ranks(
         merged = [_merged(blocks) for blocks in zip(*received, strict=True)]
         samples, rows = sum(part.samples for part in parts), sum(part.rows for part in parts)
         return FactoredJacobian(merged, (rows, width), per_sample[0], names, like.new_empty(samples, 0))
-    return StackedJacobian([
-        FactoredJacobian(blocks, (part.rows, width), rows, names, like.new_empty(part.samples, 0))
-        for blocks, part, rows in zip(received, parts, per_sample, strict=True)
-    ])  # fmt: skip
+    return StackedJacobian(
+        [
+            FactoredJacobian(blocks, (part.rows, width), rows, names, like.new_empty(part.samples, 0))
+            for blocks, part, rows in zip(received, parts, per_sample, strict=True)
+        ]
+    )
 
 
 # A block is a dataclass whose tensors have the samples first and whose other fields do not depend on the samples.

@@ -40,8 +40,14 @@ class Probe:
         JacobianError: autograd cannot differentiate the outputs, or its answer is not finite.
     """
 
-    def __init__(self, outputs: Tensor, seeds: Tensor, parameters: Mapping[str, Tensor],
-                 columns: Mapping[str, Range], precision: torch.dtype):  # fmt: skip
+    def __init__(
+        self,
+        outputs: Tensor,
+        seeds: Tensor,
+        parameters: Mapping[str, Tensor],
+        columns: Mapping[str, Range],
+        precision: torch.dtype,
+    ):
         self._columns = columns
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(seeds.shape[:2], generator=generator, dtype=torch.float64).to(outputs)
@@ -70,10 +76,12 @@ class Probe:
             block.rmatvec_into(self._rows, ours)
         names = list(names)
         parts = [ours[slice(*self._columns[name])] for name in names]
-        errors = _norms([
-            part - self._answers[name] if name in self._answers else part
-            for name, part in zip(names, parts, strict=True)
-        ])  # fmt: skip
+        errors = _norms(
+            [
+                part - self._answers[name] if name in self._answers else part
+                for name, part in zip(names, parts, strict=True)
+            ]
+        )
         allowed = [self._share * self._norms.get(name, 0.0) + self._floor * self._largest for name in names]
         return [name for name, error, most in zip(names, errors, allowed, strict=True) if not error <= most]  # NaN is
 

@@ -35,8 +35,9 @@ class KrylovSolution:
     curved: bool
 
 
-def conjugate_gradients(product: Product, rhs: Tensor, iterations: int, precision: float = PRECISION,
-                        precondition: Product | None = None) -> KrylovSolution:  # fmt: skip
+def conjugate_gradients(
+    product: Product, rhs: Tensor, iterations: int, precision: float = PRECISION, precondition: Product | None = None
+) -> KrylovSolution:
     """Solve A x = b from x = 0 for a positive semi-definite A.
 
     Args:
@@ -74,9 +75,13 @@ def conjugate_gradients(product: Product, rhs: Tensor, iterations: int, precisio
 
 
 def batched_conjugate_gradients(
-    product: Product, rows: Tensor, *, precondition: Product | None = None, tolerance: float = 1e-10,
+    product: Product,
+    rows: Tensor,
+    *,
+    precondition: Product | None = None,
+    tolerance: float = 1e-10,
     iterations: int = 1000,
-) -> tuple[Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, int]:
     """Solve a positive definite system for every column of `rows` (k, c), float64, from zero.
 
     Args:

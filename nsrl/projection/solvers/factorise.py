@@ -16,8 +16,15 @@ from nsrl.projection.solvers.plan import METHODS, SHARE, free_memory, largest_sk
 from nsrl.projection.solvers.solver import Solution, Solver
 
 
-def factorise(jacobian: Jacobian, damping: float = 0.0, *, method: str | None = None, memory: float | None = None,
-              effective_dimension: float | None = None, passes: int = 2) -> Solver:  # fmt: skip
+def factorise(
+    jacobian: Jacobian,
+    damping: float = 0.0,
+    *,
+    method: str | None = None,
+    memory: float | None = None,
+    effective_dimension: float | None = None,
+    passes: int = 2,
+) -> Solver:
     """Prepare (K + lambda)^+ by the method that `plan` chooses.
 
     Args:
@@ -35,20 +42,29 @@ def factorise(jacobian: Jacobian, damping: float = 0.0, *, method: str | None = 
     device = storage(jacobian)[1]
     limit = SHARE * free_memory(device) if memory is None else memory
     methods = METHODS if is_whole(jacobian) else ("dual", "nystrom")
-    chosen = plan(jacobian.shape, spectral=damping == 0.0, method=method, methods=methods, memory=limit,
-                  effective_dimension=effective_dimension, device=device)  # fmt: skip
+    chosen = plan(
+        jacobian.shape,
+        spectral=damping == 0.0,
+        method=method,
+        methods=methods,
+        memory=limit,
+        effective_dimension=effective_dimension,
+        device=device,
+    )
     if chosen.method == "nystrom":
         return NystromSolver(jacobian, damping, passes, largest=largest_sketch(jacobian.shape[0], limit))
     return {"dual": DualSolver, "primal": PrimalSolver}[chosen.method](jacobian, damping, passes)
 
 
-def solve(jacobian: Jacobian, rows: Tensor, damping: float = 0.0, *, method: str | None = None,
-          memory: float | None = None) -> Solution:  # fmt: skip
+def solve(
+    jacobian: Jacobian, rows: Tensor, damping: float = 0.0, *, method: str | None = None, memory: float | None = None
+) -> Solution:
     """Solve (J J^T + lambda) y = b for b of shape (k,) or (k, c); see `factorise` and `Solver.solve`."""
     return factorise(jacobian, damping, method=method, memory=memory).solve(rows)
 
 
-def null_projection(jacobian: Jacobian, vector: Tensor, damping: float = 0.0, *, method: str | None = None,
-                    memory: float | None = None) -> Solution:  # fmt: skip
+def null_projection(
+    jacobian: Jacobian, vector: Tensor, damping: float = 0.0, *, method: str | None = None, memory: float | None = None
+) -> Solution:
     """Project v of shape (P,) to v - J^T (J J^T + lambda)^+ J v; see `factorise` and `Solver.null`."""
     return factorise(jacobian, damping, method=method, memory=memory).null(vector)

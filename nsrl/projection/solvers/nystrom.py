@@ -47,8 +47,16 @@ class Sketch:
         return float((self.values / (self.values + damping)).sum())
 
 
-def nystrom(product: Product, rows: int, damping: float | Callable[[float], float], *, size: int = 16,
-            largest: int | None = None, device: torch.device | str = "cpu", seed: int = 0) -> Sketch:  # fmt: skip
+def nystrom(
+    product: Product,
+    rows: int,
+    damping: float | Callable[[float], float],
+    *,
+    size: int = 16,
+    largest: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Sketch:
     """Sketch K, doubling until the smallest eigenvalue in the sketch is at most the damping.
 
     Their section 5.4 stops at ten times the damping. A small sketch underestimates its last eigenvalues by about that.
@@ -110,8 +118,14 @@ class NystromSolver(Solver):
         iterations_made: of all solves together.
     """
 
-    def __init__(self, jacobian: Jacobian, damping: float = 0.0, passes: int = 2, largest: int | None = None,
-                 iterations: int = 1000):  # fmt: skip
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        damping: float = 0.0,
+        passes: int = 2,
+        largest: int | None = None,
+        iterations: int = 1000,
+    ):
         super().__init__(jacobian, damping, passes)
         self.iterations, self.iterations_made = iterations, 0
         self._is_hard = damping == 0.0
@@ -142,9 +156,11 @@ class NystromSolver(Solver):
 
     def _inverse(self, rows: Tensor) -> Tensor:
         solution, made = batched_conjugate_gradients(
-            lambda columns: self._gram(columns) + self.damping * columns, rows,
-            precondition=lambda columns: self.sketch.preconditioned(columns, self.damping), iterations=self.iterations,
-        )  # fmt: skip
+            lambda columns: self._gram(columns) + self.damping * columns,
+            rows,
+            precondition=lambda columns: self.sketch.preconditioned(columns, self.damping),
+            iterations=self.iterations,
+        )
         self.iterations_made += made
         return solution
 

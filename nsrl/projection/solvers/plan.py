@@ -82,10 +82,15 @@ class Plan:
 
 
 def plan(
-    shape: tuple[int, int], *, spectral: bool = True, method: str | None = None, methods: Sequence[str] = METHODS,
-    memory: float | None = None, effective_dimension: float | None = None,
+    shape: tuple[int, int],
+    *,
+    spectral: bool = True,
+    method: str | None = None,
+    methods: Sequence[str] = METHODS,
+    memory: float | None = None,
+    effective_dimension: float | None = None,
     device: torch.device | str = "cpu",
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Choose the cheapest exact method that fits into memory, and nystrom when none does.
 
     The choice goes to the logger "nsrl.projection", at INFO for the first time of a shape and at DEBUG afterwards.

@@ -165,8 +165,16 @@ class Solver(ABC):
             raise ValueError(f"the {what} must be {length} finite numbers, not of shape {tuple(tensor.shape)} or NaN")
 
     def _certificate(self, residual: float, passes: int, start: float) -> Certificate:
-        return Certificate(self.method, residual, self.rank, self.effective_dimension, self.damping, self.dtype, passes,
-                           perf_counter() - start)  # fmt: skip
+        return Certificate(
+            self.method,
+            residual,
+            self.rank,
+            self.effective_dimension,
+            self.damping,
+            self.dtype,
+            passes,
+            perf_counter() - start,
+        )
 
 
 def residual_share(part: Tensor, whole: Tensor) -> float:

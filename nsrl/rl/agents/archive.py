@@ -37,14 +37,28 @@ MOST_TENSORS = 1000
 
 #: What the numbers of an algorithm may come to: beyond, a run would never end or not fit into any memory.
 LARGEST = {
-    "n_steps": 10**6, "batch_size": 10**8, "n_epochs": 10**5, "n_critic_updates": 10**5, "cg_max_steps": 10**5,
-    "line_search_max_iter": 10**5, "sub_sampling_factor": 10**7,
-}  # fmt: skip
+    "n_steps": 10**6,
+    "batch_size": 10**8,
+    "n_epochs": 10**5,
+    "n_critic_updates": 10**5,
+    "cg_max_steps": 10**5,
+    "line_search_max_iter": 10**5,
+    "sub_sampling_factor": 10**7,
+}
 
 FRACTIONS = (
-    "learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm",
-    "target_kl", "cg_damping", "line_search_shrinking_factor",
-)  # fmt: skip
+    "learning_rate",
+    "gamma",
+    "gae_lambda",
+    "clip_range",
+    "clip_range_vf",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+    "target_kl",
+    "cg_damping",
+    "line_search_shrinking_factor",
+)
 
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
 

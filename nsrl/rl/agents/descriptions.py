@@ -35,14 +35,29 @@ NAMED_CLASSES: dict[str, dict[str, type]] = {
     argument: {str(cls): cls for cls in classes}
     for argument, classes in {
         "activation_fn": (
-            nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
-            nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign,
+            nn.CELU,
+            nn.ELU,
+            nn.GELU,
+            nn.Hardsigmoid,
+            nn.Hardswish,
+            nn.Hardtanh,
+            nn.Identity,
+            nn.LeakyReLU,
+            nn.LogSigmoid,
+            nn.Mish,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SELU,
+            nn.SiLU,
+            nn.Sigmoid,
+            nn.Softplus,
+            nn.Softsign,
             nn.Tanh,
         ),
         "features_extractor_class": (FlattenExtractor, NatureCNN, CombinedExtractor),
         "optimizer_class": (optim.Adam, optim.AdamW, optim.RMSprop, optim.SGD, RMSpropTFLike),
     }.items()
-}  # fmt: skip
+}
 
 # The policy arguments that are plain JSON, and the types they may have.
 PLAIN_ARGUMENTS: dict[str, tuple[type, ...]] = {

@@ -35,16 +35,31 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"PPO": PPO, "A2C": A2C, "TRPO"
 POLICIES: dict[str, type[BasePolicy]] = {
     cls.__name__: cls
     for cls in (
-        ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy,
-        MaskableActorCriticPolicy, MaskableActorCriticCnnPolicy, MaskableMultiInputActorCriticPolicy,
+        ActorCriticPolicy,
+        ActorCriticCnnPolicy,
+        MultiInputActorCriticPolicy,
+        MaskableActorCriticPolicy,
+        MaskableActorCriticCnnPolicy,
+        MaskableMultiInputActorCriticPolicy,
     )
-}  # fmt: skip
+}
 # Constructor arguments that describe a run, not an algorithm: a fine-tuning run sets its own.
 OF_THE_RUN = {
-    "self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log",
-    "stats_window_size", "rollout_buffer_class", "rollout_buffer_kwargs", "use_sde", "sde_sample_freq",
+    "self",
+    "policy",
+    "env",
+    "policy_kwargs",
+    "seed",
+    "device",
+    "verbose",
+    "tensorboard_log",
+    "stats_window_size",
+    "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+    "use_sde",
+    "sde_sample_freq",
     "_init_setup_model",
-}  # fmt: skip
+}
 # In TRPO these steer the critic's fit and the trust region; in PPO they steer the whole loss and an early
 # stop.
 TRPO_ONLY = {"learning_rate", "batch_size", "target_kl"}

@@ -151,13 +151,22 @@ class ProtectedMixin(OnPolicyAlgorithm):
             )
         settings = cls._inherited(source, options)
         policy_kwargs = dict(settings.pop("policy_kwargs") or {})
-        env = training_env(env, source.normalizer if normalize else None, seed=seed,
-                                  gamma=settings.get("gamma", 0.99), n_envs=n_envs)  # fmt: skip
+        env = training_env(
+            env, source.normalizer if normalize else None, seed=seed, gamma=settings.get("gamma", 0.99), n_envs=n_envs
+        )
         check_spaces(source.model, env)
         policy: Any = source.model.policy_class
         try:
-            model: Any = cls(policy, env, policy_kwargs=policy_kwargs, tensorboard_log=tensorboard_log,
-                             seed=seed, device=device, verbose=verbose, **settings)  # fmt: skip
+            model: Any = cls(
+                policy,
+                env,
+                policy_kwargs=policy_kwargs,
+                tensorboard_log=tensorboard_log,
+                seed=seed,
+                device=device,
+                verbose=verbose,
+                **settings,
+            )
         except AssertionError as error:  # SB3 checks its arguments with assertions
             raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
         try:
@@ -170,8 +179,15 @@ class ProtectedMixin(OnPolicyAlgorithm):
             model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
         return model
 
-    def constrain(self, retain: RetentionBuffer, config: RetentionConfig, *, trust_buffer: bool = False,
-                  method: str = "null_space", penalty: float = 1.0) -> None:  # fmt: skip
+    def constrain(
+        self,
+        retain: RetentionBuffer,
+        config: RetentionConfig,
+        *,
+        trust_buffer: bool = False,
+        method: str = "null_space",
+        penalty: float = 1.0,
+    ) -> None:
         """Put the budget in force from the next update on.
 
         The observation statistics of a VecNormalize around the model's environment are frozen: while they move, the
@@ -259,14 +275,23 @@ class ProtectedMixin(OnPolicyAlgorithm):
         measured = retention.constraint.measure()
         rank, dimension = retention.diagnose()
         return RetentionReport(
-            kl_mean=measured.kl_mean, kl_max=measured.kl_max, kl_heldout=measured.kl_heldout,
-            agreement=measured.agreement, agreement_heldout=measured.agreement_heldout,
-            budget=retention.config.kl_budget, rank=rank, parameters=sum(retention.constraint.parameters.sizes),
+            kl_mean=measured.kl_mean,
+            kl_max=measured.kl_max,
+            kl_heldout=measured.kl_heldout,
+            agreement=measured.agreement,
+            agreement_heldout=measured.agreement_heldout,
+            budget=retention.config.kl_budget,
+            rank=rank,
+            parameters=sum(retention.constraint.parameters.sizes),
             effective_dimension=dimension,
             states=(len(retention.constraint.train), len(retention.constraint.heldout)),
-            updates=retention.updates, restored=retention.restored, rollbacks=retention.rollbacks,
-            overhead_fraction=self._overhead(), seconds=dict(retention.seconds), kl_by_task=measured.kl_by_task,
-        )  # fmt: skip
+            updates=retention.updates,
+            restored=retention.restored,
+            rollbacks=retention.rollbacks,
+            overhead_fraction=self._overhead(),
+            seconds=dict(retention.seconds),
+            kl_by_task=measured.kl_by_task,
+        )
 
     def export(self, path: str | Path) -> Path:
         """Write a zip of the stock algorithm (atomically), which its `load` reads and which acts identically.
@@ -280,8 +305,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """Keyword arguments of the algorithm, `policy_kwargs` among them: the agent's, overridden by `options`."""
         return {"policy_kwargs": source.model.policy_kwargs, **source.hyperparameters, **options}
 
-    def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
-                      penalty: float) -> Retention:  # fmt: skip
+    def _build_engine(
+        self, constraint: RetentionConstraint, config: RetentionConfig, method: str, penalty: float
+    ) -> Retention:
         return build_engine(self, constraint, config, method, penalty)
 
     def _overhead(self) -> float:

@@ -25,9 +25,15 @@ from nsrl.rl.retention.buffer import RetentionBuffer
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 
 
-def protect(model: Algorithm, retain: RetentionBuffer, kl_budget: float = 0.01, *,
-            config: RetentionConfig | None = None, trust_buffer: bool = False,
-            **options: Any) -> Algorithm:  # fmt: skip
+def protect(
+    model: Algorithm,
+    retain: RetentionBuffer,
+    kl_budget: float = 0.01,
+    *,
+    config: RetentionConfig | None = None,
+    trust_buffer: bool = False,
+    **options: Any,
+) -> Algorithm:
     """Put a KL budget around an existing SB3 PPO, A2C, TRPO or MaskablePPO, in place.
 
     The model keeps its optimizer state, environment and callbacks; its class becomes a subclass of itself
@@ -102,9 +108,15 @@ def attach_env(
     if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
         model.n_envs = wrapped.num_envs
         model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
-            model.n_steps, model.observation_space, model.action_space, device=model.device, gamma=model.gamma,
-            gae_lambda=model.gae_lambda, n_envs=model.n_envs, **model.rollout_buffer_kwargs,
-        )  # fmt: skip
+            model.n_steps,
+            model.observation_space,
+            model.action_space,
+            device=model.device,
+            gamma=model.gamma,
+            gae_lambda=model.gae_lambda,
+            n_envs=model.n_envs,
+            **model.rollout_buffer_kwargs,
+        )
     model.set_env(wrapped)
     if seed is not None:
         model.seed = seed

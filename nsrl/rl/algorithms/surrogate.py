@@ -31,8 +31,9 @@ class Surrogate:
         parameters: those, and all that the action distribution depends on, found by autograd, as one flat vector.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True,
-                 besides: Iterable[nn.Parameter] = ()):  # fmt: skip
+    def __init__(
+        self, policy: ActorCriticPolicy, samples: Any, normalize: bool = True, besides: Iterable[nn.Parameter] = ()
+    ):
         self.policy = policy
         self._distribution = distribution_of(policy)
         self._actions = samples.actions
@@ -55,9 +56,11 @@ class Surrogate:
         spread = getattr(policy, "log_std", None)
         # The rollout's states are where the policy acts, so nothing is tempered.
         self._metric: OutputMetric = self._distribution.metric(
-            self._distribution.sizes(policy.action_space), 0.0, log_std=spread,
+            self._distribution.sizes(policy.action_space),
+            0.0,
+            log_std=spread,
             reference_log_std=None if spread is None else spread.detach().clone(),
-        )  # fmt: skip
+        )
 
     def gradient(self) -> tuple[float, Tensor]:
         """The objective before the step, and minus its gradient, shape (P,)."""

@@ -99,13 +99,19 @@ class NaturalTRPO(TRPO):
         actor = set(surrogate.parameters.parameters)
         others = {parameter for parameter in self.policy.parameters() if parameter.requires_grad} - actor
         reached = reached_at_any(
-            self.policy, lambda rows: self.policy.predict_values(select(samples.observations, rows)),
-            len(samples.returns), others,
-        )  # fmt: skip
+            self.policy,
+            lambda rows: self.policy.predict_values(select(samples.observations, rows)),
+            len(samples.returns),
+            others,
+        )
         loss = fit_values(
-            self.policy, samples.observations, samples.returns, [p for p in reached if p not in actor],
-            epochs=self.n_critic_updates, batch_size=self.batch_size,
-        )  # fmt: skip
+            self.policy,
+            samples.observations,
+            samples.returns,
+            [p for p in reached if p not in actor],
+            epochs=self.n_critic_updates,
+            batch_size=self.batch_size,
+        )
         self._n_updates += 1
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         self.logger.record("train/value_loss", loss)
@@ -196,8 +202,9 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
             del inherited["n_steps"]  # its five-step rollouts are not TRPO's either
         return {**inherited, **options}
 
-    def _build_engine(self, constraint: RetentionConstraint, config: RetentionConfig, method: str,
-                      penalty: float) -> Retention:  # fmt: skip
+    def _build_engine(
+        self, constraint: RetentionConstraint, config: RetentionConfig, method: str, penalty: float
+    ) -> Retention:
         return build_region(self, constraint, config, method, penalty)
 
     def _improve(self, surrogate: Surrogate) -> Update | None:

@@ -16,8 +16,15 @@ Stepper = Callable[[list[Tensor]], Any]
 
 
 @torch.no_grad()
-def fit_values(policy: ActorCriticPolicy, observations: Observation, returns: Tensor,
-               parameters: Sequence[nn.Parameter], *, epochs: int, batch_size: int) -> float:  # fmt: skip
+def fit_values(
+    policy: ActorCriticPolicy,
+    observations: Observation,
+    returns: Tensor,
+    parameters: Sequence[nn.Parameter],
+    *,
+    epochs: int,
+    batch_size: int,
+) -> float:
     """Minimise the mean squared error of the values by the policy's own optimizer; returns its mean.
 
     Args:
@@ -81,7 +88,21 @@ def _fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     beta1, beta2 = group["betas"]
 
     def step(gradients: list[Tensor]) -> None:
-        adam(moved, gradients, first, second, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)  # fmt: skip
+        adam(
+            moved,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     return step

@@ -43,8 +43,9 @@ class KLPenalty(Monitor):
     differences are that the coefficient is fixed and that nothing is promised.
     """
 
-    def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig,
-                 coefficient: float):  # fmt: skip
+    def __init__(
+        self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig, coefficient: float
+    ):
         super().__init__(model, constraint, config)
         if not coefficient >= 0.0:
             raise NsrlError(f"penalty must be a coefficient >= 0, not {coefficient}")
@@ -61,8 +62,13 @@ class KLPenalty(Monitor):
         self.seconds["lagrangian"] += perf_counter() - start
 
 
-def build_engine(model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig,
-                 method: str = "null_space", penalty: float = 1.0) -> Retention:  # fmt: skip
+def build_engine(
+    model: OnPolicyAlgorithm,
+    constraint: RetentionConstraint,
+    config: RetentionConfig,
+    method: str = "null_space",
+    penalty: float = 1.0,
+) -> Retention:
     """The engine of a method by name: "null_space", "kl_penalty" or "finetune"."""
     if method not in METHODS:
         raise NsrlError(f"method must be one of {', '.join(METHODS)}, not {method!r}")

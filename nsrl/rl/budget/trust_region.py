@@ -131,8 +131,9 @@ class PenalisedRegion(Monitor):
     Its gradient joins the gradient that the natural step is taken on, itself the loss that the line search compares.
     """
 
-    def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig,
-                 coefficient: float):  # fmt: skip
+    def __init__(
+        self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig, coefficient: float
+    ):
         super().__init__(model, constraint, config)
         if not coefficient >= 0.0:
             raise NsrlError(f"penalty must be a coefficient >= 0, not {coefficient}")
@@ -153,8 +154,13 @@ class PenalisedRegion(Monitor):
         return self.coefficient * self.constraint.divergences()[1]
 
 
-def build_region(model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig,
-                 method: str = "null_space", penalty: float = 1.0) -> Retention:  # fmt: skip
+def build_region(
+    model: OnPolicyAlgorithm,
+    constraint: RetentionConstraint,
+    config: RetentionConfig,
+    method: str = "null_space",
+    penalty: float = 1.0,
+) -> Retention:
     """The engine of a method by name, for a natural-gradient algorithm: as `nsrl.rl.budget.baselines.build_engine`."""
     if method == "null_space":
         return RetentionRegion(model, constraint, config)

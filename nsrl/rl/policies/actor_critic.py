@@ -121,8 +121,15 @@ def _is_chain(mlp: nn.Module, name: str, method: str) -> bool:
     return type(network) is nn.Sequential and is_plain(network)
 
 
-def _head(policy: ActorCriticPolicy, observations: Observation, extractor: Any, body: Callable[[Any], Tensor],
-          top: nn.Module, layers: list[nn.Module] | None, parameters: Sequence[nn.Parameter]) -> Head:  # fmt: skip
+def _head(
+    policy: ActorCriticPolicy,
+    observations: Observation,
+    extractor: Any,
+    body: Callable[[Any], Tensor],
+    top: nn.Module,
+    layers: list[nn.Module] | None,
+    parameters: Sequence[nn.Parameter],
+) -> Head:
     def extract(observations: Observation) -> Tensor:
         # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
         return BasePolicy.extract_features(policy, observations, extractor)
@@ -149,8 +156,9 @@ def reached_parameters(policy: ActorCriticPolicy, outputs: Tensor) -> list[nn.Pa
     return [parameter for parameter, grad in zip(trainable, grads, strict=True) if grad is not None]
 
 
-def reached_at_any(policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int,
-                   wanted: Set[nn.Parameter]) -> list[nn.Parameter]:  # fmt: skip
+def reached_at_any(
+    policy: ActorCriticPolicy, function: Callable[[slice], Tensor], count: int, wanted: Set[nn.Parameter]
+) -> list[nn.Parameter]:
     """Trainable parameters that a function of states depends on at one of them at least, as `reached_parameters`.
 
     Which those are may differ from state to state (a mixture of experts), so one after the other is asked until all
@@ -174,9 +182,10 @@ def reached_at_any(policy: ActorCriticPolicy, function: Callable[[slice], Tensor
 def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:
     """Trainable parameters that are not known to be the critic's, but for a state-independent spread."""
     return {
-        parameter for name, parameter in policy.named_parameters()
+        parameter
+        for name, parameter in policy.named_parameters()
         if parameter.requires_grad and name != "log_std" and not name.startswith(CRITIC)
-    }  # fmt: skip
+    }
 
 
 def select(inputs: Observation, indices: Tensor | slice) -> Observation:

@@ -154,9 +154,15 @@ class ActionDistribution(ABC):
 
     @abstractmethod
     def metric(
-        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
-        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
-    ) -> OutputMetric:  # fmt: skip
+        self,
+        sizes: tuple[int, ...],
+        tempering: float,
+        *,
+        valid: Tensor | None = None,
+        log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> OutputMetric:
         """The metric of KL(reference || policy) in the outputs.
 
         Args:
@@ -185,9 +191,15 @@ class Categories(ActionDistribution):
         return self._draw(policy, outputs, generator)[:, 0]
 
     def metric(
-        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
-        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
-    ) -> OutputMetric:  # fmt: skip
+        self,
+        sizes: tuple[int, ...],
+        tempering: float,
+        *,
+        valid: Tensor | None = None,
+        log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> OutputMetric:
         """See `ActionDistribution`."""
         return Categorical(sizes, tempering) if valid is None else MaskedCategorical(sizes, tempering, valid)
 
@@ -229,9 +241,15 @@ class Bits(ActionDistribution):
         return drawn.astype(policy.action_space.dtype)
 
     def metric(
-        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
-        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
-    ) -> OutputMetric:  # fmt: skip
+        self,
+        sizes: tuple[int, ...],
+        tempering: float,
+        *,
+        valid: Tensor | None = None,
+        log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> OutputMetric:
         """See `ActionDistribution`."""
         return Bernoulli(tempering)
 
@@ -262,9 +280,15 @@ class DiagonalGaussian(ActionDistribution):
         return distribution.proba_distribution(outputs, policy.log_std).log_prob(actions)
 
     def metric(
-        self, sizes: tuple[int, ...], tempering: float, *, valid: Tensor | None = None, log_std: Tensor | None = None,
-        reference_log_std: Tensor | None = None, weights: Tensor | None = None,
-    ) -> OutputMetric:  # fmt: skip
+        self,
+        sizes: tuple[int, ...],
+        tempering: float,
+        *,
+        valid: Tensor | None = None,
+        log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> OutputMetric:
         """See `ActionDistribution`."""
         assert log_std is not None and reference_log_std is not None
         if reference_log_std.ndim == 1 and weights is None:

@@ -90,9 +90,12 @@ def from_arrays(
 
 
 def labelled(
-    observations: Observations, agent: Reference, normalizer: ObservationNormalizer | None, trust: bool,
+    observations: Observations,
+    agent: Reference,
+    normalizer: ObservationNormalizer | None,
+    trust: bool,
     action_masks: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Fields of a buffer with an agent's outputs."""
     model, trained, source = resolve_agent(agent, trust)
     if is_maskable(model.policy) and action_masks is None:

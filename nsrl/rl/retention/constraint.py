@@ -83,8 +83,14 @@ class RetentionConstraint:
         train, heldout: indices of the states of either kind whose weight is not zero.
     """
 
-    def __init__(self, policy: ActorCriticPolicy, buffer: RetainedStates, preserve: str = "distribution",
-                 tempering: float = 0.01, task_budgets: Mapping[str, float] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        buffer: RetainedStates,
+        preserve: str = "distribution",
+        tempering: float = 0.01,
+        task_budgets: Mapping[str, float] | None = None,
+    ):
         self.policy = policy
         self.buffer = buffer
         self.preserve = preserve
@@ -135,8 +141,9 @@ class RetentionConstraint:
             valid = None if valid is None else valid[indices]
         current = self.policy.log_std if spread is not None and self.preserve == "distribution" else spread
         sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
-        return self.distribution.metric(sizes, self.tempering, valid=valid, log_std=current, reference_log_std=spread,
-                                        weights=weights)  # fmt: skip
+        return self.distribution.metric(
+            sizes, self.tempering, valid=valid, log_std=current, reference_log_std=spread, weights=weights
+        )
 
     @torch.no_grad()
     def measure(self) -> Measurement:
@@ -240,9 +247,13 @@ class RetentionConstraint:
         root = None if weights is None else weights.sqrt()
         scale = 1.0 / math.sqrt(len(indices))
         factored = jacobian(
-            self.policy, select(self.inputs, indices), forward=_forward, parameters=self.names,
-            seed=lambda outputs: rows_times(root, metric.seeds(outputs)), scale=scale,
-        )  # fmt: skip
+            self.policy,
+            select(self.inputs, indices),
+            forward=_forward,
+            parameters=self.names,
+            seed=lambda outputs: rows_times(root, metric.seeds(outputs)),
+            scale=scale,
+        )
         outputs = factored.outputs
         residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
         divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
@@ -298,13 +309,15 @@ class RetentionConstraint:
                 f"{outputs.shape[1]}; collect the buffer from an agent with the same action space"
             )
         policy, count, wanted = self.policy, len(self.reference), actor_candidates(self.policy)
-        ours = set(reached_at_any(
-            policy, lambda rows: policy_outputs(policy, select(self.inputs, rows)), count, wanted
-        ))  # fmt: skip
+        ours = set(
+            reached_at_any(policy, lambda rows: policy_outputs(policy, select(self.inputs, rows)), count, wanted)
+        )
         if wanted - ours:
-            ours |= wanted.difference(reached_at_any(
-                policy, lambda rows: policy.predict_values(select(self.inputs, rows)), count, wanted - ours
-            ))  # fmt: skip
+            ours |= wanted.difference(
+                reached_at_any(
+                    policy, lambda rows: policy.predict_values(select(self.inputs, rows)), count, wanted - ours
+                )
+            )
         return tuple(
             name for name, p in policy.named_parameters() if p in ours or (name == "log_std" and self.protects_log_std)
         )

@@ -59,9 +59,15 @@ def from_agents(
         if reference is not None:
             masked = is_maskable(resolve_agent(reference, trust)[0].policy)
             buffer = from_arrays(
-                kind, buffer.observations, reference, heldout=buffer.heldout, seed=seed + index, trust=trust,
-                task=buffer.provenance["task"], action_masks=buffer.outputs > 0.5 * INVALID if masked else None,
-            )  # fmt: skip
+                kind,
+                buffer.observations,
+                reference,
+                heldout=buffer.heldout,
+                seed=seed + index,
+                trust=trust,
+                task=buffer.provenance["task"],
+                action_masks=buffer.outputs > 0.5 * INVALID if masked else None,
+            )
         buffers.append(buffer)
     return merge(kind, buffers)
 

@@ -42,11 +42,26 @@ from nsrl.rl.surgery.widening import (
 Source = TypeVar("Source", OnPolicyAlgorithm, Agent)
 
 # The layers that read the features; the heads do where a network has no hidden layer.
-READERS = {"mlp_extractor.policy_net.0.weight", "mlp_extractor.value_net.0.weight", "action_net.weight",
-           "value_net.weight"}  # fmt: skip
+READERS = {
+    "mlp_extractor.policy_net.0.weight",
+    "mlp_extractor.value_net.0.weight",
+    "action_net.weight",
+    "value_net.weight",
+}
 # What belongs to the old spaces, or to the run that is over.
-LEFT_BEHIND = {"policy", "env", "rollout_buffer", "_vec_normalize_env", "_last_obs", "_last_original_obs",
-               "_last_episode_starts", "ep_info_buffer", "ep_success_buffer", "_logger", "_custom_logger"}  # fmt: skip
+LEFT_BEHIND = {
+    "policy",
+    "env",
+    "rollout_buffer",
+    "_vec_normalize_env",
+    "_last_obs",
+    "_last_original_obs",
+    "_last_episode_starts",
+    "ep_info_buffer",
+    "ep_success_buffer",
+    "_logger",
+    "_custom_logger",
+}
 
 
 @dataclass(frozen=True)
@@ -198,9 +213,13 @@ def add_actions(
 
 
 def widen_buffer(
-    buffer: Buffer, agent: OnPolicyAlgorithm | Agent, positions: Positions | None = None, *,
-    fill: float = 0.0, margin: float | None = None,
-) -> Buffer:  # fmt: skip
+    buffer: Buffer,
+    agent: OnPolicyAlgorithm | Agent,
+    positions: Positions | None = None,
+    *,
+    fill: float = 0.0,
+    margin: float | None = None,
+) -> Buffer:
     """A buffer made before surgery, for the agent after it.
 
     Args:
@@ -252,9 +271,11 @@ def _like(agent: Source, model: OnPolicyAlgorithm, wide: Widening) -> Source:
 
 
 def _rebuilt(
-    old: OnPolicyAlgorithm, observation_space: spaces.Space, action_space: spaces.Space,
+    old: OnPolicyAlgorithm,
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
     grown: Callable[[ActorCriticPolicy], Callable[[str, Tensor, Tensor], Tensor | None]],
-) -> OnPolicyAlgorithm:  # fmt: skip
+) -> OnPolicyAlgorithm:
     """A stock model for other spaces with the old one's settings and weights, those of other shape grown."""
     with own_randomness(0):  # building draws initial weights, and SB3 seeds the global generators
         new = bare(stock_class(type(old)), type(old.policy), str(old.device))  # type: ignore[arg-type]

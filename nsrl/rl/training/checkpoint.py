@@ -42,9 +42,14 @@ from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.random_state import check_generators, plain, read_generators, write_generators
 
 COUNTERS = (
-    "num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num",
-    "_current_progress_remaining", "_learning_seconds",
-)  # fmt: skip
+    "num_timesteps",
+    "_total_timesteps",
+    "_num_timesteps_at_start",
+    "_n_updates",
+    "_episode_num",
+    "_current_progress_remaining",
+    "_learning_seconds",
+)
 
 #: Those of the counters that are no whole numbers.
 CLOCKS = ("_current_progress_remaining", "_learning_seconds")
@@ -213,14 +218,16 @@ def _content(
         **boundary,
         "format": FORMAT,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "stable_baselines3": sb3_version,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "stable_baselines3": sb3_version,
         },
         "run": _identity(model),
         "spaces": [describe_space(model.observation_space), describe_space(model.action_space)],
         "generators": {name: part for name, part in generators.items() if name not in ("torch", "cuda")},
         "retention": None if retention is None else {"kl_mean": retention.constraint.divergence()},
         "history": history,
-    }  # fmt: skip
+    }
     tensors = {
         "modules": {name: recursive_getattr(model, name).state_dict() for name in model._get_torch_save_params()[0]},
         "retention": None if retention is None else retention.state_dict(),

@@ -23,9 +23,14 @@ BIT_GENERATORS = {
 
 #: What the numbers in a generator's state may come to, where numpy keeps them as Python's.
 LARGEST = {
-    "pos": 624, "buffer_pos": 4, "has_uint32": 1, "has_gauss": 1, "uinteger": 2**32 - 1, "state": 2**128 - 1,
+    "pos": 624,
+    "buffer_pos": 4,
+    "has_uint32": 1,
+    "has_gauss": 1,
+    "uinteger": 2**32 - 1,
+    "state": 2**128 - 1,
     "inc": 2**128 - 1,
-}  # fmt: skip
+}
 
 
 def read_generators(model: BaseAlgorithm) -> dict[str, Any]:

@@ -144,11 +144,29 @@ class SequenceConfig:
         hard = not any(budgets.values())
         retention = replace(self.retention, **({"kl_budget": 0.0} if hard else {"task_budgets": budgets}))  # type: ignore[arg-type]
         return FinetuneConfig(
-            new_env=task.env, states=self.states, method=self.method, penalty=self.penalty, retention=retention,
-            algorithm=self.algorithm, ppo=self.ppo, trpo=self.trpo, total_timesteps=task.total_timesteps,
-            evaluation=self.evaluation, checkpoint_every=self.checkpoint_every, seed=self.seed, trust=self.trust,
-        )  # fmt: skip
+            new_env=task.env,
+            states=self.states,
+            method=self.method,
+            penalty=self.penalty,
+            retention=retention,
+            algorithm=self.algorithm,
+            ppo=self.ppo,
+            trpo=self.trpo,
+            total_timesteps=task.total_timesteps,
+            evaluation=self.evaluation,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+            trust=self.trust,
+        )
 
     def _alone(self, task: SequenceTask, ppo: PPOSettings) -> PretrainConfig:
-        return replace(self.pretraining, env=task.env, total_timesteps=task.total_timesteps, ppo=ppo,
-                       evaluation=self.evaluation, seed=self.seed, name=task.label, out=None)  # fmt: skip
+        return replace(
+            self.pretraining,
+            env=task.env,
+            total_timesteps=task.total_timesteps,
+            ppo=ppo,
+            evaluation=self.evaluation,
+            seed=self.seed,
+            name=task.label,
+            out=None,
+        )

@@ -148,10 +148,13 @@ def _learn(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder],
     model = build_model(settings, agent, _merged(stages[:number]), task.env)
     model.num_timesteps = start["end"]
     evaluation = TaskEvaluation(
-        None, {other.label: (other.env, agent.normalizer) for other in config.tasks},
-        every=config.evaluation.every, episodes=config.evaluation.episodes,
-        deterministic=config.evaluation.deterministic, history=[start["last"]] if start["last"] else (),
-    )  # fmt: skip
+        None,
+        {other.label: (other.env, agent.normalizer) for other in config.tasks},
+        every=config.evaluation.every,
+        episodes=config.evaluation.episodes,
+        deterministic=config.evaluation.deterministic,
+        history=[start["last"]] if start["last"] else (),
+    )
     bar = None
     if progress:
         protected = {label: config.budgets[label] for label in config.labels[:number]}
@@ -160,10 +163,18 @@ def _learn(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder],
     # A checkpoint is there only if this very task was interrupted.
     seconds = train(model, stage, evaluation, settings, resume=True, progress=bar)
     model.export(stage.agent)
-    _complete(config, stage, number, {
-        "start": start["end"], "end": int(model.num_timesteps), "seconds": seconds,
-        "last": evaluation.history[-1], "retention": asdict(model.retention_report()),
-    })  # fmt: skip
+    _complete(
+        config,
+        stage,
+        number,
+        {
+            "start": start["end"],
+            "end": int(model.num_timesteps),
+            "seconds": seconds,
+            "last": evaluation.history[-1],
+            "retention": asdict(model.retention_report()),
+        },
+    )
     stage.checkpoint.unlink(missing_ok=True)
 
 
@@ -219,8 +230,15 @@ def _gather(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder]
         "seed": config.seed,
         "timesteps": found[-1]["end"],
         "tasks": [
-            {"name": task.label, "env": task.env, "kl_budget": config.budgets[task.label],
-             "low": task.low, "high": task.high, "start": stage["start"], "end": stage["end"]}
+            {
+                "name": task.label,
+                "env": task.env,
+                "kl_budget": config.budgets[task.label],
+                "low": task.low,
+                "high": task.high,
+                "start": stage["start"],
+                "end": stage["end"],
+            }
             for task, stage in zip(config.tasks, found, strict=True)
         ],
         "returns": [stage["returns"] for stage in found],
@@ -233,4 +251,4 @@ def _gather(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder]
         "buffer": {"states": len(buffer), "heldout": len(buffer.heldout_indices)},
         "curve": curve,
         "training_seconds": found[-1]["seconds"],
-    }  # fmt: skip
+    }

@@ -30,8 +30,11 @@ def sequence_table(metrics: dict[str, Any]) -> Table:
     scaled = metrics["unit"] == "performance"
     digits = 3 if scaled else 1
     if scaled:
-        rows.append(_row("performance at the end", names, metrics["performance_by_task"],
-                         metrics["average_performance"], digits))  # fmt: skip
+        rows.append(
+            _row(
+                "performance at the end", names, metrics["performance_by_task"], metrics["average_performance"], digits
+            )
+        )
     rows.append(_row("forgetting", names, metrics["forgetting_by_task"], metrics["forgetting"], digits))
     if metrics["forward_transfer"] is not None:
         transfers = metrics["forward_transfer_by_task"]

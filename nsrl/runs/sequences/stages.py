@@ -93,8 +93,9 @@ class SequenceProgress(FineTuningProgress):
         budgets: of the tasks before it, by name.
     """
 
-    def __init__(self, evaluation: TaskEvaluation, labels: Sequence[str], number: int, steps: int,
-                 budgets: dict[str, float]):  # fmt: skip
+    def __init__(
+        self, evaluation: TaskEvaluation, labels: Sequence[str], number: int, steps: int, budgets: dict[str, float]
+    ):
         super().__init__(evaluation, f"task {number + 1}/{len(labels)} {labels[number]}")
         self.steps = steps
         self.budgets = budgets

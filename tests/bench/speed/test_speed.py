@@ -226,25 +226,41 @@ def timed(library: str, median: float, peak: float, status: str = "timed", **mor
 
 
 def test_targets_take_the_best_of_a_library_and_no_wrong_rival() -> None:
-    mlp = {"device": "cpu", "ours": "nsrl", "methods": {
-        "nsrl": timed("nsrl", 0.01, 20.0),
-        "slow variant": timed("torch.func", 5.0, 900.0),
-        "fast variant": timed("torch.func", 1.5, 80.0),
-        "wrong": timed("X", 1e-9, 1.0, "wrong"),
-        "TorchJD autogram": {"library": "TorchJD", "status": "not installed", "note": "-"},
-    }}  # fmt: skip
-    projection = {"device": "cuda", "ours": "nsrl null", "bandwidth": {"bound_over_factored": 12.0}, "methods": {
-        "nsrl null": timed("nsrl", 0.01, 20.0, residual=2e-6),
-        "nsrl project": timed("nsrl", 0.005, 20.0, residual=2e-9),
-        "dense Q": timed("dense", 0.2, 800.0, residual=1e-8),
-    }}  # fmt: skip
+    mlp = {
+        "device": "cpu",
+        "ours": "nsrl",
+        "methods": {
+            "nsrl": timed("nsrl", 0.01, 20.0),
+            "slow variant": timed("torch.func", 5.0, 900.0),
+            "fast variant": timed("torch.func", 1.5, 80.0),
+            "wrong": timed("X", 1e-9, 1.0, "wrong"),
+            "TorchJD autogram": {"library": "TorchJD", "status": "not installed", "note": "-"},
+        },
+    }
+    projection = {
+        "device": "cuda",
+        "ours": "nsrl null",
+        "bandwidth": {"bound_over_factored": 12.0},
+        "methods": {
+            "nsrl null": timed("nsrl", 0.01, 20.0, residual=2e-6),
+            "nsrl project": timed("nsrl", 0.005, 20.0, residual=2e-9),
+            "dense Q": timed("dense", 0.2, 800.0, residual=1e-8),
+        },
+    }
     cases = {"gram_mlp": mlp, "gram_cnn": mlp, "projection_cuda": projection, "projection_wide_cuda": projection}
     targets = check_targets(cases)
     assert fastest(mlp) == "fast variant" and fastest(mlp, "TorchJD") is None
     assert [target.reached for target in targets] == [
-        pytest.approx(150.0), pytest.approx(4.0), None, None, pytest.approx(150.0),
-        pytest.approx(20.0), 2e-6, 2e-6, 12.0,
-    ]  # fmt: skip
+        pytest.approx(150.0),
+        pytest.approx(4.0),
+        None,
+        None,
+        pytest.approx(150.0),
+        pytest.approx(20.0),
+        2e-6,
+        2e-6,
+        12.0,
+    ]
     assert [target.met for target in targets] == [True, False, None, None, True, True, False, False, True]
     assert "CUDA" in targets[-1].claim
 

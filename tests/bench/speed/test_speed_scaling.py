@@ -73,9 +73,7 @@ def test_operation_counts_have_the_exponents_of_the_theory() -> None:
 
 def test_curves_are_measured_and_drawn(tmp_path: Path, monkeypatch) -> None:
     small = Sizes(samples=4, outputs=2, width=8)
-    monkeypatch.setattr(scaling, "SWEEPS", tuple(
-        replace(sweep, values=(4, 8, 16, 32), base=small) for sweep in SWEEPS
-    ))  # fmt: skip
+    monkeypatch.setattr(scaling, "SWEEPS", tuple(replace(sweep, values=(4, 8, 16, 32), base=small) for sweep in SWEEPS))
     monkeypatch.setattr(scaling, "LARGEST_DENSE", 12_000)
     sweeps = measure_scaling(repeats=1)
     assert [sweep["symbol"] for sweep in sweeps] == ["N", "O", "P", "T"]

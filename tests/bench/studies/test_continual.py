@@ -20,9 +20,23 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def row(strategy, seed, acc, seconds, order=0):
-    return {"benchmark": "split_digits", "strategy": strategy, "seed": seed, "order": order, "acc": acc, "bwt": -0.1,
-            "fwt": 0.0, "forgetting": 0.1, "learning": acc, "preserved_kl": None, "kept_share": None, "leakage": None,
-            "train_seconds": 9.0, "train_cpu_seconds": seconds, "memory_bytes": 2048}  # fmt: skip
+    return {
+        "benchmark": "split_digits",
+        "strategy": strategy,
+        "seed": seed,
+        "order": order,
+        "acc": acc,
+        "bwt": -0.1,
+        "fwt": 0.0,
+        "forgetting": 0.1,
+        "learning": acc,
+        "preserved_kl": None,
+        "kept_share": None,
+        "leakage": None,
+        "train_seconds": 9.0,
+        "train_cpu_seconds": seconds,
+        "memory_bytes": 2048,
+    }
 
 
 def test_the_plan_is_the_whole_product_and_fair():
@@ -36,8 +50,10 @@ def test_the_plan_is_the_whole_product_and_fair():
     assert len(plan_cells(CONFIGS, only=("regression", "gpm"))) == 10
     # what replays labels or outputs keeps as many samples
     for name in BENCHMARKS:
-        kept = {(options := cell.config.strategy.options).get("samples_per_task", options.get("states_per_task", 200))
-                for cell in plan_cells(CONFIGS, only=(name, "er", "agem", "kl_budget", "combined"))}  # fmt: skip
+        kept = {
+            (options := cell.config.strategy.options).get("samples_per_task", options.get("states_per_task", 200))
+            for cell in plan_cells(CONFIGS, only=(name, "er", "agem", "kl_budget", "combined"))
+        }
         assert len(kept) == 1
     assert len(plan_cells(CONFIGS, only=("gpm",), quick=True)) == len(BENCHMARKS)
 
@@ -89,8 +105,12 @@ def test_a_result_of_other_settings_is_not_taken(tmp_path):
 def test_the_table_sorts_by_accuracy_and_the_figure_has_a_panel_a_benchmark(tmp_path):
     cells = plan_cells(CONFIGS, only=("split_digits", "naive", "joint"))
     rng = np.random.default_rng(0)
-    found = {cell.name: row(cell.config.strategy.name, 0, 0.5 + 0.4 * (cell.config.strategy.name == "joint")
-                            + 0.01 * rng.random(), 1.0) for cell in cells}  # fmt: skip
+    found = {
+        cell.name: row(
+            cell.config.strategy.name, 0, 0.5 + 0.4 * (cell.config.strategy.name == "joint") + 0.01 * rng.random(), 1.0
+        )
+        for cell in cells
+    }
     content = gather(cells, found, {})
     table = benchmark_table(content, "split_digits")
     assert [line[0] for line in table.rows] == ["joint", "naive"] and table.title == "split digits, 10 runs"
@@ -100,5 +120,10 @@ def test_the_table_sorts_by_accuracy_and_the_figure_has_a_panel_a_benchmark(tmp_
 
 def test_sizes_have_the_unit_that_fits():
     assert [size(value) for value in (None, 0, 999, 2048, 3.3e6, 7e9)] == [
-        "-", "0 B", "999 B", "2.0 kB", "3.3 MB", "7.0 GB"
-    ]  # fmt: skip
+        "-",
+        "0 B",
+        "999 B",
+        "2.0 kB",
+        "3.3 MB",
+        "7.0 GB",
+    ]

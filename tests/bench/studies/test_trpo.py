@@ -38,8 +38,11 @@ def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: 
     seen: list[int] = []
     runs = trpo.compare_returns(tmp_path, cases, on_status=lambda status: seen.append(len(status.done)))
     assert [(run["algorithm"], run["seed"]) for run in runs] == [
-        ("stock", 0), ("null_space", 0), ("stock", 1), ("null_space", 1),
-    ]  # fmt: skip
+        ("stock", 0),
+        ("null_space", 0),
+        ("stock", 1),
+        ("null_space", 1),
+    ]
     assert seen == [0, 1, 2, 3, 4] and len(made) == 4
     (tmp_path / "Pendulum-v1-stock-seed1.json").unlink()
     assert trpo.compare_returns(tmp_path, cases)[0]["final"] == runs[0]["final"]

@@ -13,9 +13,11 @@ from nsrl.runs.config import EvaluationSettings, FinetuneConfig, PretrainConfig
 from nsrl.runs.hyperparameters import PPOSettings
 
 TINY = PretrainConfig(
-    env="nsrl/CartPole-v0", total_timesteps=128, ppo=PPOSettings(n_envs=1, n_steps=64, batch_size=64, n_epochs=1),
+    env="nsrl/CartPole-v0",
+    total_timesteps=128,
+    ppo=PPOSettings(n_envs=1, n_steps=64, batch_size=64, n_epochs=1),
     evaluation=EvaluationSettings(every=128, episodes=1, final_episodes=1),
-)  # fmt: skip
+)
 
 
 def jobs(root: Path, *seeds: int) -> list[Job]:

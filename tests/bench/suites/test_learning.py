@@ -53,8 +53,11 @@ def test_runs_of_other_rollout_lengths_are_read_at_their_nearest_evaluations() -
         "long": ([0, 11_000, 22_000, 33_000], [0.0, 1.0, 2.0, 3.0]),
         "short": ([0, 10_000, 24_000], [5.0, 6.0, 7.0]),
     }
-    rows = [{"method": name, "seed": seed, "timesteps": steps, "new": new, "old": new}
-            for name, (steps, new) in grids.items() for seed in (0, 1)]  # fmt: skip
+    rows = [
+        {"method": name, "seed": seed, "timesteps": steps, "new": new, "old": new}
+        for name, (steps, new) in grids.items()
+        for seed in (0, 1)
+    ]
     table = learning_table(rows)
     assert table.head[1:4] == ("11k", "22k", "33k")
     assert [line[1:4] for line in table.rows] == [("1", "2", "3"), ("6", "7", "7")]

@@ -34,8 +34,10 @@ def test_the_committed_suites_are_readable_and_fair(path: Path) -> None:
     suite = read_suite(path)
     assert len(suite.seeds) >= 3
     # a method may differ from the others in how it protects, never in how PPO learns or is evaluated
-    shared = {(config.total_timesteps, config.ppo, config.evaluation, config.states) for config in
-              (hashable(config) for config in suite.methods.values())}  # fmt: skip
+    shared = {
+        (config.total_timesteps, config.ppo, config.evaluation, config.states)
+        for config in (hashable(config) for config in suite.methods.values())
+    }
     assert len(shared) == 1
     # but for the suite that compares just that
     assert path.stem == "cartpole_critics" or len({config.retention.critic for config in suite.methods.values()}) == 1
@@ -54,8 +56,11 @@ def test_a_suite_runs_is_gathered_and_is_not_run_twice(tmp_path: Path) -> None:
     assert isinstance(suite, Suite) and suite.methods["budget"].retention.kl_budget == 0.001
     content = run_suite(suite, tmp_path / "out")
     assert [(row["method"], row["seed"]) for row in content["rows"]] == [
-        ("plain PPO", 0), ("budget", 0), ("plain PPO", 1), ("budget", 1),
-    ]  # fmt: skip
+        ("plain PPO", 0),
+        ("budget", 0),
+        ("plain PPO", 1),
+        ("budget", 1),
+    ]
     assert all(row["largest_kl_mean"] <= 0.001 for row in content["rows"] if row["method"] == "budget")
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("metrics.json")}
     again = run_suite(suite, tmp_path / "out")

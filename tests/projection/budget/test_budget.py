@@ -114,10 +114,15 @@ def test_against_a_general_purpose_optimizer():
 
     ends = [
         scipy.optimize.minimize(
-            lambda d: 0.5 * ((d - target) ** 2).sum(), start.numpy(), jac=lambda d: d - target, method="SLSQP",
-            options={"ftol": 1e-14, "maxiter": 500}, constraints={"type": "ineq", "fun": room},
-        ).x for start in (torch.zeros(6).double(), proposal, *(normal(6, seed=seed) for seed in range(3)))
-    ]  # fmt: skip
+            lambda d: 0.5 * ((d - target) ** 2).sum(),
+            start.numpy(),
+            jac=lambda d: d - target,
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+            constraints={"type": "ineq", "fun": room},
+        ).x
+        for start in (torch.zeros(6).double(), proposal, *(normal(6, seed=seed) for seed in range(3)))
+    ]
     inside = [end for end in ends if room(end) >= -1e-9 * budget]
     result = SpectralProjection(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
     # the distance is strongly convex: what is as near to 1e-9 is the same point to 1e-4
@@ -217,8 +222,10 @@ def test_hard_projection_in_single_precision(columns, condition):
     """Float32 factors, float64 Gram, two passes: |J d| / (|J| |d|) <= 1e-6 at any conditioning (DESIGN, section 3)."""
     matrix = matrix_of_condition(64, columns, condition).float()
     projection = SpectralProjection(matrix_jacobian(matrix), torch.zeros(64), 0.0)
-    for vector in (projection.project(normal(columns, dtype=torch.float32), 0.0).displacement,
-                   projection.null(normal(columns, dtype=torch.float32))):  # fmt: skip
+    for vector in (
+        projection.project(normal(columns, dtype=torch.float32), 0.0).displacement,
+        projection.null(normal(columns, dtype=torch.float32)),
+    ):
         assert vector.dtype == torch.float32
         left = (matrix.double() @ vector.double()).norm() / (matrix.double().norm() * vector.double().norm())
         assert float(left) <= 1e-6
@@ -292,8 +299,9 @@ def test_krylov_equals_spectral(rows, columns, share):
     matrix, rho, divergence, proposal = problem(rows, columns, seed=1, pull=0.05)
     floor = least(matrix, rho, divergence)
     budget = floor + share * (model(matrix, rho, divergence, proposal) - floor)
-    spectral, krylov = (SOLVERS[name](matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
-                        for name in ("dual", "krylov"))  # fmt: skip
+    spectral, krylov = (
+        SOLVERS[name](matrix_jacobian(matrix), rho, divergence).project(proposal, budget) for name in ("dual", "krylov")
+    )
     torch.testing.assert_close(krylov.displacement, spectral.displacement, rtol=1e-4, atol=1e-6)
     assert krylov.damping == pytest.approx(spectral.damping, rel=1e-4)
     default = KrylovProjection(matrix_jacobian(matrix), rho, divergence).project(proposal, budget)
@@ -399,8 +407,10 @@ def test_leakage_in_single_precision(condition, method):
     """Two passes leave |J d| / (|J| |d|) <= 1e-8, the rounding of d itself (DESIGN, section 3)."""
     matrix = matrix_of_condition(64, 400, condition).float()
     projection = SpectralProjection(matrix_jacobian(matrix), torch.zeros(64), 0.0, method=method)
-    for vector in (projection.project(normal(400, dtype=torch.float32), 0.0).displacement,
-                   projection.null(normal(400, dtype=torch.float32))):  # fmt: skip
+    for vector in (
+        projection.project(normal(400, dtype=torch.float32), 0.0).displacement,
+        projection.null(normal(400, dtype=torch.float32)),
+    ):
         left = (matrix.double() @ vector.double()).norm() / (matrix.double().norm() * vector.double().norm())
         assert float(left) <= 1e-8
 
@@ -422,8 +432,10 @@ def test_certificates(solver, name, rows, columns):
     else:
         assert certificate.effective_dimension == pytest.approx(effective) and certificate.rank == 20
     assert (result.damping, result.residual, result.rank) == (
-        certificate.damping, certificate.residual, certificate.rank
-    )  # fmt: skip
+        certificate.damping,
+        certificate.residual,
+        certificate.rank,
+    )
     assert (result.iterations, result.seconds) == (certificate.passes, certificate.seconds)
 
 

@@ -56,18 +56,21 @@ def test_scales_with_the_eigenvalues(spectrum, share, factor):
     assert solve_damping(values, factor * weights, factor * target) == pytest.approx(damping, rel=1e-5)
 
 
-@pytest.mark.parametrize("values,weights,target,expected", [
-    ((1.0, 0.5), (1.0, 1.0), 1.0, math.inf),  # the total is exactly the target
-    ((1.0, 0.5), (1.0, 1.0), 2.0, math.inf),
-    ((1.0, 0.5), (0.0, 0.0), 0.0, math.inf),  # nothing to remove
-    ((), (), 0.0, math.inf),
-    ((0.0, 0.0), (1.0, 1.0), 0.5, 0.0),  # nothing can be removed
-    ((1.0, 0.0), (1.0, 1.0), 0.4, 0.0),  # half of it cannot be removed
-    ((1.0, 0.0), (1.0, 1.0), 0.5, 0.0),  # ... exactly the other half
-    ((1.0, 0.5), (1.0, 1.0), 0.0, 0.0),
-    ((1.0, 0.5), (1.0, 1.0), -1.0, 0.0),
-    ((4.0,), (2.0,), 0.25, 4.0),  # (l / (4 + l))^2 = 1/4
-    ((1.0, 0.0), (1.0, 1.0), 0.5 + 0.5 / 9, 0.5),  # (l / (1 + l))^2 = 1/9 above what cannot be removed
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,weights,target,expected",
+    [
+        ((1.0, 0.5), (1.0, 1.0), 1.0, math.inf),  # the total is exactly the target
+        ((1.0, 0.5), (1.0, 1.0), 2.0, math.inf),
+        ((1.0, 0.5), (0.0, 0.0), 0.0, math.inf),  # nothing to remove
+        ((), (), 0.0, math.inf),
+        ((0.0, 0.0), (1.0, 1.0), 0.5, 0.0),  # nothing can be removed
+        ((1.0, 0.0), (1.0, 1.0), 0.4, 0.0),  # half of it cannot be removed
+        ((1.0, 0.0), (1.0, 1.0), 0.5, 0.0),  # ... exactly the other half
+        ((1.0, 0.5), (1.0, 1.0), 0.0, 0.0),
+        ((1.0, 0.5), (1.0, 1.0), -1.0, 0.0),
+        ((4.0,), (2.0,), 0.25, 4.0),  # (l / (4 + l))^2 = 1/4
+        ((1.0, 0.0), (1.0, 1.0), 0.5 + 0.5 / 9, 0.5),  # (l / (1 + l))^2 = 1/9 above what cannot be removed
+    ],
+)
 def test_edges(values, weights, target, expected):
     assert solve_damping(tensor(*values), tensor(*weights), target) == pytest.approx(expected, rel=1e-6, abs=1e-7)

@@ -19,8 +19,14 @@ from nsrl.rl.algorithms.surrogate import Surrogate
 from tests.rl.policy_builders import ACTIONS, build_policy, dense_jacobian, draw_rollout, joint_kl
 
 FAMILIES = [(actions, "tanh") for actions in ACTIONS]
-CASES = [*FAMILIES, ("box", "relu"), ("box", "silu"), ("discrete", "linear"), ("multi_discrete", "dict"),
-         ("box", "shared cnn")]  # fmt: skip
+CASES = [
+    *FAMILIES,
+    ("box", "relu"),
+    ("box", "silu"),
+    ("discrete", "linear"),
+    ("multi_discrete", "dict"),
+    ("box", "shared cnn"),
+]
 
 
 def built(actions: str, network: str = "tanh", count: int = 12) -> tuple[object, object, Surrogate]:
@@ -142,10 +148,14 @@ def test_the_surrogate_and_its_gradient_are_those_of_the_policys_own_distributio
     assert found[1] == pytest.approx(float(kl), rel=1e-8) and found[1] > 1e-4
 
 
-@pytest.mark.parametrize(("actions", "name", "value"), [
-    ("discrete", "action_net.bias", math.inf), ("multi_binary", "action_net.bias", math.nan),
-    ("box", "log_std", -1e4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("actions", "name", "value"),
+    [
+        ("discrete", "action_net.bias", math.inf),
+        ("multi_binary", "action_net.bias", math.nan),
+        ("box", "log_std", -1e4),
+    ],
+)
 def test_a_policy_that_is_no_distribution_any_more_has_no_objective(actions: str, name: str, value: float) -> None:
     """A line search has to be able to turn back from there."""
     policy, _, surrogate = built(actions)

@@ -37,8 +37,15 @@ class Dense:
         return []
 
 
-def problem(size: int, seed: int, *, offset: float = 0.0, damping: float = 0.0, radius: float = 0.01,
-            ranks: tuple[int, int] | None = None) -> tuple[LocalModel, Quadratic]:  # fmt: skip
+def problem(
+    size: int,
+    seed: int,
+    *,
+    offset: float = 0.0,
+    damping: float = 0.0,
+    radius: float = 0.01,
+    ranks: tuple[int, int] | None = None,
+) -> tuple[LocalModel, Quadratic]:
     """A random one; `offset` is the size of rho, so that KL(0) = offset^2 / 2."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -135,8 +142,14 @@ def test_the_ceiling_is_what_a_constrained_minimiser_reaches(seed: int, share: f
     best, bound = 0.0, ceiling(local, retention, 0.01)
     for start in range(5):
         guess = 0.02 * np.random.default_rng(start).standard_normal(5) if start else np.zeros(5)
-        found = minimize(lambda d: gradient @ d, guess, jac=lambda d: gradient, method="SLSQP",
-                         constraints={"type": "ineq", "fun": room, "jac": slope}, options={"ftol": 1e-14})  # fmt: skip
+        found = minimize(
+            lambda d: gradient @ d,
+            guess,
+            jac=lambda d: gradient,
+            method="SLSQP",
+            constraints={"type": "ineq", "fun": room, "jac": slope},
+            options={"ftol": 1e-14},
+        )
         if room(found.x).min() > -1e-9:
             best = max(best, -float(gradient @ found.x))
     assert bound * (1 - 1e-3) <= best <= bound * (1 + 1e-6)
@@ -149,12 +162,27 @@ def test_it_gains_what_the_best_step_in_both_regions_gains(size: int, seed: int,
     check(local, retention, budget, retained_step(local, retention, budget, rounds=6))
 
 
-@pytest.mark.parametrize(("size", "seed", "budget", "share"), [
-    (2, 11, 0.015625, 0.5), (2, 11, 0.02, 0.99), (3, 8, 0.015625, 0.9), (3, 8, 0.02, 0.99), (3, 48, 0.005, 0.75),
-    (4, 4, 0.005, 0.99), (4, 11, 0.015625, 0.75), (4, 76, 0.02, 0.9), (2, 84, 0.015625, 0.99), (5, 94, 0.001, 0.75),
-    (4, 114, 0.02, 0.99), (2, 119, 0.02, 0.99), (2, 151, 0.015625, 0.75), (4, 158, 0.02, 0.9), (4, 194, 0.02, 0.75),
-    (2, 195, 0.02, 0.99),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "seed", "budget", "share"),
+    [
+        (2, 11, 0.015625, 0.5),
+        (2, 11, 0.02, 0.99),
+        (3, 8, 0.015625, 0.9),
+        (3, 8, 0.02, 0.99),
+        (3, 48, 0.005, 0.75),
+        (4, 4, 0.005, 0.99),
+        (4, 11, 0.015625, 0.75),
+        (4, 76, 0.02, 0.9),
+        (2, 84, 0.015625, 0.99),
+        (5, 94, 0.001, 0.75),
+        (4, 114, 0.02, 0.99),
+        (2, 119, 0.02, 0.99),
+        (2, 151, 0.015625, 0.75),
+        (4, 158, 0.02, 0.9),
+        (4, 194, 0.02, 0.75),
+        (2, 195, 0.02, 0.99),
+    ],
+)
 def test_a_step_that_leaves_one_region_where_it_enters_the_other_is_found(
     size: int, seed: int, budget: float, share: float
 ) -> None:
@@ -192,9 +220,13 @@ def test_regions_that_barely_meet_are_no_regions_that_do_not(seed: int, overlap:
 
 
 @given(
-    size=st.integers(3, 8), seed=st.integers(0, 2**32 - 1), budget=st.floats(1e-9, 0.02), share=st.floats(0.0, 2.0),
-    missing=st.tuples(st.integers(-2, 2), st.integers(-2, 2)), damping=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
-)  # fmt: skip
+    size=st.integers(3, 8),
+    seed=st.integers(0, 2**32 - 1),
+    budget=st.floats(1e-9, 0.02),
+    share=st.floats(0.0, 2.0),
+    missing=st.tuples(st.integers(-2, 2), st.integers(-2, 2)),
+    damping=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
+)
 def test_neither_rank_nor_damping_costs_a_step(
     size: int, seed: int, budget: float, share: float, missing: tuple[int, int], damping: float
 ) -> None:
@@ -202,11 +234,13 @@ def test_neither_rank_nor_damping_costs_a_step(
     check(*degenerate(size, seed, budget, share, missing, damping))
 
 
-def degenerate(size: int, seed: int, budget: float, share: float, missing: tuple[int, int],
-               damping: float) -> tuple[LocalModel, Quadratic, float, Step]:  # fmt: skip
+def degenerate(
+    size: int, seed: int, budget: float, share: float, missing: tuple[int, int], damping: float
+) -> tuple[LocalModel, Quadratic, float, Step]:
     """A problem whose Jacobians have so many rows more or fewer than columns, and its solution."""
-    local, retention = problem(size, seed, offset=(2 * share * budget) ** 0.5, damping=damping,
-                               ranks=(size + missing[0], size + missing[1]))  # fmt: skip
+    local, retention = problem(
+        size, seed, offset=(2 * share * budget) ** 0.5, damping=damping, ranks=(size + missing[0], size + missing[1])
+    )
     if not damping:  # a loss has no slope where the policy does not move
         local = replace(local, gradient=local.fisher.rmatvec(local.fisher.matvec(local.gradient)))
     return local, retention, budget, retained_step(local, retention, budget, rounds=6)

@@ -88,9 +88,16 @@ def test_outputs_stay_whatever_the_optimizer_does(name, where):
     assert handle.last is not None and handle.last.leakage < 1e-6 and 0.0 < handle.last.kept <= 1.0
 
 
-@pytest.mark.parametrize("name,leaves", [
-    ("sgd", False), ("sgd momentum", False), ("sgd decay", True), ("adam", True), ("adamw", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,leaves",
+    [
+        ("sgd", False),
+        ("sgd momentum", False),
+        ("sgd decay", True),
+        ("adam", True),
+        ("adamw", True),
+    ],
+)
 def test_projecting_the_gradient_is_enough_for_linear_optimizers_only(name, leaves):
     problem = Problem(name)
     attach_constraint(problem.optimizer, problem.parameters, problem.constraint, where="gradient")
@@ -277,15 +284,18 @@ def test_an_idle_constraint_is_loud():
             attach_constraint(optimizer, list(net.parameters()), constraint)
 
 
-@pytest.mark.parametrize("change,match", [
-    ({"where": "sideways"}, "where must be one of"),
-    ({"every": 0}, "every"),
-    ({"where": "gradient", "every": 2}, "every"),
-    ({"parameters": 2}, "entries"),
-    ({"where": "metric", "kind": "features"}, "JacobianConstraint"),
-    ({"where": "metric", "filter": ScaledGradient(1.0)}, "filters"),
-    ({"where": "metric", "filter": Hard(rank=1)}, "filters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"where": "sideways"}, "where must be one of"),
+        ({"every": 0}, "every"),
+        ({"where": "gradient", "every": 2}, "every"),
+        ({"parameters": 2}, "entries"),
+        ({"where": "metric", "kind": "features"}, "JacobianConstraint"),
+        ({"where": "metric", "filter": ScaledGradient(1.0)}, "filters"),
+        ({"where": "metric", "filter": Hard(rank=1)}, "filters"),
+    ],
+)
 def test_nonsense_is_refused(change, match):
     problem = Problem("sgd", change.pop("kind", "full"))
     parameters = problem.parameters[: change.pop("parameters", None)]

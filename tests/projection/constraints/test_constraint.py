@@ -308,8 +308,11 @@ def test_bad_displacements_are_refused(kind, net, inputs):
 def test_an_empty_constraint_is_refused(net):
     columns = parameter_columns(net)
     for constraint in (
-        FeatureConstraint(net), KroneckerConstraint(columns), DiagonalConstraint(columns), LowRankConstraint(columns, 4)
-    ):  # fmt: skip
+        FeatureConstraint(net),
+        KroneckerConstraint(columns),
+        DiagonalConstraint(columns),
+        LowRankConstraint(columns, 4),
+    ):
         with pytest.raises(ValueError, match="update"):
             constraint.project(torch.zeros(constraint.width))
 

@@ -51,29 +51,50 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "no bias": (lambda: mlp(12, 20, 3, bias=False), (5, 12)),
     "frozen bias": (lambda: nn.Sequential(frozen(nn.Linear(12, 20), "bias"), nn.Tanh(), nn.Linear(20, 2)), (5, 12)),
     "frozen weight": (lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), frozen(nn.Linear(20, 2), "weight")), (5, 12)),
-    "conv2d": (lambda: nn.Sequential(nn.Conv2d(5, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 2),
-                                     nn.Flatten(), nn.Linear(2, 2)), (2, 5, 4, 4)),
-    "conv groups": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=4, bias=False), nn.Tanh(), nn.Flatten(),
-                                          nn.Linear(8, 2)), (4, 8, 3, 3)),
-    "conv circular": (lambda: nn.Sequential(nn.Conv1d(6, 4, 3, padding=1, padding_mode="circular", dilation=1),
-                                            nn.Flatten(), nn.Linear(12, 2)), (3, 6, 3)),
-    "conv same": (lambda: nn.Sequential(nn.Conv1d(6, 4, 4, padding="same", dilation=2), nn.Flatten(),
-                                        nn.Linear(16, 2)), (3, 6, 4)),
+    "conv2d": (
+        lambda: nn.Sequential(
+            nn.Conv2d(5, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 2), nn.Flatten(), nn.Linear(2, 2)
+        ),
+        (2, 5, 4, 4),
+    ),
+    "conv groups": (
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=4, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)),
+        (4, 8, 3, 3),
+    ),
+    "conv circular": (
+        lambda: nn.Sequential(
+            nn.Conv1d(6, 4, 3, padding=1, padding_mode="circular", dilation=1), nn.Flatten(), nn.Linear(12, 2)
+        ),
+        (3, 6, 3),
+    ),
+    "conv same": (
+        lambda: nn.Sequential(nn.Conv1d(6, 4, 4, padding="same", dilation=2), nn.Flatten(), nn.Linear(16, 2)),
+        (3, 6, 4),
+    ),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(4, 3, 2), nn.Flatten(), nn.Linear(3, 2)), (3, 4, 2, 2, 2)),
     "transposed storage": (lambda: nn.Sequential(Conv1D(20, 12), nn.GELU(), Conv1D(3, 20)), (5, 12)),
     "tokens": (lambda: nn.Sequential(nn.Linear(12, 16), Attention(16), nn.Linear(16, 3)), (2, 3, 12)),
-    "shared module": (lambda: Net(lambda net, x: net.out(net.inner(torch.tanh(net.inner(x)))),
-                                  inner=nn.Linear(14, 14), out=nn.Linear(14, 2)), (4, 14)),
-    "norm in eval mode": (lambda: frozen(frozen(nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 2)),
-                                                "1").eval(), "1"), (5, 12)),
-}  # fmt: skip
+    "shared module": (
+        lambda: Net(
+            lambda net, x: net.out(net.inner(torch.tanh(net.inner(x)))), inner=nn.Linear(14, 14), out=nn.Linear(14, 2)
+        ),
+        (4, 14),
+    ),
+    "norm in eval mode": (
+        lambda: frozen(frozen(nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Linear(20, 2)), "1").eval(), "1"),
+        (5, 12),
+    ),
+}
 
 
 def layer_outputs(net: nn.Module, inputs: Tensor) -> list[Tensor]:
     """Outputs of every leaf module, in order of the calls, then of the network."""
     seen: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().clone()))
-             for m in net.modules() if not list(m.children())]  # fmt: skip
+    hooks = [
+        m.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().clone()))
+        for m in net.modules()
+        if not list(m.children())
+    ]
     result = net(inputs).detach()
     for hook in hooks:
         hook.remove()
@@ -147,9 +168,11 @@ def test_streaming_equals_one_shot():
     displacement = normal(shot.width)
     for filter in (Hard(), Tikhonov(0.1)):
         torch.testing.assert_close(
-            stream.project(displacement, filter).displacement, shot.project(displacement, filter).displacement,
-            rtol=1e-10, atol=1e-10,
-        )  # fmt: skip
+            stream.project(displacement, filter).displacement,
+            shot.project(displacement, filter).displacement,
+            rtol=1e-10,
+            atol=1e-10,
+        )
     torch.testing.assert_close(stream.values, shot.values, rtol=1e-10, atol=1e-10)
 
 
@@ -206,23 +229,31 @@ class TestMask:
 def test_what_is_not_covered():
     net = Net(
         lambda net, x: net.out(net.norm(net.body(net.embed(x)).sum(1))) * net.gain,
-        embed=nn.Embedding(7, 5), body=nn.Linear(5, 6), norm=nn.LayerNorm(6), out=nn.Linear(6, 2),
+        embed=nn.Embedding(7, 5),
+        body=nn.Linear(5, 6),
+        norm=nn.LayerNorm(6),
+        out=nn.Linear(6, 2),
         gain=nn.Parameter(torch.ones(2)),
-    )  # fmt: skip
+    )
     constraint = trained(net, torch.randint(7, (3, 4)))
     assert constraint.uncovered == ("gain", "embed.weight", "norm.weight", "norm.bias")
 
 
 def test_a_tied_embedding_is_not_covered():
-    net = Net(lambda net, x: net.head(net.body(net.embed(x))), embed=nn.Embedding(7, 5), body=nn.Linear(5, 5),
-              head=nn.Linear(5, 7, bias=False))  # fmt: skip
+    net = Net(
+        lambda net, x: net.head(net.body(net.embed(x))),
+        embed=nn.Embedding(7, 5),
+        body=nn.Linear(5, 5),
+        head=nn.Linear(5, 7, bias=False),
+    )
     net.head.weight = net.embed.weight
     assert trained(net, torch.randint(7, (3, 4))).uncovered == ("embed.weight",)
 
 
 def test_a_weight_that_other_code_uses_is_found_out():
-    net = Net(lambda net, x: net.b(torch.tanh(net.a(x))) + F.linear(x, net.b.weight), a=nn.Linear(6, 6),
-              b=nn.Linear(6, 6))  # fmt: skip
+    net = Net(
+        lambda net, x: net.b(torch.tanh(net.a(x))) + F.linear(x, net.b.weight), a=nn.Linear(6, 6), b=nn.Linear(6, 6)
+    )
     constraint = trained(net, normal(3, 6, dtype=torch.float32))
     assert constraint.uncovered == ("b.weight", "b.bias")
     assert all(p.requires_grad for p in net.parameters())
@@ -309,8 +340,9 @@ def test_energy_rule_is_gpm():
 
 operations = st.lists(
     st.tuples(st.sampled_from(["update", "repeat", "energy", "rank", "all"]), st.integers(1, 4), st.integers(-3, 3)),
-    min_size=1, max_size=10,
-)  # fmt: skip
+    min_size=1,
+    max_size=10,
+)
 
 
 @given(operations=operations, width=st.integers(2, 14))
@@ -479,8 +511,11 @@ def test_a_use_outside_that_comes_later_is_refused():
 
 def test_outputs_without_gradients_are_refused():
     net = mlp(12, 20, 3)
-    for forward in (lambda net, x: net(x).argmax(-1), torch.no_grad()(lambda net, x: net(x)),
-                    lambda net, x: [None for _ in net(x)]):  # fmt: skip
+    for forward in (
+        lambda net, x: net(x).argmax(-1),
+        torch.no_grad()(lambda net, x: net(x)),
+        lambda net, x: [None for _ in net(x)],
+    ):
         with pytest.raises(ValueError, match="carry no gradients"):
             trained(net, normal(5, 12, dtype=torch.float32), forward=forward)
 

@@ -14,9 +14,15 @@ from nsrl.projection import Budget, Hard, ScaledGradient, SmallestMultiple, Tikh
 from tests.projection.builders import normal
 
 FILTERS = [
-    Hard(), Hard(rank=2), Hard(tolerance=0.1), Hard(energy=0.9), Tikhonov(0.3), ScaledGradient(5.0), Budget(0.05),
+    Hard(),
+    Hard(rank=2),
+    Hard(tolerance=0.1),
+    Hard(energy=0.9),
+    Tikhonov(0.3),
+    ScaledGradient(5.0),
+    Budget(0.05),
     SmallestMultiple(3.0),
-]  # fmt: skip
+]
 every_filter = pytest.mark.parametrize("filter", FILTERS, ids=str)
 spectra = st.lists(st.floats(0.0, 10.0), min_size=1, max_size=12).map(lambda s: torch.tensor(s, dtype=torch.float64))
 
@@ -139,12 +145,21 @@ def test_smallest_multiple_is_anchored_to_round_off():
     assert SmallestMultiple(10.0).removed(torch.cat([real, numbers(0.1)])).tolist() == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("make,match", [
-    (lambda: Hard(rank=1, energy=0.5), "one of"), (lambda: Hard(rank=-1), "rank"), (lambda: Hard(energy=0.0), "energy"),
-    (lambda: Hard(energy=1.1), "energy"), (lambda: Hard(tolerance=1.0), "tolerance"),
-    (lambda: Tikhonov(0.0), "damping"), (lambda: ScaledGradient(-1.0), "alpha"), (lambda: Budget(-0.1), "budget"),
-    (lambda: Budget(math.nan), "budget"), (lambda: SmallestMultiple(0.5), "multiple"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make,match",
+    [
+        (lambda: Hard(rank=1, energy=0.5), "one of"),
+        (lambda: Hard(rank=-1), "rank"),
+        (lambda: Hard(energy=0.0), "energy"),
+        (lambda: Hard(energy=1.1), "energy"),
+        (lambda: Hard(tolerance=1.0), "tolerance"),
+        (lambda: Tikhonov(0.0), "damping"),
+        (lambda: ScaledGradient(-1.0), "alpha"),
+        (lambda: Budget(-0.1), "budget"),
+        (lambda: Budget(math.nan), "budget"),
+        (lambda: SmallestMultiple(0.5), "multiple"),
+    ],
+)
 def test_nonsense_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()

@@ -58,12 +58,24 @@ def test_positions_are_samples_of_their_own():
     torch.testing.assert_close(form(per_sample), form(per_token))
 
 
-@pytest.mark.parametrize("make,shape,covered", [
-    (lambda: nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)), (3, 2, 3, 3), 2),
-    (lambda: Net(lambda net, x: net.out(net.inner(torch.tanh(net.inner(x)))), inner=nn.Linear(5, 5),
-                 out=nn.Linear(5, 2)), (4, 5), 2),
-    (lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 2)), (4, 5), 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make,shape,covered",
+    [
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)),
+            (3, 2, 3, 3),
+            2,
+        ),
+        (
+            lambda: Net(
+                lambda net, x: net.out(net.inner(torch.tanh(net.inner(x)))), inner=nn.Linear(5, 5), out=nn.Linear(5, 2)
+            ),
+            (4, 5),
+            2,
+        ),
+        (lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 2)), (4, 5), 2),
+    ],
+)
 def test_the_null_space_lies_within_that_of_the_jacobian(make, shape, covered):
     net, inputs = make().double(), normal(*shape)
     constraint = build(net, inputs)
@@ -91,8 +103,10 @@ def test_a_merge_is_an_upper_bound(seed, sizes, loudness):
     """S1 (x) A1 + S2 (x) A2 <= (S1 + S2) (x) (A1 + A2): over-protection, never under-protection."""
     torch.manual_seed(seed)
     net = mlp(3, 4, 2).double()
-    parts = [build(net, normal(sizes[0], 3, seed=seed)),
-             build(net, normal(sizes[1], 3, seed=seed + 1), scale=10.0**loudness)]  # fmt: skip
+    parts = [
+        build(net, normal(sizes[0], 3, seed=seed)),
+        build(net, normal(sizes[1], 3, seed=seed + 1), scale=10.0**loudness),
+    ]
     forms, merged = [form(part) for part in parts], parts[0].merged(parts[1])
     excess = torch.linalg.eigvalsh(form(merged) - forms[0] - forms[1])
     scale = float(form(merged).norm())
@@ -117,9 +131,12 @@ def test_a_merged_constraint_takes_no_more_batches():
 def test_what_has_no_factors_is_uncovered():
     net = Net(
         lambda net, x: net.out(net.norm(net.body(net.embed(x)).sum(1))) * net.gain,
-        embed=nn.Embedding(7, 5), body=nn.Linear(5, 6), norm=nn.LayerNorm(6), out=nn.Linear(6, 2),
+        embed=nn.Embedding(7, 5),
+        body=nn.Linear(5, 6),
+        norm=nn.LayerNorm(6),
+        out=nn.Linear(6, 2),
         gain=nn.Parameter(torch.ones(2)),
-    )  # fmt: skip
+    )
     constraint = build(net, torch.randint(7, (3, 4)))
     assert constraint.uncovered == ("gain", "embed.weight", "norm.weight", "norm.bias")
 

@@ -112,8 +112,9 @@ def test_strongest_directions_are_kept():
 
 operations = st.lists(
     st.tuples(st.sampled_from(["update", "repeat", "energy", "rank", "all"]), st.integers(1, 4), st.integers(-4, 4)),
-    min_size=1, max_size=12,
-)  # fmt: skip
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(operations=operations, max_rank=st.integers(1, 12))
@@ -133,8 +134,9 @@ def test_the_protected_core_never_shrinks(operations, max_rank):
             assert constraint.consolidate(filter) == constraint.protected_rank - before >= 0
         assert torch.equal(constraint.basis[:, : core.shape[1]], core)  # verbatim, not only its span
         assert constraint.basis.shape[1] <= max_rank
-        torch.testing.assert_close(constraint.basis.T @ constraint.basis, torch.eye(constraint.basis.shape[1]).double(),
-                                   rtol=0, atol=1e-10)  # fmt: skip
+        torch.testing.assert_close(
+            constraint.basis.T @ constraint.basis, torch.eye(constraint.basis.shape[1]).double(), rtol=0, atol=1e-10
+        )
         if constraint.basis.shape[1]:
             for weak in (Tikhonov(1e12), Hard(rank=0)):
                 left = constraint.project(displacement, weak).displacement

@@ -47,5 +47,6 @@ def test_growth_keeps_what_was_there(sizes, seed):
         subspace = subspace.extended(torch.linalg.qr(new)[0])
         assert subspace.rank == before.shape[1] + size
         for inside in (before, new):
-            torch.testing.assert_close(subspace.without(inside.T), torch.zeros(inside.shape[::-1]).double(), rtol=0,
-                                       atol=1e-12)  # fmt: skip
+            torch.testing.assert_close(
+                subspace.without(inside.T), torch.zeros(inside.shape[::-1]).double(), rtol=0, atol=1e-12
+            )

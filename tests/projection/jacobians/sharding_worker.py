@@ -33,11 +33,24 @@ from tests.projection.builders import Net, mlp, normal
 SAMPLES = (3, 5)
 BUDGET = 0.02
 CHOSEN = {
-    "single linear", "frozen weight", "unused layer", "one linear used twice", "weight used outside its layer",
-    "tied weights", "weight tied to a transposed linear", "layer norm", "free parameters", "positions, materialised",
-    "embedding", "language model, tied head with bias", "attention", "conv groups", "conv used twice", "lstm",
+    "single linear",
+    "frozen weight",
+    "unused layer",
+    "one linear used twice",
+    "weight used outside its layer",
+    "tied weights",
+    "weight tied to a transposed linear",
+    "layer norm",
+    "free parameters",
+    "positions, materialised",
+    "embedding",
+    "language model, tied head with bias",
+    "attention",
+    "conv groups",
+    "conv used twice",
+    "lstm",
     "transformer decoder layer",
-}  # fmt: skip
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -49,8 +62,9 @@ def share(samples: Any, rank: int) -> Any:
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Layers of unequal size, one of them without a factored form."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20)), nn.Tanh(),
-                         nn.Linear(20, 3)).to(dtype)  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20)), nn.Tanh(), nn.Linear(20, 3)
+    ).to(dtype)
 
 
 def chosen() -> list[Architecture]:
@@ -66,8 +80,10 @@ def products(sharded: ShardedJacobian) -> dict[str, Any]:
     """Everything that can be asked of it."""
     vector, pulled = normal(sharded.total_columns, seed=5), normal(sharded.shape[0], seed=6)
     return {
-        "names": list(sharded.names), "columns": list(sharded.columns),
-        "dense": sharded.dense(), "gram": sharded.gram(),
+        "names": list(sharded.names),
+        "columns": list(sharded.columns),
+        "dense": sharded.dense(),
+        "gram": sharded.gram(),
         "matvec": sharded.matvec(sharded.own_columns(vector)),
         "rmatvec": sharded.gather_columns(sharded.rmatvec(pulled)),
         "matmat": sharded.matmat(sharded.own_columns(vector).unsqueeze(1)),
@@ -75,9 +91,10 @@ def products(sharded: ShardedJacobian) -> dict[str, Any]:
         "squares": sharded.gather_columns(sharded.column_squares()),
         "norm": sharded.norm(sharded.own_columns(vector)),
         "rows": sharded.gather_rows(pulled.split(sharded.row_counts)[dist.get_rank()]),
-        "nbytes": sharded.nbytes(), "recomputed": list(sharded.recomputed),
+        "nbytes": sharded.nbytes(),
+        "recomputed": list(sharded.recomputed),
         "merged": isinstance(sharded.local, FactoredJacobian),
-    }  # fmt: skip
+    }
 
 
 def architectures(rank: int) -> dict[str, Any]:
@@ -91,8 +108,10 @@ def architectures(rank: int) -> dict[str, Any]:
 
 
 def projections(rank: int) -> dict[str, Any]:
-    return {name: {case: project(rank, dtype, *case_of) for case, case_of in PROJECTIONS.items()}
-            for name, dtype in DTYPES.items()}  # fmt: skip
+    return {
+        name: {case: project(rank, dtype, *case_of) for case, case_of in PROJECTIONS.items()}
+        for name, dtype in DTYPES.items()
+    }
 
 
 PROJECTIONS: dict[str, tuple[str, float, bool]] = {
@@ -109,9 +128,10 @@ def problem(dtype: torch.dtype) -> dict[str, Tensor]:
     """A proposal, a residual and a metric over all columns and rows."""
     columns = width(network())
     return {
-        "proposal": normal(columns, seed=7, dtype=dtype), "residual": 0.1 * normal(24, seed=8, dtype=dtype),
+        "proposal": normal(columns, seed=7, dtype=dtype),
+        "residual": 0.1 * normal(24, seed=8, dtype=dtype),
         "scale": normal(columns, seed=9, dtype=dtype).exp(),
-    }  # fmt: skip
+    }
 
 
 def project(rank: int, dtype: torch.dtype, solver: str, budget: float, metric: bool) -> dict[str, Any]:
@@ -123,9 +143,11 @@ def project(rank: int, dtype: torch.dtype, solver: str, budget: float, metric: b
     proposal = sharded.own_columns(given["proposal"])
     result = solve(solver, sharded, residual, scale).project(proposal, budget)
     return {
-        "displacement": sharded.gather_columns(result.displacement), "predicted": result.predicted,
-        "damping": result.damping, "kept": sharded.norm(result.displacement) / sharded.norm(proposal),
-    }  # fmt: skip
+        "displacement": sharded.gather_columns(result.displacement),
+        "predicted": result.predicted,
+        "damping": result.damping,
+        "kept": sharded.norm(result.displacement) / sharded.norm(proposal),
+    }
 
 
 def solve(solver: str, jacobian: Any, residual: Tensor, scale: Tensor | None) -> SpectralProjection | KrylovProjection:
@@ -196,8 +218,9 @@ def sequence(rank: int) -> Tensor:
 
 def gated_network() -> nn.Module:
     torch.manual_seed(3)
-    return Net(lambda net, x: net.a(x) if bool((x > 0).all()) else net.b(x),
-               a=nn.Linear(4, 3), b=nn.Linear(4, 3)).double()  # fmt: skip
+    return Net(
+        lambda net, x: net.a(x) if bool((x > 0).all()) else net.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)
+    ).double()
 
 
 def seeds(outputs: Tensor) -> Tensor:
@@ -219,9 +242,10 @@ def data_parallel(rank: int) -> dict[str, Any]:
     solver = SpectralProjection(sharded, torch.zeros(24, dtype=torch.float64), 0.0)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     attach_projection(
-        optimizer, list(module.parameters()),
+        optimizer,
+        list(module.parameters()),
         lambda d: sharded.gather_columns(solver.project(sharded.own_columns(d), BUDGET).displacement),
-    )  # fmt: skip
+    )
     for _ in range(2):
         step(module, optimizer, batch[rank::2])
     return {"names": list(sharded.names), "parameters": FlatParameters(list(module.parameters())).read()}

@@ -27,8 +27,9 @@ def test_gpt2_of_transformers():
     """Conv1D layers, a head tied to the token embedding, position embeddings that see no sample."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=11, n_positions=5, n_embd=8, n_layer=1, n_head=2,
-                                     attn_implementation="eager")  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=5, n_embd=8, n_layer=1, n_head=2, attn_implementation="eager"
+    )
     module = transformers.GPT2LMHeadModel(config).double().eval()
     tokens = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
 

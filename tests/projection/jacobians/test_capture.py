@@ -38,29 +38,37 @@ def test_dropout_without_effect_is_fine():
     torch.testing.assert_close(jacobian(module, inputs()).dense(), jacrev_matrix(module, inputs()))
 
 
-@pytest.mark.parametrize("function", [
-    lambda net, x: F.dropout(net.a(x), 0.5),
-    lambda net, x: net.a(x) + torch.randn(5, 3, dtype=x.dtype),
-    lambda net, x: net.a(x + 1e-3 * torch.randn_like(x)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: F.dropout(net.a(x), 0.5),
+        lambda net, x: net.a(x) + torch.randn(5, 3, dtype=x.dtype),
+        lambda net, x: net.a(x + 1e-3 * torch.randn_like(x)),
+    ],
+)
 def test_random_outputs(function):
     refuse(Net(function, a=nn.Linear(4, 3)), "random")
 
 
-@pytest.mark.parametrize("mix", [
-    lambda z: z - z.mean(0),
-    lambda z: z - 1e-2 * z.mean(0),
-    lambda z: z / z.norm(dim=0),
-    lambda z: z.softmax(0),
-    lambda z: z.flip(0),
-    lambda z: z.sort(0).values,
-    lambda z: z.cumsum(0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda z: z - z.mean(0),
+        lambda z: z - 1e-2 * z.mean(0),
+        lambda z: z / z.norm(dim=0),
+        lambda z: z.softmax(0),
+        lambda z: z.flip(0),
+        lambda z: z.sort(0).values,
+        lambda z: z.cumsum(0),
+    ],
+)
 @pytest.mark.parametrize("depth", ["hidden", "output"])
 def test_outputs_that_mix_samples(mix, depth):
     body, head = mlp(4, 4, 4), nn.Linear(4, 2)
-    refuse(Net(lambda net, x: net.b(mix(net.a(x))) if depth == "hidden" else mix(net.b(net.a(x))), a=body, b=head),
-           "depend on other samples")  # fmt: skip
+    refuse(
+        Net(lambda net, x: net.b(mix(net.a(x))) if depth == "hidden" else mix(net.b(net.a(x))), a=body, b=head),
+        "depend on other samples",
+    )
 
 
 def test_in_place_damage_of_an_input():

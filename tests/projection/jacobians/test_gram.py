@@ -40,10 +40,16 @@ def test_own_gram_is_symmetric_and_right(n, r, t, width_out, width_in):
     torch.testing.assert_close(gram, dense(*here) @ dense(*here).T, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("positions", "rows", "width_in", "form"), [
-    (1, 10, 784, products._hadamard), (32, 16, 256, products._pairs), (400, 6, 257, products._materialised),
-    (49, 6, 577, products._materialised), (3, 1, 4, products._materialised),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("positions", "rows", "width_in", "form"),
+    [
+        (1, 10, 784, products._hadamard),
+        (32, 16, 256, products._pairs),
+        (400, 6, 257, products._materialised),
+        (49, 6, 577, products._materialised),
+        (3, 1, 4, products._materialised),
+    ],
+)
 def test_the_form_with_the_fewest_products_is_chosen(positions, rows, width_in, form):
     inputs, grads = torch.zeros(32, positions, width_in), torch.zeros(32, rows, positions, 1)
     assert products._cheapest(inputs, grads, inputs, grads) is form

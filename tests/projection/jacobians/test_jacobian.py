@@ -244,11 +244,13 @@ def test_scale_of_a_linear_layer_is_its_rank_one_geometric_fit():
 def stack_of_three():
     torch.manual_seed(0)
     module = Net(lambda net, x: net.a(x) * net.g, a=nn.Linear(4, 3), g=nn.Parameter(normal(3))).double()
-    return StackedJacobian([
-        jacobian(module, vectors(4, 0)),
-        jacobian(module, vectors(2, 1), seed=lambda outputs: normal(2, 2, 3)),
-        _gain_rows(),
-    ])  # fmt: skip
+    return StackedJacobian(
+        [
+            jacobian(module, vectors(4, 0)),
+            jacobian(module, vectors(2, 1), seed=lambda outputs: normal(2, 2, 3)),
+            _gain_rows(),
+        ]
+    )
 
 
 def _gain_rows() -> FactoredJacobian:
@@ -319,8 +321,14 @@ def test_scaled_stack_of_factored_and_partly_dense_columns(forward):
     torch.testing.assert_close(scaled.dense(), stack.dense() * fitted, **EXACT)
 
 
-@given(samples=st.integers(1, 4), width_in=st.integers(1, 6), width_out=st.integers(1, 6), positions=st.integers(1, 4),
-       bias=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    samples=st.integers(1, 4),
+    width_in=st.integers(1, 6),
+    width_out=st.integers(1, 6),
+    positions=st.integers(1, 4),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_positions_of_any_shape(samples, width_in, width_out, positions, bias, seed):
     """Both sides of the rule T^2 (d_in + d_out) < d_in d_out give the same Gram matrix."""
     torch.manual_seed(seed)

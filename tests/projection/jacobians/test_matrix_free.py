@@ -67,8 +67,15 @@ def test_what_is_no_chain_goes_through_autograd() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     hooked = nn.Linear(3, 3)
     hooked.register_forward_hook(lambda layer, args, out: 2 * out)
-    for modules in ([nn.SiLU()], [nn.Tanh(), nn.Linear(3, 3)], [nn.Linear(3, 3), nn.Tanh(), nn.Tanh()],
-                    [nn.Linear(3, 3), nn.LayerNorm(3)], [normed], [hooked], []):  # fmt: skip
+    for modules in (
+        [nn.SiLU()],
+        [nn.Tanh(), nn.Linear(3, 3)],
+        [nn.Linear(3, 3), nn.Tanh(), nn.Tanh()],
+        [nn.Linear(3, 3), nn.LayerNorm(3)],
+        [normed],
+        [hooked],
+        [],
+    ):
         assert linear_chain(modules, []) is None
     assert linear_chain([nn.Linear(3, 3)], [nn.Parameter(torch.ones(2))]) is None
 
@@ -97,8 +104,9 @@ def test_heads_of_a_policy(network: str) -> None:
     torch.testing.assert_close(
         critic.passes().pull(values),
         dense_jacobian(policy, lambda: policy.predict_values(observations), own).T @ values.flatten(),
-        rtol=1e-10, atol=1e-10,
-    )  # fmt: skip
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_features_are_extracted_once_where_they_stand_still() -> None:

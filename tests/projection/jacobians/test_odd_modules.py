@@ -56,8 +56,15 @@ def test_padding_in_a_transformer_encoder():
     """Without gradients torch takes another path, which makes zeros of the padding: the module is not random."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
-    module = Net(lambda net, x: net.b(net.a(x, src_key_padding_mask=MASK[: len(x)]).sum(1)),
-                 a=nn.TransformerEncoder(layer, 2), b=nn.Linear(4, 2)).double().eval()  # fmt: skip
+    module = (
+        Net(
+            lambda net, x: net.b(net.a(x, src_key_padding_mask=MASK[: len(x)]).sum(1)),
+            a=nn.TransformerEncoder(layer, 2),
+            b=nn.Linear(4, 2),
+        )
+        .double()
+        .eval()
+    )
     x = normal(4, 3, 4)
     with torch.no_grad():
         quick = module(x)
@@ -137,8 +144,11 @@ def test_a_layer_with_a_forward_of_its_own():
     plain = module[0].forward
     module[0].forward = lambda x: 2.0 * plain(x)
     near(module, inputs())
-    attention = Net(lambda net, x: net.b(net.a(x, x, x)[0].mean(1)), b=nn.Linear(4, 2),
-                    a=nn.MultiheadAttention(4, 2, batch_first=True)).double()  # fmt: skip
+    attention = Net(
+        lambda net, x: net.b(net.a(x, x, x)[0].mean(1)),
+        b=nn.Linear(4, 2),
+        a=nn.MultiheadAttention(4, 2, batch_first=True),
+    ).double()
     own = attention.a.forward
     attention.a.forward = lambda *args: (2.0 * own(*args)[0], None)
     near(attention, normal(3, 5, 4))
@@ -154,8 +164,12 @@ def test_a_module_inside_inference_mode():
 def test_float64_inputs_of_a_float32_module():
     """The factors are no better than the coarsest of what they are made of."""
     torch.manual_seed(0)
-    module = Net(lambda net, x: net.b(net.a(x.float()).double()) * net.g, a=nn.Linear(4, 3), b=nn.Linear(3, 2).double(),
-                 g=nn.Parameter(normal(2)))  # fmt: skip
+    module = Net(
+        lambda net, x: net.b(net.a(x.float()).double()) * net.g,
+        a=nn.Linear(4, 3),
+        b=nn.Linear(3, 2).double(),
+        g=nn.Parameter(normal(2)),
+    )
     result = jacobian(module, inputs())
     assert result.outputs.dtype == result.dense().dtype == torch.float32
     expected = jacrev_matrix(module, inputs())
@@ -168,8 +182,9 @@ def test_float64_inputs_of_a_float32_module():
 
 @pytest.mark.parametrize("hook", [lambda g: 0.5 * g, lambda g: g.clamp(-0.1, 0.1)], ids=["scaled", "clipped"])
 def test_hooks_of_parameters_do_not_reach_the_jacobian(hook):
-    module = Net(lambda net, x: torch.stack([net.a(row) for row in x]) * net.g, a=nn.Linear(4, 4),
-                 g=nn.Parameter(normal(4))).double()  # fmt: skip
+    module = Net(
+        lambda net, x: torch.stack([net.a(row) for row in x]) * net.g, a=nn.Linear(4, 4), g=nn.Parameter(normal(4))
+    ).double()
     expected = rows_matrix(module, inputs())
     handle = module.a.weight.register_hook(hook)
     torch.testing.assert_close(jacobian(module, inputs()).dense(), expected, **EXACT)
@@ -196,8 +211,9 @@ def test_reentrant_checkpoints_hide_their_parameters():
     refuse(Net(function, a=mlp(4, 5, 4), b=nn.Linear(4, 2)).double(), inputs(), "use_reentrant=False")
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(6, 4, scale_grad_by_freq=True),
-                                   nn.EmbeddingBag(6, 4, mode="sum", scale_grad_by_freq=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer", [nn.Embedding(6, 4, scale_grad_by_freq=True), nn.EmbeddingBag(6, 4, mode="sum", scale_grad_by_freq=True)]
+)
 def test_gradients_that_are_scaled_by_frequency(layer):
     tokens = torch.tensor([[1, 1, 2], [1, 3, 3], [0, 1, 5]])
     module = Net(lambda net, x: net.a(net.e(x).view(len(x), -1)), e=copy.deepcopy(layer), a=nn.LazyLinear(2)).double()

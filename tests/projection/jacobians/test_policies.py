@@ -39,8 +39,9 @@ def build(kind: str, action_space: gym.Space, shared: bool) -> ActorCriticPolicy
     torch.manual_seed(0)
     policy_class, observation_space, options = POLICIES[kind]
     # unit gain: SB3's 0.01 on the action net would hide errors in the layers below
-    policy = policy_class(observation_space, action_space, lambda _: 1e-3, share_features_extractor=shared,
-                          ortho_init=False, **options)  # fmt: skip
+    policy = policy_class(
+        observation_space, action_space, lambda _: 1e-3, share_features_extractor=shared, ortho_init=False, **options
+    )
     policy.set_training_mode(False)
     return policy
 
@@ -127,6 +128,7 @@ def test_value_loss_reaches_protected_columns_only_through_a_shared_extractor():
         policy, observations = build("cnn", ACTIONS["discrete"], shared), observe("cnn")
         names = actor_parameters(policy, observations)
         policy.predict_values(observations).sum().backward()
-        moved[shared] = any(p.grad is not None and bool(p.grad.any())
-                            for name, p in policy.named_parameters() if name in names)  # fmt: skip
+        moved[shared] = any(
+            p.grad is not None and bool(p.grad.any()) for name, p in policy.named_parameters() if name in names
+        )
     assert moved == {True: True, False: False}

@@ -34,8 +34,9 @@ def residual(net: Net, x: Tensor) -> Tensor:
 def build() -> Net:
     """A gain, a logit scale and a shift of one number each, before, between and behind the layers' columns."""
     torch.manual_seed(0)
-    numbers = {name: nn.Parameter(torch.tensor(value)) for name, value in (("alpha", 0.3), ("scale", 0.2),
-                                                                         ("shift", -0.4))}  # fmt: skip
+    numbers = {
+        name: nn.Parameter(torch.tensor(value)) for name, value in (("alpha", 0.3), ("scale", 0.2), ("shift", -0.4))
+    }
     return Net(residual, **numbers, a=nn.Linear(4, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 3)).double()
 
 
@@ -44,8 +45,12 @@ NUMBERS = ("alpha", "scale", "shift")
 
 def kinds(module: Net, x: Tensor) -> dict:
     columns, rows = parameter_columns(module), jacobian(module, x, scale=len(x) ** -0.5)
-    found = {"full": JacobianConstraint(rows, columns), "diagonal": DiagonalConstraint(columns),
-             "kronecker": KroneckerConstraint(columns), "low rank": LowRankConstraint(columns, 40)}  # fmt: skip
+    found = {
+        "full": JacobianConstraint(rows, columns),
+        "diagonal": DiagonalConstraint(columns),
+        "kronecker": KroneckerConstraint(columns),
+        "low rank": LowRankConstraint(columns, 40),
+    }
     for kind in ("diagonal", "kronecker", "low rank"):
         found[kind].update(rows)
     found["features"] = FeatureConstraint(module)

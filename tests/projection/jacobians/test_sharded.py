@@ -199,19 +199,22 @@ def test_a_fully_sharded_step_is_projected(ranks: list[dict[str, Any]]) -> None:
         close(rank["fully_sharded"]["parameters"], expected, 1e-9)
 
 
-@pytest.mark.parametrize(("case", "rank", "expected"), [
-    ("one rank diverged", 0, "JacobianError: rank 1 could not linearise its samples: .*NaN"),
-    ("one rank diverged", 1, "JacobianError: the outputs have NaN"),
-    ("one rank crashed", 0, "JacobianError: rank 1 could not linearise its samples: RuntimeError"),
-    ("one rank crashed", 1, "RuntimeError"),
-    ("other modules", 0, "JacobianError: rank 1 linearised other parameters"),
-    ("other modules", 1, "JacobianError: rank 1 linearised other parameters"),
-    ("another module", 0, "ValueError: .*no trainable parameter"),
-    ("wider module", 0, "JacobianError: the Jacobian has other parameters than the module"),
-    ("own_columns", 0, r"JacobianError: the vector must have shape \(273,\), not \(3,\)"),
-    ("gather_columns", 1, r"JacobianError: the vector must have shape"),
-    ("gather_rows", 1, r"JacobianError: the rows must have shape \(15,\), not \(24,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "rank", "expected"),
+    [
+        ("one rank diverged", 0, "JacobianError: rank 1 could not linearise its samples: .*NaN"),
+        ("one rank diverged", 1, "JacobianError: the outputs have NaN"),
+        ("one rank crashed", 0, "JacobianError: rank 1 could not linearise its samples: RuntimeError"),
+        ("one rank crashed", 1, "RuntimeError"),
+        ("other modules", 0, "JacobianError: rank 1 linearised other parameters"),
+        ("other modules", 1, "JacobianError: rank 1 linearised other parameters"),
+        ("another module", 0, "ValueError: .*no trainable parameter"),
+        ("wider module", 0, "JacobianError: the Jacobian has other parameters than the module"),
+        ("own_columns", 0, r"JacobianError: the vector must have shape \(273,\), not \(3,\)"),
+        ("gather_columns", 1, r"JacobianError: the vector must have shape"),
+        ("gather_rows", 1, r"JacobianError: the rows must have shape \(15,\), not \(24,\)"),
+    ],
+)
 def test_failures_are_sentences_on_every_rank(ranks: list[dict[str, Any]], case: str, rank: int, expected: str) -> None:
     assert re.match(expected, ranks[rank]["failures"][case])
 

@@ -93,13 +93,20 @@ def test_gram_of_batches_that_use_a_layer_differently():
 
 PIECES = {
     "groups of a conv": (
-        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(36, 2)), "0.weight", (4, 5, 5),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(36, 2)),
+        "0.weight",
+        (4, 5, 5),
     ),
     "thirds of an attention": (
-        lambda: Net(lambda net, x: net.b(net.a(x, x, x)[0].mean(1)), b=nn.Linear(4, 2),
-                    a=nn.MultiheadAttention(4, 2, batch_first=True)), "a.in_proj_weight", (5, 4),
+        lambda: Net(
+            lambda net, x: net.b(net.a(x, x, x)[0].mean(1)),
+            b=nn.Linear(4, 2),
+            a=nn.MultiheadAttention(4, 2, batch_first=True),
+        ),
+        "a.in_proj_weight",
+        (5, 4),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -126,12 +133,16 @@ def hooked(module: nn.Sequential) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
-@pytest.mark.parametrize("build", [
-    lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)),
-    lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)),
-    lambda: hooked(mlp(4, 3, 2)),
-    lambda: Net(lambda net, x: net.a(x) * net.a.bias.sum(), a=nn.Linear(4, 3)),
-], ids=["outside", "weight norm", "hook", "bias outside"])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Net(lambda net, x: net.a(x) + F.linear(x.sin(), net.a.weight), a=nn.Linear(4, 3)),
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)),
+        lambda: hooked(mlp(4, 3, 2)),
+        lambda: Net(lambda net, x: net.a(x) * net.a.bias.sum(), a=nn.Linear(4, 3)),
+    ],
+    ids=["outside", "weight norm", "hook", "bias outside"],
+)
 def test_an_unchecked_jacobian_is_right_all_the_same(build):
     torch.manual_seed(0)
     near(build().double(), inputs(), check=False)
@@ -176,11 +187,15 @@ def test_samples_mixed_in_a_way_that_is_nan_for_one_alone():
     refuse(module, inputs(), "depend on other samples")
 
 
-@pytest.mark.parametrize("function", [
-    lambda net, x: net.a(x) + net.w.sqrt(),
-    lambda net, x: net.a(x) * (1.0 + net.w.pow(0.5)),
-    lambda net, x: net.a(x) + torch.where(net.w > 0, net.w.log(), net.w),
-], ids=["square root of zero", "power of zero", "branch not taken"])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: net.a(x) + net.w.sqrt(),
+        lambda net, x: net.a(x) * (1.0 + net.w.pow(0.5)),
+        lambda net, x: net.a(x) + torch.where(net.w > 0, net.w.log(), net.w),
+    ],
+    ids=["square root of zero", "power of zero", "branch not taken"],
+)
 def test_derivatives_that_are_not_finite(function):
     module = Net(function, a=nn.Linear(4, 3), w=nn.Parameter(torch.zeros(3))).double()
     assert torch.isfinite(module(inputs())).all()
@@ -200,8 +215,11 @@ def last_state(layer: nn.RNNBase) -> Net:
     return Net(lambda net, x: net.a(net.r(x)[0][:, -1]), r=layer, a=nn.Linear(width, 2)).double()
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(4, 3), nn.GRU(4, 3, 2), nn.RNN(4, 3), nn.LSTM(4, 3, bidirectional=True)],
-                         ids=["lstm", "gru", "rnn", "both ways"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(4, 3), nn.GRU(4, 3, 2), nn.RNN(4, 3), nn.LSTM(4, 3, bidirectional=True)],
+    ids=["lstm", "gru", "rnn", "both ways"],
+)
 @pytest.mark.parametrize("samples", [2, 3, 6])
 def test_the_batch_taken_for_time(layer, samples):
     refuse(last_state(copy.deepcopy(layer)), normal(samples, 3, 4), "depend on other samples.*batch_first=True")
@@ -211,16 +229,20 @@ def test_one_sample_has_no_other_to_depend_on():
     near(last_state(nn.LSTM(4, 3)), normal(1, 3, 4))
 
 
-@pytest.mark.parametrize("function", [
-    lambda net, x: net.a((x - x.mean(0)) / x.std(0)),
-    lambda net, x: net.a(x) if x.sum() > 0 else net.b(x),
-    lambda net, x: net.a(x) @ net.b(x).T,
-    lambda net, x: net.a(x / x.abs().max()),
-    lambda net, x: net.a(x.flip(0)),
-    lambda net, x: net.a(x + x[-1:]),
-    lambda net, x: net.a(x.cumsum(0)),
-    lambda net, x: net.a(x).detach() * x.norm() + net.a(x),
-], ids=["standardised", "branch", "contrastive", "scaled", "reversed", "last", "summed", "detached"])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: net.a((x - x.mean(0)) / x.std(0)),
+        lambda net, x: net.a(x) if x.sum() > 0 else net.b(x),
+        lambda net, x: net.a(x) @ net.b(x).T,
+        lambda net, x: net.a(x / x.abs().max()),
+        lambda net, x: net.a(x.flip(0)),
+        lambda net, x: net.a(x + x[-1:]),
+        lambda net, x: net.a(x.cumsum(0)),
+        lambda net, x: net.a(x).detach() * x.norm() + net.a(x),
+    ],
+    ids=["standardised", "branch", "contrastive", "scaled", "reversed", "last", "summed", "detached"],
+)
 @pytest.mark.parametrize("samples", [2, 5, 8])
 def test_mixing_that_no_gradient_shows(function, samples):
     """The parameters' derivative is that of the batch, but no row is a function of its own sample."""
@@ -250,8 +272,15 @@ def test_every_pair_of_samples_is_told_apart(samples):
 def test_what_the_two_evaluations_of_every_batch_see(samples):
     x = normal(samples, 3)
     refuse_dependence(torch.sin, x, x.sin(), torch.float64)
-    for mix in (lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: x.roll(-1, 0), lambda x: x.cumsum(0),
-                lambda x: x + x[:1], lambda x: x + x[-1:], lambda x: x - 1e-3 * x.mean(0)):  # fmt: skip
+    for mix in (
+        lambda x: x.flip(0),
+        lambda x: x.roll(1, 0),
+        lambda x: x.roll(-1, 0),
+        lambda x: x.cumsum(0),
+        lambda x: x + x[:1],
+        lambda x: x + x[-1:],
+        lambda x: x - 1e-3 * x.mean(0),
+    ):
         with pytest.raises(JacobianError, match="other samples"):
             refuse_dependence(mix, x, mix(x), torch.float64)
 
@@ -290,8 +319,11 @@ def test_an_order_of_the_samples_that_the_module_insists_on():
 def test_rows_of_tokens_are_no_samples():
     """Three rows a sample: what belongs to which cannot be known, so only randomness is looked for."""
     torch.manual_seed(0)
-    module = Net(lambda net, x: net.b(net.a(x, x, x)[0]).flatten(0, 1), b=nn.Linear(4, 2),
-                 a=nn.MultiheadAttention(4, 2, batch_first=True)).double()  # fmt: skip
+    module = Net(
+        lambda net, x: net.b(net.a(x, x, x)[0]).flatten(0, 1),
+        b=nn.Linear(4, 2),
+        a=nn.MultiheadAttention(4, 2, batch_first=True),
+    ).double()
     near(module, normal(4, 3, 4))
 
 

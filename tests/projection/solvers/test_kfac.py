@@ -45,14 +45,24 @@ def damped(factors: LayerFactors, damping: float) -> LayerFactors:
     """Martens & Grosse, section 6.3: the square root of the damping to each factor, in proportion to its mean."""
     balance = (factors.inputs.diagonal().mean() / factors.outputs.diagonal().mean()).sqrt()
     eyes = [torch.eye(len(factor), dtype=torch.float64) for factor in (factors.inputs, factors.outputs)]
-    return replace(factors, inputs=factors.inputs + damping**0.5 * balance * eyes[0],
-                   outputs=factors.outputs + damping**0.5 / balance * eyes[1])  # fmt: skip
+    return replace(
+        factors,
+        inputs=factors.inputs + damping**0.5 * balance * eyes[0],
+        outputs=factors.outputs + damping**0.5 / balance * eyes[1],
+    )
 
 
-@given(inputs=st.integers(1, 5), outputs=st.integers(1, 5), bias=st.booleans(), mu=st.floats(0.0, 100.0),
-       damping=st.floats(0.01, 10.0), seed=st.integers(0, 1000))  # fmt: skip
-def test_it_inverts_the_sum_of_two_kronecker_products(inputs: int, outputs: int, bias: bool, mu: float,
-                                                      damping: float, seed: int) -> None:  # fmt: skip
+@given(
+    inputs=st.integers(1, 5),
+    outputs=st.integers(1, 5),
+    bias=st.booleans(),
+    mu=st.floats(0.0, 100.0),
+    damping=st.floats(0.01, 10.0),
+    seed=st.integers(0, 1000),
+)
+def test_it_inverts_the_sum_of_two_kronecker_products(
+    inputs: int, outputs: int, bias: bool, mu: float, damping: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     size = inputs * outputs + bias * outputs + 3
     one, other = (layer(inputs, outputs, 2, bias=bias, generator=generator) for _ in range(2))
@@ -67,8 +77,9 @@ def test_it_inverts_the_sum_of_two_kronecker_products(inputs: int, outputs: int,
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_factors_of_one_state_and_one_output_are_its_fisher_information(bias: bool) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias), nn.ReLU(),
-                        nn.Linear(3, 2, bias=bias)).double()  # fmt: skip
+    net = nn.Sequential(
+        nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias), nn.ReLU(), nn.Linear(3, 2, bias=bias)
+    ).double()
     parameters = list(net.parameters())
     inputs, seeds = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 1, 2, dtype=torch.float64)
     stages = linear_chain(list(net), parameters)

@@ -97,8 +97,9 @@ def test_a_full_sketch_inverts():
     matrix, damping = psd(torch.logspace(0, -6, 30).double()), 1e-9
     sketch = nystrom(lambda x: matrix @ x, 30, damping)
     assert len(sketch.values) == 30
-    _, made = batched_conjugate_gradients(damped(matrix, damping), normal(30, 1),
-                                  precondition=lambda r: sketch.preconditioned(r, damping))  # fmt: skip
+    _, made = batched_conjugate_gradients(
+        damped(matrix, damping), normal(30, 1), precondition=lambda r: sketch.preconditioned(r, damping)
+    )
     assert made <= 6
 
 

@@ -10,18 +10,21 @@ from nsrl.projection.solvers.plan import METHODS, Plan, free_memory, largest_ske
 GIB = 2.0**30
 
 
-@pytest.mark.parametrize("shape,memory,expected", [
-    ((200_000, 500), 8 * GIB, "primal"),  # P << k
-    ((20_000, 5_000), 8 * GIB, "primal"),
-    ((20_000, 5_000), 64 * GIB, "primal"),  # the Gram matrix would fit, but takes 60 times longer
-    ((1_000, 100_000), 8 * GIB, "dual"),  # k moderate
-    ((256, 10**8), 8 * GIB, "dual"),
-    ((1, 10), GIB, "dual"),
-    ((10, 1), GIB, "primal"),
-    ((100_000, 10**6), 8 * GIB, "nystrom"),  # K alone is 80 GB
-    ((100_000, 50_000), 8 * GIB, "nystrom"),
-    ((5_000, 6_000), 0.01 * GIB, "nystrom"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,memory,expected",
+    [
+        ((200_000, 500), 8 * GIB, "primal"),  # P << k
+        ((20_000, 5_000), 8 * GIB, "primal"),
+        ((20_000, 5_000), 64 * GIB, "primal"),  # the Gram matrix would fit, but takes 60 times longer
+        ((1_000, 100_000), 8 * GIB, "dual"),  # k moderate
+        ((256, 10**8), 8 * GIB, "dual"),
+        ((1, 10), GIB, "dual"),
+        ((10, 1), GIB, "primal"),
+        ((100_000, 10**6), 8 * GIB, "nystrom"),  # K alone is 80 GB
+        ((100_000, 50_000), 8 * GIB, "nystrom"),
+        ((5_000, 6_000), 0.01 * GIB, "nystrom"),
+    ],
+)
 @pytest.mark.parametrize("spectral", [True, False])
 def test_evident_choices(shape, memory, expected, spectral):
     assert plan(shape, memory=memory, spectral=spectral).method == expected

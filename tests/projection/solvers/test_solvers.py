@@ -259,11 +259,14 @@ def test_products_are_not_enough_for_primal():
         factorise(Products(normal(50, 6)), method="primal")
 
 
-@pytest.mark.parametrize("matrix,memory,expected", [
-    (normal(60, 10), None, "primal"),
-    (normal(10, 60), None, "dual"),
-    (normal(60, 80), 5e4, "nystrom"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "matrix,memory,expected",
+    [
+        (normal(60, 10), None, "primal"),
+        (normal(10, 60), None, "dual"),
+        (normal(60, 80), 5e4, "nystrom"),
+    ],
+)
 def test_the_plan_is_followed(matrix, memory, expected):
     certificate = solve(matrix_jacobian(matrix), normal(len(matrix)), 0.1, memory=memory).certificate
     assert certificate.method.split("/")[0] == expected

@@ -37,8 +37,14 @@ def provenance(**changes: Any) -> Case:
     return header(lambda values: values["provenance"].update(changes))
 
 
-def described(descr: str = "'<f4'", shape: str = "(16, 2)", fortran: str = "False", data: bytes = bytes(128),
-              version: bytes = b"\x01\x00", padding: int = 0) -> Case:  # fmt: skip
+def described(
+    descr: str = "'<f4'",
+    shape: str = "(16, 2)",
+    fortran: str = "False",
+    data: bytes = bytes(128),
+    version: bytes = b"\x01\x00",
+    padding: int = 0,
+) -> Case:
     """A buffer whose outputs have a header that numpy did not write."""
     text = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}".encode() + b" " * padding + b"\n"
     length = len(text).to_bytes(2 if version[0] == 1 else 4, "little")

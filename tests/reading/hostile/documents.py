@@ -86,9 +86,7 @@ CASES: dict[str, Case] = {
     "the same as a value": yaml(
         lambda: "agent:\n  " + doubling("a0: &a0 [x]", "a{0}: &a{0} [{1}]").replace("\n", "\n  ")
     ),
-    "merge keys of merge keys, 30 levels": yaml(
-        lambda: doubling("a0: &a0 {{k: 1}}", "a{0}: &a{0} {{<<: [{1}]}}")
-    ),
+    "merge keys of merge keys, 30 levels": yaml(lambda: doubling("a0: &a0 {{k: 1}}", "a{0}: &a{0} {{<<: [{1}]}}")),
     "alias inside its own anchor": text("agent: &a [*a]"),
     "merge of itself": text("agent: &a {<<: *a}"),
     "100,000 open brackets": yaml(lambda: "agent: " + "[" * 100_000),
@@ -174,4 +172,4 @@ CASES: dict[str, Case] = {
     "image that lies elsewhere": picture(png(64, 64), rows="../../../x n0 0 0 1 1\n"),
     "the same image 100,000 times": picture(png(64, 64), rows="v0.JPEG n0 0 0 1 1\n" * 100_000),
     "annotations of 20 MB": picture(png(64, 64), rows="x" * (20 * 2**20)),
-}  # fmt: skip
+}

@@ -164,9 +164,13 @@ CASES: dict[str, Case] = {
 def _philox(position: int) -> dict[str, Any]:
     kept = np.random.Philox(0).state
     return {
-        "bit_generator": "Philox", "buffer": [0] * 4, "buffer_pos": position, "has_uint32": 0, "uinteger": 0,
+        "bit_generator": "Philox",
+        "buffer": [0] * 4,
+        "buffer_pos": position,
+        "has_uint32": 0,
+        "uinteger": 0,
         "state": {key: value.tolist() for key, value in kept["state"].items()},
-    }  # fmt: skip
+    }
 
 
 def _spaces(depth: int) -> dict[str, Any]:

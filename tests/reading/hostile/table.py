@@ -106,9 +106,14 @@ def document(found: dict[str, dict[str, Any]]) -> str:
         lists.append(f"**{what[0].upper()}{what[1:]}**: {told}. For example: *{example.replace('*', chr(92) + '*')}*")
     machine = describe_environment()
     return TEXT.format(
-        bounds=bounds(), count=len(TRIED), memory=MEMORY // limits.MIB, processor=PROCESSOR, rows="\n".join(rows),
-        lists="\n\n".join(lists), machine=f"Python {machine['python']}, torch {machine['packages']['torch']}",
-    )  # fmt: skip
+        bounds=bounds(),
+        count=len(TRIED),
+        memory=MEMORY // limits.MIB,
+        processor=PROCESSOR,
+        rows="\n".join(rows),
+        lists="\n\n".join(lists),
+        machine=f"Python {machine['python']}, torch {machine['packages']['torch']}",
+    )
 
 
 if __name__ == "__main__":

@@ -70,11 +70,18 @@ class Workbench:
 
     #: What a file of each kind is called.
     names = {
-        "statistics": "vecnormalize.pkl", "agent": "agent.zip", "buffer": "retention.npz",
-        "checkpoint": "checkpoint.zip", "task": "task0.pt", "configuration": "c.yaml", "suite": "suite.yaml",
-        "results": "metrics.json", "history": "history.jsonl", "digits": "train-images-idx3-ubyte.gz",
+        "statistics": "vecnormalize.pkl",
+        "agent": "agent.zip",
+        "buffer": "retention.npz",
+        "checkpoint": "checkpoint.zip",
+        "task": "task0.pt",
+        "configuration": "c.yaml",
+        "suite": "suite.yaml",
+        "results": "metrics.json",
+        "history": "history.jsonl",
+        "digits": "train-images-idx3-ubyte.gz",
         "pictures": "tiny",
-    }  # fmt: skip
+    }
 
     @property
     def readers(self) -> dict[str, Callable[[Path], Any]]:
@@ -148,9 +155,10 @@ class Workbench:
     def continual(self) -> ContinualConfig:
         """Two small tasks, learnt with a replay memory and a budget."""
         return ContinualConfig(
-            BenchmarkSettings("permuted_digits", tasks=2), training=TrainingSettings(epochs=1, batch_size=512),
+            BenchmarkSettings("permuted_digits", tasks=2),
+            training=TrainingSettings(epochs=1, batch_size=512),
             strategy=StrategySettings("kl_budget", {"states_per_task": 10, "enforce_every": 100}),
-        )  # fmt: skip
+        )
 
     @cached_property
     def task(self) -> dict[str, Any]:
@@ -183,8 +191,9 @@ class Workbench:
             words = ["evaluate", "--agent", str(agent), "--env", OLD, "--episodes", "1"]
             return [*words, "--buffer", str(path)] if kind == "buffer" else words
         if kind in ("checkpoint", "history"):
-            run = FinetuneConfig(pair="cartpole_swapped", total_timesteps=16, trust_buffer=True,
-                                 ppo=PPOOverrides(n_envs=2, n_steps=8))  # fmt: skip
+            run = FinetuneConfig(
+                pair="cartpole_swapped", total_timesteps=16, trust_buffer=True, ppo=PPOOverrides(n_envs=2, n_steps=8)
+            )
             (path.parent / "pretrained").mkdir()
             (path.parent / "pretrained" / "agent.zip").write_bytes(self.agent)
             (path.parent / "retention.npz").write_bytes(self.buffer)

@@ -72,7 +72,7 @@ CASES = {
     "dict": lambda: build(PPO, "MultiInputPolicy", MIXED, spaces.MultiDiscrete([2, 3])),
     "a2c": lambda: build(A2C, "MlpPolicy", spaces.Discrete(5), spaces.MultiBinary(3)),
     "trpo": lambda: build(TRPO, "MlpPolicy", spaces.MultiDiscrete([3, 4]), spaces.Discrete(2)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,7 +225,7 @@ LAYOUTS = {
         "m_vecnormalize_10_steps.pkl",
     ),
     "another agent's": (["model.zip", "other/agent.zip", "other/vecnormalize.pkl"], "", "model.zip", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -317,8 +317,11 @@ def test_hyperparameters_make_the_same_algorithm_again():
 
 def test_hyperparameters_of_other_algorithms_that_ppo_shares():
     assert hyperparameters(build(TRPO, gamma=0.9)) == {
-        "gae_lambda": 0.95, "gamma": 0.9, "n_steps": 8, "normalize_advantage": True,
-    }  # fmt: skip
+        "gae_lambda": 0.95,
+        "gamma": 0.9,
+        "n_steps": 8,
+        "normalize_advantage": True,
+    }
     assert hyperparameters(build(TRPO, cg_damping=0.3), TRPO)["cg_damping"] == 0.3
     found = hyperparameters(build(A2C, ent_coef=0.5))
     assert found["ent_coef"] == 0.5 and "n_epochs" not in found

@@ -77,12 +77,10 @@ CASES = {
     "cnn apart": lambda: build(
         PPO, "CnnPolicy", IMAGE, n_steps=8, batch_size=8, policy_kwargs={"share_features_extractor": False}
     ),
-    "dict": lambda: build(
-        PPO, "MultiInputPolicy", MIXED, spaces.MultiDiscrete([2, 3]), n_steps=8, batch_size=8
-    ),
+    "dict": lambda: build(PPO, "MultiInputPolicy", MIXED, spaces.MultiDiscrete([2, 3]), n_steps=8, batch_size=8),
     "a2c": lambda: build(A2C, "MlpPolicy", spaces.Discrete(5), spaces.MultiBinary(3)),
     "trpo": lambda: build(TRPO, "MlpPolicy", spaces.MultiDiscrete([3, 4]), spaces.Discrete(2), n_steps=8),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +292,7 @@ UNSUPPORTED = {
         lambda: build(PPO, "MlpPolicy", policy_kwargs={"features_extractor_class": OwnExtractor}),
         "OwnExtractor.*trust",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
@@ -329,7 +327,7 @@ BROKEN = {
     "unnamed": ({"policy.pth": saved_tensors({1: torch.ones(1)})}, "weights"),
     "nan": ({"policy.pth": saved_tensors({"a": torch.tensor(float("nan"))})}, "NaN"),
     "shared": ({"policy.pth": saved_tensors({"mlp_extractor.shared_net.0.weight": torch.ones(1)})}, "1.8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

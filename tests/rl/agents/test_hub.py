@@ -83,19 +83,25 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     # As in the package: what is not in the cache counts as an entry that is not there.
     errors.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
     errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (errors.EntryNotFoundError,), {})
-    for name, base in (("RepositoryNotFoundError", OSError), ("RevisionNotFoundError", OSError),
-                       ("OfflineModeIsEnabled", ConnectionError)):  # fmt: skip
+    for name, base in (
+        ("RepositoryNotFoundError", OSError),
+        ("RevisionNotFoundError", OSError),
+        ("OfflineModeIsEnabled", ConnectionError),
+    ):
         setattr(errors, name, type(name, (base,), {}))
     monkeypatch.setitem(sys.modules, "huggingface_hub", package)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     return remote
 
 
-@pytest.mark.parametrize(("zip_file", "statistics"), [
-    ("ppo-Env-v1.zip", "vec_normalize.pkl"),  # as rl-zoo3 pushes an agent
-    ("runs/agent.zip", "runs/vecnormalize.pkl"),
-    ("ppo/Env-v1_1/Env-v1.zip", "ppo/Env-v1_1/Env-v1/vecnormalize.pkl"),  # as rl-zoo3 keeps it on disk
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("zip_file", "statistics"),
+    [
+        ("ppo-Env-v1.zip", "vec_normalize.pkl"),  # as rl-zoo3 pushes an agent
+        ("runs/agent.zip", "runs/vecnormalize.pkl"),
+        ("ppo/Env-v1_1/Env-v1.zip", "ppo/Env-v1_1/Env-v1/vecnormalize.pkl"),  # as rl-zoo3 keeps it on disk
+    ],
+)
 def test_an_agent_comes_with_its_statistics(remote: Hub, zip_file: str, statistics: str) -> None:
     model = normalized()
     (remote.files / statistics).parent.mkdir(parents=True, exist_ok=True)
@@ -158,18 +164,21 @@ def test_what_was_downloaded_before_works_offline(remote: Hub) -> None:
         agents.load("hf://user/repo/other.zip")
 
 
-@pytest.mark.parametrize(("url", "reason"), [
-    ("hf://user/repo", "expected hf://user/repo/file.zip"),
-    ("hf://repo/agent.zip", "expected hf://user/repo/file.zip"),
-    ("hf://user/repo/agent.pkl", "expected hf://user/repo/file.zip"),
-    ("hf://user/repo/../agent.zip", "expected hf://user/repo/file.zip"),
-    ("hf://user/repo/./agent.zip", "expected hf://user/repo/file.zip"),
-    ("hf://us er/repo/agent.zip", "expected hf://user/repo/file.zip"),
-    ("hf://user/repo@/agent.zip", "expected hf://user/repo/file.zip"),
-    ("hf://user/other/agent.zip", "has no repository user/other"),
-    ("hf://user/repo@v2/agent.zip", "no such revision"),
-    ("hf://user/repo/agent.zip", "the repository user/repo has no file agent.zip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("hf://user/repo", "expected hf://user/repo/file.zip"),
+        ("hf://repo/agent.zip", "expected hf://user/repo/file.zip"),
+        ("hf://user/repo/agent.pkl", "expected hf://user/repo/file.zip"),
+        ("hf://user/repo/../agent.zip", "expected hf://user/repo/file.zip"),
+        ("hf://user/repo/./agent.zip", "expected hf://user/repo/file.zip"),
+        ("hf://us er/repo/agent.zip", "expected hf://user/repo/file.zip"),
+        ("hf://user/repo@/agent.zip", "expected hf://user/repo/file.zip"),
+        ("hf://user/other/agent.zip", "has no repository user/other"),
+        ("hf://user/repo@v2/agent.zip", "no such revision"),
+        ("hf://user/repo/agent.zip", "the repository user/repo has no file agent.zip"),
+    ],
+)
 def test_bad_addresses_are_one_sentence(remote: Hub, url: str, reason: str) -> None:
     with pytest.raises(NsrlError, match=reason) as caught:
         agents.load(url)

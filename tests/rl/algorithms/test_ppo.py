@@ -33,8 +33,10 @@ def finetuned(
 
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_without_a_buffer_it_is_stock_ppo_bit_for_bit(kind: str) -> None:
-    models = [cls("MlpPolicy", make_vec_env(NEW[kind], 2, seed=3), seed=3, device="cpu", **SMALL).learn(STEPS)
-              for cls in (PPO, NullSpacePPO)]  # fmt: skip
+    models = [
+        cls("MlpPolicy", make_vec_env(NEW[kind], 2, seed=3), seed=3, device="cpu", **SMALL).learn(STEPS)
+        for cls in (PPO, NullSpacePPO)
+    ]
     assert same_policies(*models)
 
 
@@ -50,11 +52,16 @@ def test_an_inactive_constraint_changes_nothing_bit_for_bit(kind: str) -> None:
     assert same_policies(model, stock)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"gradient": "plain", "projection": "euclidean"}, {"gradient": "projected", "projection": "optimizer"},
-    {"gradient": "lagrangian", "projection": "optimizer", "project_every": 2},
-    {"gradient": "plain", "projection": "none"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient": "plain", "projection": "euclidean"},
+        {"gradient": "projected", "projection": "optimizer"},
+        {"gradient": "lagrangian", "projection": "optimizer", "project_every": 2},
+        {"gradient": "plain", "projection": "none"},
+    ],
+)
 @pytest.mark.parametrize("budget", [0.0, 1e-4, 0.01])
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, budget: float, options: dict) -> None:

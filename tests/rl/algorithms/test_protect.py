@@ -71,8 +71,9 @@ def test_observation_statistics_stop_where_they_are_and_have_to_be_the_buffer_s(
     env = VecNormalize(make_vec_env(OLD["box"], 2, seed=0))
     model = PPO("MlpPolicy", env, seed=0, device="cpu", **SMALL).learn(256)
     buffer = RetentionBuffer.collect(model, n_states=60)
-    raw = RetentionBuffer.from_arrays(buffer.observations, outputs=buffer.outputs, action_space=model.action_space,
-                                      log_std=buffer.log_std)  # fmt: skip
+    raw = RetentionBuffer.from_arrays(
+        buffer.observations, outputs=buffer.outputs, action_space=model.action_space, log_std=buffer.log_std
+    )
     with pytest.raises(NsrlError, match="other observation statistics than the buffer"):
         protect(model, raw)
     mean, rewards = env.obs_rms.mean.copy(), env.ret_rms.count
@@ -109,8 +110,16 @@ class Extractor(BaseFeaturesExtractor):
 @pytest.mark.parametrize("last", [nn.BatchNorm1d(6), nn.Dropout(0.2), nn.LayerNorm(6), nn.Dropout(0.0)])
 def test_what_acts_otherwise_in_train_mode_is_refused_where_updates_use_it(algorithm: type, last: nn.Module) -> None:
     network = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"last": last}, "net_arch": [4]}
-    model = algorithm("MlpPolicy", make_vec_env(OLD["discrete"], 2, seed=0), seed=0, device="cpu", n_steps=32,
-                      batch_size=32, learning_rate=0.01, policy_kwargs=network).learn(64)  # fmt: skip
+    model = algorithm(
+        "MlpPolicy",
+        make_vec_env(OLD["discrete"], 2, seed=0),
+        seed=0,
+        device="cpu",
+        n_steps=32,
+        batch_size=32,
+        learning_rate=0.01,
+        policy_kwargs=network,
+    ).learn(64)
     buffer = RetentionBuffer.collect(model, OLD["discrete"], n_states=40, n_envs=2)
     if algorithm is PPO and (isinstance(last, nn.BatchNorm1d) or getattr(last, "p", 0.0) > 0.0):
         with pytest.raises(NsrlError, match=rf"layers\.1 is {type(last).__name__}.*NullSpaceTRPO"):

@@ -55,8 +55,9 @@ def stock(kind: str = "discrete", cls: type = TRPO, **options: Any) -> TRPO:
 def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, preserve: str, budget: float) -> None:
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=1, wrapper_class=SpikyReward)
-    model = NullSpaceTRPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, preserve=preserve, seed=1,
-                                          target_kl=0.05, **SMALL)  # fmt: skip
+    model = NullSpaceTRPO.from_pretrained(
+        agent, envs, retain=buffer, kl_budget=budget, preserve=preserve, seed=1, target_kl=0.05, **SMALL
+    )
     kls, train = [], model.train
 
     def watched() -> None:
@@ -73,8 +74,9 @@ def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, pres
 @settings(max_examples=7, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(budget=st.floats(1e-6, 0.3), target=st.floats(1e-4, 1.0), damping=st.floats(0.0, 1.0), seed=st.integers(0, 50))
 def test_the_invariant_holds_for_any_budget_and_step_size(budget: float, target: float, damping: float, seed: int):
-    model, buffer = finetuned(kl_budget=budget, target_kl=target, cg_damping=damping, seed=seed, wrapper=SpikyReward,
-                              steps=256)  # fmt: skip
+    model, buffer = finetuned(
+        kl_budget=budget, target_kl=target, cg_damping=damping, seed=seed, wrapper=SpikyReward, steps=256
+    )
     assert independent_kl(model, buffer) <= within(budget, buffer)
     assert model.retention_report().kl_mean <= budget
 
@@ -99,8 +101,15 @@ def observed_updates(model: NullSpaceTRPO, monkeypatch: pytest.MonkeyPatch, step
         old, before, start = look()
         update = improve(self, surrogate)
         new, after, end = look()
-        seen.append({"before": before, "after": after, "kl": float(joint_kl(old, new).mean()), "update": update,
-                     "moved": not torch.equal(start, end)})  # fmt: skip
+        seen.append(
+            {
+                "before": before,
+                "after": after,
+                "kl": float(joint_kl(old, new).mean()),
+                "update": update,
+                "moved": not torch.equal(start, end),
+            }
+        )
         return update
 
     monkeypatch.setattr(type(model), "_improve", watched)
@@ -297,9 +306,18 @@ def test_what_an_update_did_is_logged() -> None:
     model, _ = finetuned(kl_budget=1e-3)
     model.train()
     logged = model.logger.name_to_value
-    assert {"train/policy_objective", "train/kl_divergence_loss", "train/is_line_search_success", "train/value_loss",
-            "train/explained_variance", "train/cg_residual", "train/cg_iterations", "nullspace/multiplier",
-            "nullspace/kl_predicted", "nullspace/update_kept"} <= set(logged)  # fmt: skip
+    assert {
+        "train/policy_objective",
+        "train/kl_divergence_loss",
+        "train/is_line_search_success",
+        "train/value_loss",
+        "train/explained_variance",
+        "train/cg_residual",
+        "train/cg_iterations",
+        "nullspace/multiplier",
+        "nullspace/kl_predicted",
+        "nullspace/update_kept",
+    } <= set(logged)
     assert 0.0 < logged["train/cg_residual"] < 1.0 and logged["nullspace/kl_predicted"] <= 1e-3
 
 
@@ -389,8 +407,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(budget: float, tmp_p
     buffer = RetentionBuffer.collect(agent, DummyVecEnv([Clockwork] * 2), n_states=64, seed=0)
 
     def build() -> NullSpaceTRPO:
-        return NullSpaceTRPO.from_pretrained(agent, DummyVecEnv([Clockwork] * 2), retain=buffer, kl_budget=budget,
-                                             seed=1, **{**SMALL, "n_steps": 32})  # fmt: skip
+        return NullSpaceTRPO.from_pretrained(
+            agent, DummyVecEnv([Clockwork] * 2), retain=buffer, kl_budget=budget, seed=1, **{**SMALL, "n_steps": 32}
+        )
 
     model, resumed = build(), build()
     model.learn(384, callback=AtBoundary(256, partial(checkpoint.save, tmp_path / "middle")))
@@ -412,10 +431,19 @@ def test_the_critic_warms_up_with_the_actor_frozen() -> None:
     assert not torch.equal(ours["value_net.weight"], begun.policy.state_dict()["value_net.weight"])
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("target_kl", 0.0), ("target_kl", -1.0), ("target_kl", math.inf), ("cg_damping", -0.1), ("cg_damping", math.nan),
-    ("cg_max_steps", 0), ("n_critic_updates", 0), ("sub_sampling_factor", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_kl", 0.0),
+        ("target_kl", -1.0),
+        ("target_kl", math.inf),
+        ("cg_damping", -0.1),
+        ("cg_damping", math.nan),
+        ("cg_max_steps", 0),
+        ("n_critic_updates", 0),
+        ("sub_sampling_factor", 0),
+    ],
+)
 def test_hyper_parameters_out_of_range_are_refused_in_a_sentence(name: str, value: float) -> None:
     with pytest.raises(NsrlError, match=f"{name} must be a .*, not {value}$"):
         stock(cls=NullSpaceTRPO, **{name: value})
@@ -480,11 +508,13 @@ OTHERS = {
     "multi binary": ("MlpPolicy", VECTOR, spaces.MultiBinary(3), {}),
     "shared cnn": ("CnnPolicy", IMAGE, spaces.Discrete(3), {"features_extractor_kwargs": {"features_dim": 8}}),
     "separate extractors": (
-        "CnnPolicy", IMAGE, spaces.Box(-1.0, 1.0, (2,)),
+        "CnnPolicy",
+        IMAGE,
+        spaces.Box(-1.0, 1.0, (2,)),
         {"features_extractor_kwargs": {"features_dim": 8}, "share_features_extractor": False},
     ),
     "discrete observations": ("MlpPolicy", spaces.Discrete(5), spaces.Discrete(2), {"activation_fn": torch.nn.SiLU}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -498,8 +528,9 @@ def test_all_spaces_and_networks(name: str) -> None:
     model = TRPO(policy, DummyVecEnv([build]), policy_kwargs=kwargs, seed=0, device="cpu", **settings)
     buffer = RetentionBuffer.collect(model, DummyVecEnv([build]), n_states=20)
     for budget in (1e-3, 0.0):
-        protected = NullSpaceTRPO.from_pretrained(model, DummyVecEnv([build]), retain=buffer, kl_budget=budget, seed=0,
-                                                  **settings)  # fmt: skip
+        protected = NullSpaceTRPO.from_pretrained(
+            model, DummyVecEnv([build]), retain=buffer, kl_budget=budget, seed=0, **settings
+        )
         protected.learn(32)
         assert independent_kl(protected, buffer) <= within(budget, buffer)
         assert protected.retention.updates == 1
@@ -509,7 +540,13 @@ def test_all_spaces_and_networks(name: str) -> None:
 
 def test_dict_observations() -> None:
     envs = make_vec_env(lambda: SimpleMultiObsEnv(random_start=True), 1)
-    model = NullSpaceTRPO("MultiInputPolicy", envs, seed=0, device="cpu", **{**SMALL, "target_kl": 0.05},
-                          policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 4}})  # fmt: skip
+    model = NullSpaceTRPO(
+        "MultiInputPolicy",
+        envs,
+        seed=0,
+        device="cpu",
+        **{**SMALL, "target_kl": 0.05},
+        policy_kwargs={"features_extractor_kwargs": {"cnn_output_dim": 4}},
+    )
     model.learn(64)
     assert 0.0 < model.logger.name_to_value["train/kl_divergence_loss"] <= 0.05

@@ -40,10 +40,17 @@ def use_optimizer(policy: ActorCriticPolicy, name: str) -> None:
     policy.optimizer = kinds[name](policy.parameters())
 
 
-@pytest.mark.parametrize(("network", "optimizer"), [
-    ("tanh", "adam"), ("relu", "adam with decay"), ("silu", "amsgrad"), ("dict", "rmsprop"), ("linear", "sgd"),
-    ("shared cnn", "adam"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [
+        ("tanh", "adam"),
+        ("relu", "adam with decay"),
+        ("silu", "amsgrad"),
+        ("dict", "rmsprop"),
+        ("linear", "sgd"),
+        ("shared cnn", "adam"),
+    ],
+)
 def test_it_is_the_plain_loop(network: str, optimizer: str) -> None:
     ours = build_policy("box", network)
     rollout = draw_rollout(ours, 10)

@@ -151,5 +151,11 @@ def test_a_policy_that_is_over_the_budget_of_one_task_is_refused() -> None:
     outputs[buffer.source == 0, 0] += 1.0
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
     with pytest.raises(NsrlError, match="before any update, over the budget"):
-        NullSpacePPO.from_pretrained(agent, envs, retain=replace(buffer, outputs=outputs), trust_buffer=True,
-                                     task_budgets={"first": 0.01, "second": 10.0}, **SMALL)  # fmt: skip
+        NullSpacePPO.from_pretrained(
+            agent,
+            envs,
+            retain=replace(buffer, outputs=outputs),
+            trust_buffer=True,
+            task_budgets={"first": 0.01, "second": 10.0},
+            **SMALL,
+        )

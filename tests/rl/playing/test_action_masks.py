@@ -288,9 +288,12 @@ def test_arrays_carry_masks() -> None:
     labelled = RetentionBuffer.from_arrays(collected.observations, model, action_masks=masks, **options)
     assert labelled.digest() == collected.digest()
     given = RetentionBuffer.from_arrays(
-        collected.observations, outputs=np.where(masks, collected.outputs, 0.0), action_space=model.action_space,
-        action_masks=masks, **options,
-    )  # fmt: skip
+        collected.observations,
+        outputs=np.where(masks, collected.outputs, 0.0),
+        action_space=model.action_space,
+        action_masks=masks,
+        **options,
+    )
     assert given.digest() == collected.digest()
     both = RetentionBuffer.from_agents([model, model], envs(), 20, reference=model)
     assert np.array_equal(both.outputs > -1e7, valid(np.asarray(both.observations)))

@@ -75,9 +75,12 @@ class TemperedPolicy(ActorCriticPolicy):
 POLICIES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "temperature": (TemperedPolicy, {}, ("action_net.temperature",)),
     "rezero": ("MlpPolicy", {"features_extractor_class": ReZero}, ("features_extractor.gain",)),
-    "experts": ("MlpPolicy", {"features_extractor_class": Experts},
-                tuple(f"features_extractor.experts.{index}.weight" for index in range(3))),
-}  # fmt: skip
+    "experts": (
+        "MlpPolicy",
+        {"features_extractor_class": Experts},
+        tuple(f"features_extractor.experts.{index}.weight" for index in range(3)),
+    ),
+}
 every_policy = pytest.mark.parametrize("name", POLICIES)
 
 
@@ -101,9 +104,10 @@ def test_the_linearisation_is_that_of_plain_backward_passes(name: str) -> None:
     for states in (constraint.train[:7], constraint.train[7:30], constraint.train):
         found = constraint.linearise(states)
         plain = dense_jacobian(
-            model.policy, lambda states=states: policy_outputs(model.policy, constraint.inputs[states]),
+            model.policy,
+            lambda states=states: policy_outputs(model.policy, constraint.inputs[states]),
             constraint.parameters.parameters,
-        ).double()  # fmt: skip
+        ).double()
         seeds = constraint.metric.seeds(policy_outputs(model.policy, constraint.inputs[states]).detach()).double()
         expected = torch.einsum("nro,nop->nrp", seeds, plain.view(len(states), -1, plain.shape[1])).flatten(0, 1)
         expected = expected / len(states) ** 0.5
@@ -135,8 +139,9 @@ def test_in_place(name: str, algorithm: Any, budget: float) -> None:
 @every_policy
 def test_from_pretrained(name: str, engine: Any, kind: str, budget: float, tmp_path: Path) -> None:
     agent, buffer = build(name, kind=kind)
-    model = engine.from_pretrained(agent, env=make_vec_env(NEW[kind], 2, seed=1), retain=buffer, kl_budget=budget,
-                                   n_steps=64, batch_size=64)  # fmt: skip
+    model = engine.from_pretrained(
+        agent, env=make_vec_env(NEW[kind], 2, seed=1), retain=buffer, kl_budget=budget, n_steps=64, batch_size=64
+    )
     model.learn(256)
     report = model.retention_report()
     assert report.kl_mean <= max(budget, model.retention.config.tolerance)
@@ -146,8 +151,9 @@ def test_from_pretrained(name: str, engine: Any, kind: str, budget: float, tmp_p
     loaded = PPO.load(tmp_path / "agent") if engine is NullSpacePPO else None
     if loaded is not None:
         observations = torch.tensor(buffer.observations[:5])
-        torch.testing.assert_close(policy_outputs(loaded.policy, observations),
-                                   policy_outputs(model.policy, observations), rtol=0, atol=0)  # fmt: skip
+        torch.testing.assert_close(
+            policy_outputs(loaded.policy, observations), policy_outputs(model.policy, observations), rtol=0, atol=0
+        )
 
 
 def test_an_expert_that_takes_over_later_was_protected_before() -> None:

@@ -88,8 +88,9 @@ class Case:
             options |= {"batch_size": 16, "n_epochs": 2}
         # a fresh copy, since SB3 puts its own entries into the dictionary
         kwargs = {"net_arch": [6], **self.network}
-        return self.algorithm(self.policy, DummyVecEnv([self.env] * 2), seed=seed, device="cpu", policy_kwargs=kwargs,
-                              **options).learn(32)  # fmt: skip
+        return self.algorithm(
+            self.policy, DummyVecEnv([self.env] * 2), seed=seed, device="cpu", policy_kwargs=kwargs, **options
+        ).learn(32)
 
 
 TANH = {"net_arch": {"pi": [5], "vf": [7, 3]}, "activation_fn": nn.Tanh}
@@ -117,9 +118,13 @@ CASES = {
     "masked flat discrete": Case(MaskablePPO, "MlpPolicy", FLAT, spaces.Discrete(5), TANH),
     "masked dict multi-discrete": Case(MaskablePPO, "MultiInputPolicy", MIXED, MULTI, RELU | SEPARATE),
     "masked image discrete, shared": Case(MaskablePPO, "CnnPolicy", IMAGE, DISCRETE, SMALL_CNN | {"net_arch": []}),
-}  # fmt: skip
-SHARED = ["image discrete, shared", "A2C image binary, shared", "dict with image, shared",
-          "masked image discrete, shared"]  # fmt: skip
+}
+SHARED = [
+    "image discrete, shared",
+    "A2C image binary, shared",
+    "dict with image, shared",
+    "masked image discrete, shared",
+]
 
 
 def collected(case: Case, model: Any, states: int = 40) -> RetentionBuffer:
@@ -135,8 +140,10 @@ class Actor(nn.Module):
     def __init__(self, policy: Any) -> None:
         super().__init__()
         self.features, self.body, self.head = (
-            policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net
-        )  # fmt: skip
+            policy.pi_features_extractor,
+            policy.mlp_extractor.policy_net,
+            policy.action_net,
+        )
         self._prepare = partial(
             preprocess_obs, observation_space=policy.observation_space, normalize_images=policy.normalize_images
         )
@@ -178,8 +185,11 @@ def check_export(case: Case, model: Any, buffer: RetentionBuffer, folder: Path) 
     inputs = buffer.inputs()
     assert torch.equal(policy_outputs(stock.policy, inputs), policy_outputs(model.policy, inputs))
     assert torch.equal(stock.policy.predict_values(inputs), model.policy.predict_values(inputs))
-    observations = {key: np.array(value) for key, value in buffer.observations.items()} if isinstance(
-        buffer.observations, dict) else np.array(buffer.observations)  # fmt: skip
+    observations = (
+        {key: np.array(value) for key, value in buffer.observations.items()}
+        if isinstance(buffer.observations, dict)
+        else np.array(buffer.observations)
+    )
     masks = {"action_masks": buffer.outputs > -1e7} if case.algorithm is MaskablePPO else {}
     for deterministic in (True, False):
         actions = []
@@ -251,10 +261,12 @@ def test_the_jacobian_of_the_constraint_is_that_of_jacrev(name: str) -> None:
     assert_near(model.residual, linearised.residual, dtype=torch.float32, terms=WIDTHS)
     scale = float(ours.abs().max())
     vectors, rows = directions[:, 0].float(), torch.randn(len(ours), generator=generator)
-    torch.testing.assert_close(model.jacobian.matvec(vectors).double(), ours @ vectors.double(), rtol=1e-4,
-                               atol=1e-4 * scale)  # fmt: skip
-    torch.testing.assert_close(model.jacobian.rmatvec(rows).double(), ours.T @ rows.double(), rtol=1e-4,
-                               atol=1e-4 * scale)  # fmt: skip
+    torch.testing.assert_close(
+        model.jacobian.matvec(vectors).double(), ours @ vectors.double(), rtol=1e-4, atol=1e-4 * scale
+    )
+    torch.testing.assert_close(
+        model.jacobian.rmatvec(rows).double(), ours.T @ rows.double(), rtol=1e-4, atol=1e-4 * scale
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -365,11 +377,14 @@ def test_null_space_ppo_takes_every_policy_over(name: str, tmp_path: Path) -> No
     assert torch.equal(policy_outputs(stock.policy, buffer.inputs()), policy_outputs(model.policy, buffer.inputs()))
 
 
-@pytest.mark.parametrize(("algorithm", "policy", "options", "reason"), [
-    (PPO, "MlpPolicy", {"use_sde": True}, "noise of gSDE depends on the state.*use_sde=False"),
-    (A2C, "MlpPolicy", {"use_sde": True, "policy_kwargs": {"squash_output": True}}, "noise of gSDE.*use_sde=False"),
-    (RecurrentPPO, "MlpLstmPolicy", {}, "RecurrentActorCriticPolicy acts on its memory.*only PPO, A2C"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "options", "reason"),
+    [
+        (PPO, "MlpPolicy", {"use_sde": True}, "noise of gSDE depends on the state.*use_sde=False"),
+        (A2C, "MlpPolicy", {"use_sde": True, "policy_kwargs": {"squash_output": True}}, "noise of gSDE.*use_sde=False"),
+        (RecurrentPPO, "MlpLstmPolicy", {}, "RecurrentActorCriticPolicy acts on its memory.*only PPO, A2C"),
+    ],
+)
 def test_what_cannot_be_protected_is_refused_and_left_as_it_was(
     algorithm: type, policy: str, options: dict, reason: str
 ) -> None:

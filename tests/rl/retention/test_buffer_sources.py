@@ -57,9 +57,12 @@ def test_arrays_labelled_by_an_agent_are_as_if_collected(kind: str) -> None:
     assert buffer.tasks == ("old task",)
     buffer.check(agent)
     given = RetentionBuffer.from_arrays(
-        collected.observations, outputs=collected.outputs, action_space=agent.action_space, log_std=collected.log_std,
+        collected.observations,
+        outputs=collected.outputs,
+        action_space=agent.action_space,
+        log_std=collected.log_std,
         heldout=collected.heldout,
-    )  # fmt: skip
+    )
     assert given.digest() == collected.digest()
     given.check(agent)
 
@@ -103,10 +106,13 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (states, {"agent": agent, "heldout": 1.0}, "heldout is 1.0"),
         (states, {"agent": agent, "weights": -np.ones(160)}, "weights must not be negative"),
         (states, {"agent": agent, "weights": np.ones(3)}, "weights has shape"),
-        (states, {"agent": agents.Agent(agent, STATISTICS),
-                  "normalizer": ObservationNormalizer(np.zeros(5), np.ones(5))}, "other observation statistics"),
+        (
+            states,
+            {"agent": agents.Agent(agent, STATISTICS), "normalizer": ObservationNormalizer(np.zeros(5), np.ones(5))},
+            "other observation statistics",
+        ),
         (states, {"agent": 3}, "must be an on-policy"),
-    ]  # fmt: skip
+    ]
     for observations, options, message in cases:
         with pytest.raises(NsrlError, match=message):
             RetentionBuffer.from_arrays(observations, **options)
@@ -138,9 +144,15 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     agent, _ = trained()
     episodes = [EpisodeBuffer(id=i, **episode(i, 8 + 2 * i, i != 1)) for i in range(3)]
     return minari.create_dataset_from_buffers(
-        "cartpole/test-v0", episodes, observation_space=agent.observation_space, action_space=agent.action_space,
-        algorithm_name="none", author="nobody", author_email="nobody@example.com", code_permalink="none",
-    )  # fmt: skip
+        "cartpole/test-v0",
+        episodes,
+        observation_space=agent.observation_space,
+        action_space=agent.action_space,
+        algorithm_name="none",
+        author="nobody",
+        author_email="nobody@example.com",
+        code_permalink="none",
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")

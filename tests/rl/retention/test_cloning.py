@@ -49,12 +49,27 @@ def recorded(env: gym.Env, act: Any, episodes: int, folder: Path, monkeypatch: p
         else:
             shown = np.stack(seen)
         terminations, truncations = np.array(ends).T
-        found.append(EpisodeBuffer(id=index, observations=shown, actions=np.array(actions), rewards=np.array(rewards),
-                                   terminations=terminations, truncations=truncations, infos={}))  # fmt: skip
+        found.append(
+            EpisodeBuffer(
+                id=index,
+                observations=shown,
+                actions=np.array(actions),
+                rewards=np.array(rewards),
+                terminations=terminations,
+                truncations=truncations,
+                infos={},
+            )
+        )
     return minari.create_dataset_from_buffers(
-        "clone/test-v0", found, observation_space=env.observation_space, action_space=env.action_space,
-        algorithm_name="none", author="nobody", author_email="nobody@example.com", code_permalink="none",
-    )  # fmt: skip
+        "clone/test-v0",
+        found,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        algorithm_name="none",
+        author="nobody",
+        author_email="nobody@example.com",
+        code_permalink="none",
+    )
 
 
 def test_a_clone_plays_as_well_as_the_data_and_is_fine_tuned_inside_a_budget(
@@ -105,8 +120,9 @@ def test_gaussian_clones_fit_mean_and_spread(tmp_path: Path, monkeypatch: pytest
         return np.float32([observation[0], -0.5 * observation[1]] + noise * rng.standard_normal(2))
 
     dataset = recorded(Random(VECTOR, spaces.Box(-2.0, 2.0, (2,))), act, 300, tmp_path, monkeypatch)
-    agent, report = clone(dataset, epochs=40, learning_rate=5e-3, batch_size=50, hidden=(16,), heldout=0.0,
-                          normalize=False)  # fmt: skip
+    agent, report = clone(
+        dataset, epochs=40, learning_rate=5e-3, batch_size=50, hidden=(16,), heldout=0.0, normalize=False
+    )
     assert report.heldout_steps == 0 and np.isnan(report.heldout_log_likelihood) and agent.normalizer is None
     spread = agent.model.policy.log_std.detach().exp().numpy()
     assert spread[0] == pytest.approx(0.3, rel=0.1) and spread[1] == pytest.approx(np.exp(LEAST_LOG_STD), rel=0.02)

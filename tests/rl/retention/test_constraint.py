@@ -125,9 +125,13 @@ def test_weights_repeat_states(kind: str, preserve: str) -> None:
     counts = np.random.default_rng(0).integers(0, 4, len(plain.buffer))
     copies = np.repeat(np.arange(len(counts)), counts)
     repeated = replace(
-        plain.buffer, observations=plain.buffer.observations[copies], outputs=plain.buffer.outputs[copies],
-        heldout=plain.buffer.heldout[copies], weights=None, source=None,
-    )  # fmt: skip
+        plain.buffer,
+        observations=plain.buffer.observations[copies],
+        outputs=plain.buffer.outputs[copies],
+        heldout=plain.buffer.heldout[copies],
+        weights=None,
+        source=None,
+    )
     ours = weighted(plain, counts)
     theirs = RetentionConstraint(plain.policy, repeated, preserve, plain.tempering)
     measured, expected = ours.measure(), theirs.measure()

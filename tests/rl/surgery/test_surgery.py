@@ -45,8 +45,9 @@ class Still(gym.Env):
         return self.observation_space.sample(), 1.0, True, False, {}
 
 
-def build(observations: spaces.Space = VECTOR, actions: spaces.Space | None = None, algorithm: Any = PPO,
-          **policy_kwargs: Any) -> Any:  # fmt: skip
+def build(
+    observations: spaces.Space = VECTOR, actions: spaces.Space | None = None, algorithm: Any = PPO, **policy_kwargs: Any
+) -> Any:
     """An agent with weights of ordinary size: SB3's untrained heads say the same on all observations."""
     policy = "MultiInputPolicy" if isinstance(observations, spaces.Dict) else "MlpPolicy"
     options = {key: TINY[key] for key in TINY if algorithm is not A2C or key != "batch_size"}
@@ -271,7 +272,7 @@ def test_what_cannot_be_widened_is_refused_in_a_sentence() -> None:
         (lambda: surgery.add_actions(model, 0), "at least one action"),
         (lambda: surgery.add_actions(model, 1, margin=float("nan")), "finite margin"),
         (lambda: surgery.add_context(DQN("MlpPolicy", "CartPole-v1", buffer_size=10, device="cpu"), 1), "on-policy"),
-    ]  # fmt: skip
+    ]
     for call, message in cases:
         with pytest.raises(NsrlError, match=message):
             call()

@@ -88,11 +88,24 @@ def test_every_tag_is_written_at_its_own_step(expert, buffer, tmp_path):
     model.learn(6 * ROLLOUT, callback=[evaluation, witness])
     curves = scalars(tmp_path)
     expected = {
-        "retain/balance/return_mean", "retain/kl_mean", "retain/kl_max", "retain/kl_heldout", "retain/agreement",
-        "nullspace/rank", "nullspace/rank_fraction", "nullspace/effective_dim", "nullspace/lambda",
-        "nullspace/update_kept", "nullspace/kl_predicted", "nullspace/restore_steps", "nullspace/rollbacks",
-        "nullspace/overhead_fraction", "eval/mean_reward", "train/loss", "rollout/ep_rew_mean",
-    }  # fmt: skip
+        "retain/balance/return_mean",
+        "retain/kl_mean",
+        "retain/kl_max",
+        "retain/kl_heldout",
+        "retain/agreement",
+        "nullspace/rank",
+        "nullspace/rank_fraction",
+        "nullspace/effective_dim",
+        "nullspace/lambda",
+        "nullspace/update_kept",
+        "nullspace/kl_predicted",
+        "nullspace/restore_steps",
+        "nullspace/rollbacks",
+        "nullspace/overhead_fraction",
+        "eval/mean_reward",
+        "train/loss",
+        "rollout/ep_rew_mean",
+    }
     assert expected <= curves.keys()
     steps = [ROLLOUT * k for k in range(7)]
     for tag in ("retain/balance/return_mean", "eval/mean_reward", "retain/kl_mean", "nullspace/rank"):
@@ -186,8 +199,16 @@ def test_end_can_be_left_out_and_history_continues(expert):
 def test_stock_ppo_with_live_statistics_and_long_names(expert, tmp_path, capsys):
     """No retention, SB3's own logger with its printed table, moving VecNormalize: nothing of it disturbs."""
     env = VecNormalize(make_vec_env(NEW, N_ENVS))
-    model = PPO("MlpPolicy", env, n_steps=N_STEPS, batch_size=32, n_epochs=1, device="cpu", verbose=1,
-                tensorboard_log=str(tmp_path))  # fmt: skip
+    model = PPO(
+        "MlpPolicy",
+        env,
+        n_steps=N_STEPS,
+        batch_size=32,
+        n_epochs=1,
+        device="cpu",
+        verbose=1,
+        tensorboard_log=str(tmp_path),
+    )
     names = [f"a task with a name that is too long for the table {k}" for k in range(2)]
     evaluation = TaskEvaluation(None, {name: (OLD, None) for name in names}, every=ROLLOUT, episodes=2)
     model.learn(2 * ROLLOUT, callback=evaluation, tb_log_name="run")

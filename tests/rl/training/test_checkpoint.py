@@ -214,9 +214,13 @@ def test_stock_statistics_come_back_too(expert, tmp_path):
 
 
 # Spawned: a fork would copy locks that torch's threads hold. One kind there, since a process takes seconds to start.
-@pytest.mark.parametrize(("venv", "kind"), [
-    *((DummyVecEnv, kind) for kind in BIT_GENERATORS), (partial(SubprocVecEnv, start_method="spawn"), "SFC64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("venv", "kind"),
+    [
+        *((DummyVecEnv, kind) for kind in BIT_GENERATORS),
+        (partial(SubprocVecEnv, start_method="spawn"), "SFC64"),
+    ],
+)
 def test_generators_of_every_kind(venv, kind):
     def make():
         env = gym.make(f"nsrl_envs:{OLD}")  # a spawned process has imported nothing yet
@@ -363,13 +367,16 @@ def test_foreign_checkpoints_are_refused_untouched(expert, buffer, tmp_path):
         ({"retain": buffer}, {"retain": buffer, "kl_budget": 0.2}, "kl_budget was 0.0001 in its run and is 0.2 now"),
         ({"retain": buffer}, {"retain": None}, "retention was Retention in its run and is None now"),
         ({"retain": buffer}, {"retain": buffer, "method": "finetune"}, "Retention in its run and is Monitor now"),
-        ({"retain": buffer, "method": "kl_penalty", "penalty": 2.0},
-         {"retain": buffer, "method": "kl_penalty", "penalty": 1.0}, "penalty was 2.0 in its run and is 1.0 now"),
+        (
+            {"retain": buffer, "method": "kl_penalty", "penalty": 2.0},
+            {"retain": buffer, "method": "kl_penalty", "penalty": 1.0},
+            "penalty was 2.0 in its run and is 1.0 now",
+        ),
         ({}, {"agent": wide}, r"shape \(64, 5\).* resume with the architecture of the run"),
         ({}, {"env": make_vec_env(NEW, 3)}, "number of environments was 2"),
         ({}, {"env": wrapped(None)}, r"statistics \[\], the environment has \['rewards'\]"),
         ({"env": wrapped(NORMALIZER)}, {"env": wrapped(moved)}, "frozen observation statistics are others"),
-    ]  # fmt: skip
+    ]
 
     def build(agent=expert, retain=None, **options):
         return build_model(agent, retain, **options)
@@ -446,9 +453,13 @@ def test_interrupts_stop_at_a_boundary_and_curves_join(expert, buffer, tmp_path,
         model.set_logger(open_logger(tmp_path / "tb", purge_step=restored.get("purge_step")))
         with graceful_interrupts() as interruption:
             evaluation = TaskEvaluation(
-                (NEW, None), {"old": (OLD, None)}, every=2 * ROLLOUT, episodes=2,
-                history=restored.get("history", ()), skip_end=interruption.requested,
-            )  # fmt: skip
+                (NEW, None),
+                {"old": (OLD, None)},
+                every=2 * ROLLOUT,
+                episodes=2,
+                history=restored.get("history", ()),
+                skip_end=interruption.requested,
+            )
             callbacks = [evaluation, Checkpoint(path, every=10**9, evaluation=evaluation), interruption]
             if number is not None:
                 callbacks.append(At(at, lambda _: os.kill(os.getpid(), number)))
@@ -507,10 +518,15 @@ def test_kill_dash_nine_loses_at_most_an_interval(expert, buffer, tmp_path):
     expert.save(tmp_path / "agent.zip")
     files = {"stock": ["agent.zip"], "null_space": ["agent.zip", buffer.save(tmp_path / "retention.npz").name]}
     processes = {
-        kind: subprocess.Popen([sys.executable, "-m", clockwork_.__name__, kind, *files[kind]], cwd=tmp_path,
-                               env=environment, stderr=subprocess.PIPE, text=True)
+        kind: subprocess.Popen(
+            [sys.executable, "-m", clockwork_.__name__, kind, *files[kind]],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for kind in buffers
-    }  # fmt: skip
+    }
     try:
         reached = dict.fromkeys(buffers, 0)
         while min(reached.values()) < 3 * ROLLOUT:

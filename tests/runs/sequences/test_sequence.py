@@ -53,9 +53,18 @@ TINY = SequenceConfig(
     references=True,
 )
 FILES = {
-    "config.yaml", "agent.zip", "retention.npz", "metrics.json", "history.jsonl", "report.md", "curves.png", "tb",
-    "pretrained", "tasks", "references",
-}  # fmt: skip
+    "config.yaml",
+    "agent.zip",
+    "retention.npz",
+    "metrics.json",
+    "history.jsonl",
+    "report.md",
+    "curves.png",
+    "tb",
+    "pretrained",
+    "tasks",
+    "references",
+}
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +219,12 @@ def test_two_tasks_of_continuous_actions_with_plain_ppo(normalize: bool, tmp_pat
 
 
 def test_the_hard_null_space_is_for_all_tasks(tmp_path: Path) -> None:
-    config = replace(TINY, retention=RetentionConfig(kl_budget=0), references=False,
-                     tasks=[replace(task, kl_budget=0.0, total_timesteps=256) for task in TINY.tasks])  # fmt: skip
+    config = replace(
+        TINY,
+        retention=RetentionConfig(kl_budget=0),
+        references=False,
+        tasks=[replace(task, kl_budget=0.0, total_timesteps=256) for task in TINY.tasks],
+    )
     metrics = learn_sequence(config, tmp_path / "run").metrics
     # 1e-6 counts as zero, in the mean over all states
     assert metrics["kl_by_task"].keys() == {"stock", "swapped"}

@@ -36,6 +36,7 @@ RL = (
     ("nsrl.rl.training",),
     ("nsrl.rl.algorithms",),
     ("nsrl.rl.budget", "nsrl.rl.surgery"),
+    ("nsrl.rl.opening",),
     ("nsrl.rl.retention",),
     ("nsrl.rl.playing",),
     ("nsrl.rl.agents",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,11 @@ from nsrl.rl.agents.stock_models import stock_class
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
+from nsrl.rl.opening.spread import ExplorationSpread
+from nsrl.rl.opening.stage import OpeningRecord
 from nsrl.rl.playing.environments import training_env
 from nsrl.rl.policies.actor_critic import check_steady
-from nsrl.rl.policies.distributions import is_maskable
+from nsrl.rl.policies.distributions import distribution_of, is_maskable
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -53,6 +56,7 @@ class RetentionReport:
         rollbacks: updates that had to fall back towards the last feasible parameters.
         overhead_fraction: share of the learning time spent on retention.
         seconds: that time, by stage.
+        opening: what was done before the first roll-out; None where nothing was yet, or ever will be.
     """
 
     kl_mean: float
@@ -71,6 +75,7 @@ class RetentionReport:
     overhead_fraction: float
     seconds: dict[str, float]
     kl_by_task: dict[str, float] = field(default_factory=dict)
+    opening: OpeningRecord | None = None
 
 
 class ProtectedMixin(OnPolicyAlgorithm):
@@ -220,8 +225,17 @@ class ProtectedMixin(OnPolicyAlgorithm):
             _check_statistics(around, retain)
         retain.check(model, trust_agent=trust_buffer)
         config = config.with_overall_budget()
-        constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
+        exploration = _exploration(model.policy, config) if method == "null_space" else None
+        constraint = RetentionConstraint(
+            model.policy,
+            retain,
+            config.preserve,
+            config.tempering,
+            config.task_budgets,
+            hold_spread=exploration is not None,
+        )
         retention = self._build_engine(constraint, config, method, penalty)
+        retention.exploration = exploration
         kl = constraint.binding_divergence()
         # The last update of an earlier run may have ended at the budget, and other batches round otherwise.
         if kl > config.tolerance * (1.0 + ROUNDING) and retention.enforces:
@@ -242,14 +256,24 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is None:
             super().train()
             return
-        self.retention.begin()
-        try:
-            super().train()
-        finally:
-            scalars = self.retention.end()
+        with nullcontext() if self.retention.exploration is None else self.retention.exploration.in_force():
+            self.retention.begin()
+            try:
+                super().train()
+            finally:
+                scalars = self.retention.end()
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """As the algorithm's own; the first one of a protected policy is preceded by its opening."""
+        if self.retention is None:
+            return super().collect_rollouts(*args, **kwargs)
+        if self.retention.opening.pending:
+            self.retention.opening.run(self)
+        with nullcontext() if self.retention.exploration is None else self.retention.exploration.sampling():
+            return super().collect_rollouts(*args, **kwargs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
@@ -291,6 +315,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             overhead_fraction=self._overhead(),
             seconds=dict(retention.seconds),
             kl_by_task=measured.kl_by_task,
+            opening=retention.opening.record,
         )
 
     def export(self, path: str | Path) -> Path:
@@ -337,6 +362,14 @@ def build_config(**options: Any) -> RetentionConfig:
             hint = f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"
             raise NsrlError(f"unknown retention setting {key!r}{hint}")
     return RetentionConfig(**options)
+
+
+def _exploration(policy: Any, config: RetentionConfig) -> ExplorationSpread | None:
+    """A standard deviation of its own for exploration, where the policy has one and it is narrow."""
+    free = config.opening == "off" or config.preserve != "distribution"
+    if free or not distribution_of(policy).has_spread or not policy.log_std.requires_grad:
+        return None
+    return ExplorationSpread.where_narrow(policy)
 
 
 def reset_critic(policy: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from nsrl.projection.jacobians.matrix_free import PolicyJacobian
 from nsrl.projection.metrics import OutputMetric
 from nsrl.projection.optimizer import FlatParameters
-from nsrl.rl.policies.actor_critic import actor_candidates, actor_head, policy_outputs, reached_at_any, select
+from nsrl.rl.policies.actor_critic import (
+    Observation,
+    actor_candidates,
+    actor_head,
+    joined,
+    policy_outputs,
+    reached_at_any,
+    select,
+)
 from nsrl.rl.policies.distributions import distribution_of
 
 
@@ -76,9 +85,18 @@ class Surrogate:
         outputs.requires_grad_(False)
         return float(objective.detach()), pulled
 
-    def fisher(self, every: int = 1) -> PolicyJacobian:
-        """Whitened Jacobian whose Gram J^T J is the Fisher information, of every so many states."""
-        passes = self._passes if every == 1 else self._head.select(slice(None, None, every)).passes()
+    def fisher(self, every: int = 1, besides: Observation | None = None) -> PolicyJacobian:
+        """Whitened Jacobian whose Gram J^T J is the Fisher information, of every so many states.
+
+        Args:
+            every: thins the rollout's states out.
+            besides: further states, whose Fisher information joins the mean.
+        """
+        head = self._head if every == 1 else self._head.select(slice(None, None, every))
+        if besides is not None:
+            more = actor_head(self.policy, besides, self._head.parameters)
+            head = replace(head, inputs=joined(head.inputs, more.inputs))
+        passes = self._passes if head is self._head else head.passes()
         return PolicyJacobian(
             passes, self._metric.seeds(passes.outputs), None if self._log_std is None else self._columns()
         )

@@ -22,7 +22,7 @@ from nsrl.rl.algorithms.value_fit import fit_values
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.budget.trust_region import PenalisedRegion, RetentionRegion, build_region
-from nsrl.rl.policies.actor_critic import reached_at_any, select
+from nsrl.rl.policies.actor_critic import Observation, reached_at_any, select
 from nsrl.rl.policies.distributions import distribution_of
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -124,7 +124,7 @@ class NaturalTRPO(TRPO):
         """Take the longest step that improves the surrogate inside both trust regions, by backtracking."""
         before, gradient = surrogate.gradient()
         cost = self._cost()
-        fisher = surrogate.fisher(self.sub_sampling_factor)
+        fisher = surrogate.fisher(self.sub_sampling_factor, self._broadening())
         local = LocalModel(fisher, gradient, self.target_kl, self.cg_damping, self.cg_max_steps)
         step = self._step(local, surrogate)
         start, length = surrogate.parameters.read(), 1.0
@@ -141,6 +141,10 @@ class NaturalTRPO(TRPO):
     def _held(self) -> Sequence[nn.Parameter]:
         """Parameters that the policy's step has to move, whatever the rollout depends on."""
         return ()
+
+    def _broadening(self) -> Observation | None:
+        """States that belong to the trust region beside those of the rollout."""
+        return None
 
     def _step(self, local: LocalModel, surrogate: Surrogate) -> Step:
         return local.step()
@@ -215,6 +219,13 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
 
     def _held(self) -> Sequence[nn.Parameter]:
         return () if self.retention is None else self.retention.constraint.parameters.parameters
+
+    def _broadening(self) -> Observation | None:
+        if self.retention is None:
+            return None
+        fade = self.retention.config.opening_fade
+        left = 1.0 - (1.0 - self._current_progress_remaining) / fade if fade > 0.0 else 0.0
+        return self.retention.opening.share_of_states(left)
 
     def _step(self, local: LocalModel, surrogate: Surrogate) -> Step:
         if isinstance(self.retention, RetentionRegion | PenalisedRegion):

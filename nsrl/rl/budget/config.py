@@ -52,6 +52,16 @@ class RetentionConfig:
         restore_steps: Gauss-Newton restorations tried after an update before falling back along the segment.
         critic: "keep" the pretrained critic, or "reset" it: values of the old task mislead where rewards differ.
         critic_warmup: rollouts in which only the critic learns.
+        opening: what is done before the first roll-out so that a certain policy tries things on the new task's states
+            (see `nsrl.rl.opening`), inside the budget: "auto" measures and opens where there is need of it, "off" does
+            nothing, a number in (0, 1] is the share of the largest entropy to open to. Baselines are opened by a number
+            only. A Gaussian whose standard deviation is narrow explores with a wider one of its own; what is retained,
+            saved and exported keeps its standard deviation.
+        opening_states: states of the new task, by random actions, that the policy is opened on; they count as
+            timesteps, and take no more than a tenth of a run.
+        opening_budget: share of the budget that the opening may spend.
+        opening_fade: share of a run over which the states of the opening, fewer and fewer, belong to the trust region
+            of a natural-gradient step: so the policy stays open where its roll-outs have not been yet.
         log_std_init: value that log_std is set to at the start; None keeps it. Needs preserve="mode".
         seed: of the subsets and minibatches drawn from the buffer.
     """
@@ -72,6 +82,10 @@ class RetentionConfig:
     restore_steps: int = 4
     critic: str = "reset"
     critic_warmup: int = 0
+    opening: float | str = "auto"
+    opening_states: int = 1024
+    opening_budget: float = 0.8
+    opening_fade: float = 0.5
     log_std_init: float | None = None
     seed: int = 0
 
@@ -88,13 +102,20 @@ class RetentionConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise NsrlError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
-        for key in ("project_every", "subset_states", "batch_states", "restore_steps"):
+        for key in ("project_every", "subset_states", "batch_states", "restore_steps", "opening_states"):
             if getattr(self, key) < 1:
                 raise NsrlError(f"{key} must be at least 1, not {getattr(self, key)}")
         if self.critic_warmup < 0:
             raise NsrlError(f"critic_warmup must be a number of rollouts >= 0, not {self.critic_warmup}")
         if not 0.0 < self.target <= 1.0:
             raise NsrlError(f"target must lie in (0, 1], not {self.target}")
+        share = self.opening
+        if share not in ("auto", "off") and (isinstance(share, str | bool) or not 0.0 < share <= 1.0):
+            raise NsrlError(f"opening must be auto, off or a share of the largest entropy in (0, 1], not {share!r}")
+        if not 0.0 < self.opening_budget <= 1.0:
+            raise NsrlError(f"opening_budget must be a share of the budget in (0, 1], not {self.opening_budget}")
+        if not 0.0 <= self.opening_fade <= 1.0:
+            raise NsrlError(f"opening_fade must be a share of the run in [0, 1], not {self.opening_fade}")
         if self.log_std_init is not None and self.preserve != "mode":
             raise NsrlError(
                 "log_std_init changes the action distribution, which preserve='distribution' protects; "

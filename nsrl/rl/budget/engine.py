@@ -28,10 +28,12 @@ from nsrl.reading.limits import Unreadable
 from nsrl.reading.tensors import check_torch_state
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.opening.spread import ExplorationSpread
+from nsrl.rl.opening.stage import Opening
 from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
 
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
-ADDED = ("restored", "guess")
+ADDED = ("restored", "guess", "opening", "exploration")
 
 
 class Retention:
@@ -43,6 +45,8 @@ class Retention:
         config: how.
 
     Attributes:
+        exploration: the standard deviation that the new task is explored with, where it is not the retained one.
+        opening: the stage before the first roll-out.
         last: measurement after the latest update.
         multiplier: the dual variable.
         enforcement: what brings the policy back inside the budget.
@@ -53,6 +57,7 @@ class Retention:
 
     def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
         self.model = model
+        self.exploration: ExplorationSpread | None = None
         self.constraint = constraint
         self.config = config
         self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
@@ -60,6 +65,10 @@ class Retention:
         self.enforcement = Enforcement(constraint, config.tolerance, aim, config.restore_steps)
         self.minibatches = StateDraw(constraint.train, config.seed)
         self.subsets = StateDraw(constraint.train, config.seed + 1)
+        # baselines are compared as they are; a number opens them as everybody else
+        setting = "off" if config.opening == "auto" and not self.enforces else config.opening
+        spend = config.opening_budget * config.tolerance
+        self.opening = Opening(constraint, setting, config.opening_states, spend, config.seed)
         self.updates = 0
         self.restored = 0
         self.rollbacks = 0
@@ -106,6 +115,8 @@ class Retention:
             "restored": self.restored,
             "rollbacks": self.rollbacks,
             "seconds": dict(self.seconds),
+            "opening": self.opening.state_dict(),
+            "exploration": None if self.exploration is None else self.exploration.log_std,
             **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
             **{f"subsets_{key}": value for key, value in self.subsets.state().items()},
         }
@@ -119,6 +130,10 @@ class Retention:
             whole(state.get(key, 0), key)
         for key, value in mapping(state["seconds"], "seconds", (), self.seconds).items():
             finite(value, key)
+        self.opening.check_state(state.get("opening", self.opening.state_dict()))
+        wide, ours = state.get("exploration"), self.exploration
+        if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):
+            raise Unreadable("the exploration's standard deviation is damaged")
         for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
             draw.check_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
 
@@ -129,6 +144,10 @@ class Retention:
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
         self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
         self.seconds.update(state["seconds"])
+        if "opening" in state:
+            self.opening.load_state_dict(state["opening"])
+        if self.exploration is not None:
+            self.exploration.log_std = state["exploration"].to(self.exploration.log_std)
         for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
             draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
         self.last = self.constraint.measure()
@@ -330,3 +349,13 @@ def active_subset(constraint: RetentionConstraint, drawn: Tensor) -> tuple[Tenso
     share = (len(train) - len(largest)) / len(others)
     importance = torch.cat([torch.ones_like(largest), torch.full_like(others, share, dtype=torch.float64)])
     return torch.cat([largest, others]), importance
+
+
+def same_kind(value: Any, like: Tensor) -> bool:
+    """Whether something is a finite tensor of this shape and dtype."""
+    return (
+        isinstance(value, Tensor)
+        and value.shape == like.shape
+        and value.dtype == like.dtype
+        and bool(torch.isfinite(value).all())
+    )

@@ -188,6 +188,15 @@ def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:
     }
 
 
+def joined(first: Observation, second: Observation) -> Observation:
+    """Two batches of observations, one after the other."""
+    if isinstance(first, Mapping):
+        assert isinstance(second, Mapping)
+        return {key: torch.cat([value, second[key]]) for key, value in first.items()}
+    assert isinstance(second, Tensor)
+    return torch.cat([first, second])
+
+
 def select(inputs: Observation, indices: Tensor | slice) -> Observation:
     """Some rows of a batch of observations."""
     if isinstance(inputs, Mapping):

@@ -75,11 +75,14 @@ class RetentionConstraint:
         tempering: of softmax Hessians.
         task_budgets: budget of each task of the buffer (see `RetentionConfig`); the states of a task then weigh, all
             together, 1 / budget.
+        hold_spread: the retained policy has the standard deviation that it has now, whatever `policy.log_std` is for
+            the time of an update (see `nsrl.rl.opening.spread`).
 
     Attributes:
         shares: with task budgets, each one's as a multiple of their harmonic mean; else empty.
         names: names of the protected parameters, in `named_parameters()` order.
         parameters: the same as one flat vector.
+        valid: valid actions at each state, (N, O) bool; None where all are.
         train, heldout: indices of the states of either kind whose weight is not zero.
     """
 
@@ -90,6 +93,7 @@ class RetentionConstraint:
         preserve: str = "distribution",
         tempering: float = 0.01,
         task_budgets: Mapping[str, float] | None = None,
+        hold_spread: bool = False,
     ):
         self.policy = policy
         self.buffer = buffer
@@ -111,7 +115,8 @@ class RetentionConstraint:
         self._weights = StateWeights(buffer, task_budgets, device)
         self.shares = self._weights.shares
         self._reference_log_std = None if buffer.log_std is None else torch.tensor(buffer.spreads, device=device)
-        self._valid = valid_actions(self.reference) if is_maskable(policy) else None
+        self.valid = valid_actions(self.reference) if is_maskable(policy) else None
+        self._held_spread = policy.log_std.detach().clone() if hold_spread else None
         self.names = self._protected_names()
         named = dict(policy.named_parameters())
         self.parameters = FlatParameters([named[name] for name in self.names])
@@ -126,7 +131,9 @@ class RetentionConstraint:
     @property
     def protects_log_std(self) -> bool:
         """Whether the state-independent standard deviation is part of the constraint, and moves."""
-        return self.distribution.has_spread and self.preserve == "distribution" and self.policy.log_std.requires_grad
+        if not self.distribution.has_spread or self._held_spread is not None or self.preserve != "distribution":
+            return False
+        return bool(self.policy.log_std.requires_grad)
 
     @property
     def metric(self) -> OutputMetric:
@@ -135,11 +142,13 @@ class RetentionConstraint:
 
     def _metric_on(self, indices: Tensor | None, weights: Tensor | None) -> OutputMetric:
         """The output metric on some states (None: all) of these weights."""
-        spread, valid = self._reference_log_std, self._valid
+        spread, valid = self._reference_log_std, self.valid
         if indices is not None:
             spread = spread[indices] if spread is not None and spread.ndim == 2 else spread
             valid = None if valid is None else valid[indices]
-        current = self.policy.log_std if spread is not None and self.preserve == "distribution" else spread
+        current = spread
+        if spread is not None and self.preserve == "distribution":
+            current = self.policy.log_std if self._held_spread is None else self._held_spread
         sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
         return self.distribution.metric(
             sizes, self.tempering, valid=valid, log_std=current, reference_log_std=spread, weights=weights

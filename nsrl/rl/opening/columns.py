@@ -1,0 +1,64 @@
+"""Free columns: weights of inputs that the old task never moved, which it therefore says nothing about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from torch import Tensor, nn
+
+from nsrl.rl.policies.actor_critic import Observation
+
+#: Change of an input between the tasks that counts as one, in units of the policy's inputs.
+LEAST_CHANGE = 1e-6
+
+#: Size of the free inputs' effect on the first layer, in units of the root mean square of its pre-activations on the
+#: buffer: it leads tanh out of where the old task left it and gives the new task features of its own.
+STRENGTH: dict[type[nn.Module], float] = {nn.Tanh: 5.0}
+OTHER_STRENGTH = 3.0
+#: That effect at least: where pre-activations are tiny the layer is linear, and a multiple of them would leave it so.
+LEAST_STRENGTH = 2.0
+
+
+@torch.no_grad()
+def redraw_columns(policy: ActorCriticPolicy, old: Observation, new: Observation, seed: int) -> int:
+    """Give the inputs that are constant on the buffer, and other on the new task, a large random column.
+
+    What they said on the buffer goes into the bias, so the policy's outputs there stay what they are to rounding: the
+    columns lie in the null space exactly. A column of zeros, or one that nothing has trained, would leave the new task
+    with the old one's features.
+
+    Args:
+        policy: whose actor is an MLP on features that are not learnt; any other keeps its weights.
+        old: inputs of the buffer, (N, ...).
+        new: inputs of the new task, (M, ...).
+        seed: of the columns.
+
+    Returns:
+        How many columns were drawn.
+    """
+    network: Any = getattr(policy.mlp_extractor, "policy_net", None)
+    extractor: Any = policy.pi_features_extractor
+    if any(True for _ in extractor.parameters()) or not isinstance(network, nn.Sequential) or len(network) == 0:
+        return 0
+    layer = network[0]
+    if type(layer) is not nn.Linear or layer.bias is None or not layer.weight.requires_grad:
+        return 0
+    before, after = (BasePolicy.extract_features(policy, inputs, extractor) for inputs in (old, new))
+    change = (after - before[:1]).square().mean(0).sqrt()
+    free = ((before == before[:1]).all(0) & (change > LEAST_CHANGE)).nonzero().flatten()
+    if len(free) == 0:
+        return 0
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(layer.out_features, len(free), generator=generator).to(layer.weight)
+    drawn *= _strength(network, layer, before) / (change[free] * len(free) ** 0.5)
+    layer.bias.sub_((drawn - layer.weight[:, free]) @ before[0, free])
+    layer.weight[:, free] = drawn
+    return len(free)
+
+
+def _strength(network: nn.Sequential, layer: nn.Linear, features: Tensor) -> float:
+    size = float(layer(features).square().mean().sqrt())
+    activation = type(network[1]) if len(network) > 1 else nn.Identity
+    return max(STRENGTH.get(activation, OTHER_STRENGTH) * size, LEAST_STRENGTH)

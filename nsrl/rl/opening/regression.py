@@ -1,0 +1,99 @@
+"""Opening the outputs: regression of the policy on opener outputs, by natural steps inside the retention budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor
+
+from nsrl.projection.budget.natural_gradient import LocalModel
+from nsrl.projection.budget.two_regions import Multipliers, retained_step
+from nsrl.projection.jacobians.matrix_free import PolicyJacobian
+from nsrl.rl.opening.states import NewStates
+from nsrl.rl.opening.targets import Targets
+from nsrl.rl.policies.actor_critic import actor_head
+from nsrl.rl.retention.constraint import RetentionConstraint
+
+#: Steps of the regression at most, and halvings of one that measures over the budget or makes things worse.
+ROUNDS = 30
+HALVINGS = 10
+#: Damping of the steps, in the units of the outputs; relative residual of conjugate gradients, and their iterations.
+DAMPING = 1e-4
+PRECISION = 0.03
+ITERATIONS = 30
+#: Gain in the share, a step, below which the budget or the network allows no more.
+LEAST_GAIN = 2e-3
+
+
+def open_outputs(
+    policy: ActorCriticPolicy,
+    constraint: RetentionConstraint,
+    states: NewStates,
+    targets: Targets,
+    share: float,
+    budget: float,
+    on_step: Callable[[float, float], Any] | None = None,
+) -> int:
+    """Move the policy until the mean of `targets.share` over the states is `share`, or the budget allows no more.
+
+    A step is the Gauss-Newton step of the regression inside the second trust region that the budget is, shortened until
+    the KL measured on the whole buffer is within the budget: it is so at every step.
+
+    Args:
+        policy, constraint: as they stand; the constraint's parameters move.
+        states: of the new task.
+        targets: of the policy's action distribution.
+        share: to be reached.
+        budget: measured KL on the buffer at most, nats a state.
+        on_step: told the share and the KL before every step.
+
+    Returns:
+        Steps made.
+    """
+    parameters = list(constraint.parameters.parameters)
+    guess: Multipliers | None = None
+    reached = -math.inf
+    for made in range(ROUNDS):
+        head = actor_head(policy, states.inputs, parameters)
+        passes = head.passes()
+        now = float(targets.share(passes.outputs, states.valid).mean())
+        if on_step is not None:
+            on_step(now, constraint.binding_divergence())
+        if now >= share or now - reached < LEAST_GAIN:
+            return made
+        reached = now
+        rows = targets.rows(passes.outputs, states.valid)
+        # aimed beyond the share: the mean over the states gets there before every state does
+        goal = share + 0.5 * (1.0 - share)
+        excess = _mapped(rows, targets.excess(passes.outputs, goal, states.valid))
+        aim = _mapped(rows, passes.outputs) - excess
+        jacobian = PolicyJacobian(passes, rows)
+        gradient = jacobian.rmatvec((excess / math.sqrt(len(excess))).flatten())
+        before = _loss(excess)
+        local = LocalModel(jacobian, gradient, before, DAMPING, ITERATIONS, PRECISION)
+        step = retained_step(local, constraint.quadratic(constraint.train), budget, guess=guess)
+        guess = Multipliers(step.scale, step.multiplier)
+        start, length = constraint.parameters.read(), 1.0
+        for _ in range(HALVINGS):
+            constraint.parameters.write(start + length * step.displacement)
+            inside = constraint.binding_divergence() <= budget
+            if inside and _loss(_mapped(rows, head.outputs()) - aim) < before:
+                break
+            length *= 0.5
+        else:
+            constraint.parameters.write(start)
+            return made
+    return ROUNDS
+
+
+def _mapped(rows: Tensor, outputs: Tensor) -> Tensor:
+    return torch.einsum("nro,no->nr", rows, outputs)
+
+
+def _loss(residual: Tensor) -> float:
+    """Half the mean squared residual of a state: what the radius of the regression's trust region is measured in."""
+    return 0.5 * float(residual.double().square().sum(1).mean())

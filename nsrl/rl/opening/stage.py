@@ -1,0 +1,229 @@
+"""The opening as a stage of a run: what happens in which order, and what is recorded of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from stable_baselines3.common.logger import INFO
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from nsrl.reading.limits import Unreadable
+from nsrl.reading.values import mapping
+from nsrl.rl.opening.columns import redraw_columns
+from nsrl.rl.opening.regression import open_outputs
+from nsrl.rl.opening.spread import wide_log_std
+from nsrl.rl.opening.states import NewStates, exchanged_states, random_states, visited_states
+from nsrl.rl.opening.targets import CoinTargets, SoftmaxTargets, SpreadTargets, Targets
+from nsrl.rl.policies.actor_critic import Observation, policy_outputs, select
+from nsrl.rl.retention.constraint import RetentionConstraint
+
+#: What "auto" opens to, and the share from which on it lets a policy be.
+OPEN = 0.9
+OPEN_ENOUGH = 0.7
+#: Openings on states that the opened policy itself goes to, at most; states a time, as a share of the first ones.
+CYCLES = 4
+FOLLOWING = 0.5
+#: Share of the wanted openness, measured where the policy goes, that ends the cycles.
+CLOSE_ENOUGH = 0.95
+#: Share of a run's timesteps that the opening may take.
+MOST_STEPS = 0.1
+
+
+@dataclass(frozen=True)
+class OpeningRecord:
+    """What the opening did.
+
+    Attributes:
+        states: timesteps spent in the new task.
+        columns: inputs that were given a random column (see `redraw_columns`).
+        before, after: how open the policy was and is where it goes in the new task: entropy as a share of the largest,
+            or for gSDE its standard deviation as a share of a wide one.
+        kl: measured KL on the buffer behind it, nats a state.
+        steps: of the regression.
+        seconds: wall time.
+        skipped: why nothing was opened; empty if something was.
+    """
+
+    states: int
+    columns: int
+    before: float
+    after: float
+    kl: float
+    steps: int
+    seconds: float
+    skipped: str = ""
+
+
+class Opening:
+    """Opens the policy of one model before its first roll-out.
+
+    1. States of the new task: by random actions, and those of the buffer with the new task's value wherever an input
+       never moved on it.
+    2. Such inputs get a random column, which costs no KL at all.
+    3. If the policy is not open where it goes: its outputs are opened on the states by regression inside the budget;
+       then on the states that the opened policy goes to, until it is open there too.
+
+    Args:
+        constraint: policy against buffer.
+        setting: "auto", "off", or the share to open to, in (0, 1].
+        states: of the new task, by random actions.
+        budget: KL on the buffer that the opening may spend, nats a state.
+        seed: of states and columns.
+
+    Attributes:
+        record: what was done; None before.
+        states: states of the new task that the policy was opened on; None where it was not.
+    """
+
+    def __init__(self, constraint: RetentionConstraint, setting: float | str, states: int, budget: float, seed: int):
+        self._constraint = constraint
+        self._setting = setting
+        self._count = states
+        self._budget = budget
+        self._seed = seed
+        self.record: OpeningRecord | None = None
+        self.states: Observation | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to be done."""
+        return self.record is None and self._setting != "off"
+
+    def run(self, model: OnPolicyAlgorithm) -> OpeningRecord:
+        """Do it; steps count as the run's own, and what is found out is logged.
+
+        Args:
+            model: the constraint's, after `_setup_learn`.
+        """
+        start, first = perf_counter(), model.num_timesteps
+        policy, constraint = model.policy, self._constraint
+        # SB3 calls the timesteps of a run that goes on _total_timesteps too
+        room = max(int(MOST_STEPS * (model._total_timesteps - model.num_timesteps)), 1)
+        count = min(self._count, max(room // 3, 1))
+        modes = [(module, module.training) for module in policy.modules()]
+        policy.eval()
+        try:
+            new = random_states(model, count, self._seed)
+            columns = redraw_columns(policy, constraint.inputs, new.inputs, self._seed)
+            targets = targets_of(constraint)
+            if targets is None:
+                found = (1.0, 1.0, 0, "a Gaussian explores by its standard deviation")
+            else:
+                found = self._open(model, targets, new, int(FOLLOWING * count) or 1)
+        finally:
+            for module, training in modes:
+                module.training = training
+        before, after, steps, skipped = found
+        self.record = OpeningRecord(
+            states=model.num_timesteps - first,
+            columns=columns,
+            before=before,
+            after=after,
+            kl=constraint.binding_divergence(),
+            steps=steps,
+            seconds=perf_counter() - start,
+            skipped=skipped,
+        )
+        self._log(model, self.record)
+        return self.record
+
+    def share_of_states(self, share: float) -> Observation | None:
+        """The first so many of the states; None where there are none."""
+        if self.states is None:
+            return None
+        size = len(next(iter(self.states.values())) if isinstance(self.states, dict) else self.states)
+        count = int(share * size)
+        return select(self.states, slice(count)) if count > 0 else None
+
+    def _open(
+        self, model: OnPolicyAlgorithm, targets: Targets, new: NewStates, count: int
+    ) -> tuple[float, float, int, str]:
+        """Openness before and after, steps made, and why nothing was done."""
+        share = OPEN if self._setting == "auto" else float(self._setting)
+        enough = OPEN_ENOUGH if self._setting == "auto" else share
+        valid = self._constraint.valid
+        exchanged = exchanged_states(self._constraint.inputs, new, valid, len(new), self._seed)
+        pool = new if exchanged is None else new.joined(exchanged)
+        before, after, steps = -1.0, 0.0, 0
+        for cycle in range(CYCLES + 1):
+            visited = visited_states(model, count, self._seed + 1 + cycle)
+            after = self._openness(targets, visited)
+            if before < 0.0:
+                before = after
+                if before >= enough:
+                    return before, after, 0, f"the policy is open already ({before:.0%} of the largest entropy)"
+            elif after >= CLOSE_ENOUGH * share:
+                break
+            if cycle == CYCLES:
+                break
+            pool = pool.joined(visited)
+            made = open_outputs(self._constraint.policy, self._constraint, pool, targets, share, self._budget)
+            steps += made
+            if made == 0 and cycle > 0:
+                break
+        generator = torch.Generator().manual_seed(self._seed)
+        kept = torch.randperm(len(pool), generator=generator)[: self._count]
+        self.states = pool.select(kept.to(self._constraint.reference.device)).inputs
+        return before, after, steps, ""
+
+    def _openness(self, targets: Targets, states: NewStates) -> float:
+        with torch.no_grad():
+            return float(targets.share(policy_outputs(self._constraint.policy, states.inputs), states.valid).mean())
+
+    def _log(self, model: OnPolicyAlgorithm, record: OpeningRecord) -> None:
+        budget = f"KL {record.kl:.2g} on the buffer, {record.states:,} timesteps, {record.seconds:.1f} s"
+        columns = f", {record.columns} free columns" if record.columns else ""
+        if record.skipped:
+            text = f"opening skipped: {record.skipped}{columns}; {budget}"
+        else:
+            text = f"opening: {record.before:.0%} -> {record.after:.0%} open on new states{columns}; {budget}"
+        model.logger.log(text, level=INFO)
+        model.logger.record("opening/before", record.before)
+        model.logger.record("opening/after", record.after)
+        model.logger.record("opening/kl", record.kl)
+        model.logger.record("opening/columns", record.columns)
+        model.logger.record("opening/seconds", record.seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {"record": None if self.record is None else asdict(self.record), "states": self.states}
+
+    def check_state(self, state: Any) -> None:
+        """Raise Unreadable unless `state_dict()` can have given this."""
+        mapping(state, "opening", ["record", "states"])
+        record, states = state["record"], state["states"]
+        if record is not None:
+            kinds = {"skipped": str, "states": int, "columns": int, "steps": int}
+            mapping(record, "opening record", list(OpeningRecord.__dataclass_fields__))
+            if not all(isinstance(value, kinds.get(key, float)) for key, value in record.items()):
+                raise Unreadable("the record of the opening is damaged")
+        if states is None:
+            return
+        inputs = self._constraint.inputs
+        known, given = (x if isinstance(x, dict) else {"": x} for x in (inputs, states))
+        if known.keys() != given.keys() or not all(
+            isinstance(value, Tensor) and value.dtype == known[key].dtype and value.shape[1:] == known[key].shape[1:]
+            for key, value in given.items()
+        ):
+            raise Unreadable("the states of the opening are damaged")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.record = None if state["record"] is None else OpeningRecord(**state["record"])
+        self.states = state["states"]
+
+
+def targets_of(constraint: RetentionConstraint) -> Targets | None:
+    """What open means for a policy's family of action distributions; None for one with a spread of its own."""
+    policy, family = constraint.policy, constraint.distribution.family
+    if family == "bernoulli":
+        return CoinTargets()
+    if family == "gaussian":
+        return None
+    if family == "state_dependent":
+        return SpreadTargets(torch.as_tensor(wide_log_std(policy.action_space), device=policy.device))  # type: ignore[arg-type]
+    return SoftmaxTargets(constraint.distribution.sizes(policy.action_space))

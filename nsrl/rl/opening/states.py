@@ -1,0 +1,149 @@
+"""States of the new task that a policy is opened on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from nsrl.rl.playing.action_masks import mask_reader
+from nsrl.rl.playing.rollout import own_randomness
+from nsrl.rl.policies.actor_critic import Observation, joined, policy_outputs, select
+from nsrl.rl.policies.distributions import distribution_of, with_masks
+from nsrl.rl.policies.observations import concatenated, map_arrays, policy_inputs
+
+Act = Callable[[Any, np.ndarray | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class NewStates:
+    """States as the policy takes them.
+
+    Attributes:
+        inputs: N observations, normalised.
+        valid: valid actions, (N, O) bool; None where all are.
+    """
+
+    inputs: Observation
+    valid: Tensor | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs)
+
+    def select(self, rows: Tensor | slice) -> NewStates:
+        """Some of the states."""
+        return NewStates(select(self.inputs, rows), None if self.valid is None else self.valid[rows])
+
+    def joined(self, others: NewStates) -> NewStates:
+        """These and others."""
+        if self.valid is None or others.valid is None:
+            valid = None
+        else:
+            valid = torch.cat([self.valid, others.valid])
+        return NewStates(joined(self.inputs, others.inputs), valid)
+
+
+def random_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates:
+    """At least `count` states that random (valid) actions lead to in the model's environment, from a reset on."""
+    space = copy.deepcopy(model.action_space)
+    space.seed(seed)
+
+    def draw(_: Any, valid: np.ndarray | None) -> np.ndarray:
+        env: Any = model.env
+        rows = [None] * env.num_envs if valid is None else list(valid)
+        return np.stack([space.sample(_mask(space, row)) for row in rows])
+
+    return _play(model, count, seed, draw)
+
+
+def visited_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates:
+    """At least `count` states that the policy itself visits in the model's environment, from a reset on."""
+    policy, generator = model.policy, torch.Generator().manual_seed(seed)
+    distribution = distribution_of(policy)
+
+    def draw(observations: Any, valid: np.ndarray | None) -> np.ndarray:
+        with torch.no_grad():
+            outputs = policy_outputs(policy, policy_inputs(observations, None, policy.device))
+        if valid is not None:
+            outputs = with_masks(outputs, torch.as_tensor(valid, device=outputs.device))
+        return distribution.sample(policy, outputs, generator)
+
+    return _play(model, count, seed, draw)
+
+
+def _mask(space: spaces.Space, row: np.ndarray | None) -> Any:
+    if row is None:
+        return None
+    if isinstance(space, spaces.MultiDiscrete):
+        return tuple(part.astype(np.int8) for part in np.split(row, np.cumsum(space.nvec)[:-1]))
+    return row.astype(np.int8)
+
+
+def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act) -> NewStates:
+    """Steps count as the run's own; afterwards the environment begins anew, as `learn` left it."""
+    env: VecEnv = model.env  # type: ignore[assignment]
+    read = mask_reader(model.policy, env)
+    seen, masks = [], []
+    with own_randomness(seed):
+        current: Any = env.reset()
+        for _ in range(-(-count // env.num_envs)):
+            valid = None if read is None else read(env)
+            seen.append(map_arrays(np.array, current))
+            if valid is not None:
+                masks.append(valid)
+            current, *_ = env.step(act(current, valid))
+            model.num_timesteps += env.num_envs
+        model._last_obs = env.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+    inputs = policy_inputs(concatenated(seen), None, model.device)
+    return NewStates(inputs, torch.as_tensor(np.concatenate(masks), device=model.device) if masks else None)
+
+
+def exchanged_states(old: Observation, new: NewStates, valid: Tensor | None, count: int, seed: int) -> NewStates | None:
+    """States of the old task in which the inputs that never moved there have the values that they have in the new one.
+
+    A context is the typical case: the old situations, under the new task's flag. None where there is no such input.
+
+    Args:
+        old: inputs of the buffer.
+        new: states of the new task.
+        valid: valid actions at the old states; None where all are.
+        count: states at most.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = len(next(iter(old.values())) if isinstance(old, dict) else old)
+    rows = torch.randperm(size, generator=generator)[:count]
+    others = torch.randint(len(new), (len(rows),), generator=generator)
+    chosen, source = select(old, rows), select(new.inputs, others)
+    if isinstance(old, dict):
+        assert isinstance(chosen, dict) and isinstance(source, dict)
+        named = {key: _exchanged(value, chosen[key], source[key]) for key, value in old.items()}
+        if all(value is None for value in named.values()):
+            return None
+        inputs: Observation = {key: chosen[key] if value is None else value for key, value in named.items()}
+    else:
+        assert isinstance(chosen, Tensor) and isinstance(source, Tensor)
+        found = _exchanged(old, chosen, source)
+        if found is None:
+            return None
+        inputs = found
+    if new.valid is None:
+        return NewStates(inputs, None)
+    return NewStates(inputs, valid[rows] if valid is not None else torch.ones_like(new.valid[others]))
+
+
+def _exchanged(old: Tensor, chosen: Tensor, source: Tensor) -> Tensor | None:
+    """`chosen` with the entries of `source` that are constant in `old` and other there; None if none is."""
+    if not old.dtype.is_floating_point:
+        return None
+    free = (old == old[:1]).all(0) & (source != old[:1]).any(0)
+    return torch.where(free, source, chosen) if bool(free.any()) else None

@@ -199,3 +199,48 @@ class Gaussian:
         log_std, ref = self.log_std.detach().double(), self.reference_log_std.double()
         spread = torch.exp(2 * ref) + (reference.double() - outputs.double()).square().mean(0)
         return ((1.0 - spread * torch.exp(-2 * log_std)) / math.sqrt(2.0)).to(outputs.dtype)
+
+
+@dataclass(frozen=True)
+class HeteroscedasticGaussian:
+    """Diagonal Gaussians whose outputs are a mean and a log standard deviation an entry, (N, 2 A): means first.
+
+    The Fisher information of the pair is diag(1 / s^2, 2), exactly.
+    """
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """KL(N(m_ref, s_ref) || N(m, s)), summed over the entries, shape (N,)."""
+        (mean_ref, log_ref), (mean, log) = _halves(reference.double()), _halves(outputs.double())
+        shift = (mean_ref - mean) * torch.exp(-log)
+        return (log - log_ref + 0.5 * (torch.exp(2 * (log_ref - log)) + shift.square() - 1.0)).sum(-1)
+
+    def slope(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """((m - m_ref) / s^2, 1 - (s_ref^2 + (m - m_ref)^2) / s^2), shape (N, 2 A)."""
+        towards, spread = self._standardised(reference, outputs)
+        return torch.cat([towards * torch.exp(-_halves(outputs)[1]), 1.0 - spread], -1)
+
+    def seeds(self, outputs: Tensor) -> Tensor:
+        """diag(1 / s, sqrt 2), shape (N, 2 A, 2 A)."""
+        log = _halves(outputs)[1]
+        return torch.diag_embed(torch.cat([torch.exp(-log), torch.full_like(log, math.sqrt(2.0))], -1))
+
+    def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """((m - m_ref) / s, (1 - (s_ref^2 + (m - m_ref)^2) / s^2) / sqrt 2), shape (N, 2 A)."""
+        towards, spread = self._standardised(reference, outputs)
+        return torch.cat([towards, (1.0 - spread) / math.sqrt(2.0)], -1)
+
+    def agreement(self, reference: Tensor, outputs: Tensor) -> float:
+        """Share of states on which every mean lies within half a reference standard deviation of the old one."""
+        (mean_ref, log_ref), (mean, _) = _halves(reference), _halves(outputs)
+        return float(((mean - mean_ref).abs() * torch.exp(-log_ref) <= 0.5).all(-1).double().mean())
+
+    def _standardised(self, reference: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(m - m_ref) / s, and (s_ref^2 + (m - m_ref)^2) / s^2."""
+        (mean_ref, log_ref), (mean, log) = _halves(reference), _halves(outputs)
+        towards = (mean - mean_ref) * torch.exp(-log)
+        return towards, torch.exp(2 * (log_ref - log)) + towards.square()
+
+
+def _halves(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log = outputs.chunk(2, -1)
+    return mean, log

@@ -111,18 +111,13 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
         env: an environment whose spaces supply the bounds that the stored text rounds or elides.
 
     Raises:
-        NsrlError: no readable SB3 agent there; an off-policy or gSDE agent; or a policy that only unpickling
+        NsrlError: no readable SB3 agent there; an off-policy agent; or a policy that only unpickling
             could rebuild.
     """
     path = Path(path)
     data, weights, version = read_members(path)
     state_dict = read_weights(path, weights)
     algorithm = stored_algorithm(path, data)
-    if data.get("use_sde") is True or getattr(state_dict.get("log_std"), "ndim", 1) > 1:
-        raise NsrlError(
-            f"{path} is a gSDE agent, whose noise depends on the state through learnt features and cannot be "
-            "protected; train it with use_sde=False"
-        )
     module, policy_class = described_policy_class(data.get("policy_class"))
     if (module, policy_class) not in POLICY_CLASSES:
         raise NsrlError(f"{path} uses the custom policy class {shown(f'{module}.{policy_class}', 120)}; {TRUST}")

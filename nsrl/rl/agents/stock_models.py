@@ -56,8 +56,6 @@ OF_THE_RUN = {
     "stats_window_size",
     "rollout_buffer_class",
     "rollout_buffer_kwargs",
-    "use_sde",
-    "sde_sample_freq",
     "_init_setup_model",
 }
 # In TRPO these steer the critic's fit and the trust region; in PPO they steer the whole loss and an early
@@ -99,7 +97,9 @@ def bare(algorithm: type[OnPolicyAlgorithm], policy: type[BasePolicy], device: s
 
 def _sketch(archive: Archive) -> ActorCriticPolicy:
     """The described policy without memory for its weights, whose sizes a file may choose as it likes."""
-    kwargs = {**archive.policy_kwargs, "ortho_init": False}
+    # under gSDE a policy draws its noise when it is built, which needs memory: `_fitting` knows what differs
+    odd = ("use_sde", "squash_output")
+    kwargs = {**{k: v for k, v in archive.policy_kwargs.items() if k not in odd}, "ortho_init": False}
     nowhere = torch.device("meta")
     sketch: Any = type("Sketch", (POLICIES[archive.policy_class],), {"device": nowhere})
     with nowhere:
@@ -118,6 +118,10 @@ def _unseeded(space: spaces.Space) -> Any:
 def _fitting(archive: Archive, policy: ActorCriticPolicy) -> dict[str, Tensor]:
     """The archive's weights under the names of the policy, whose shapes they have."""
     expected, given = policy.state_dict(), dict(archive.state_dict)
+    if archive.hyperparameters.get("use_sde") or archive.policy_kwargs.get("use_sde"):
+        actions, features = expected["action_net.weight"].shape
+        full = archive.policy_kwargs.get("full_std", True)
+        expected["log_std"] = torch.empty(features, actions if full else 1, device="meta")
     for alias in ("pi_features_extractor", "vf_features_extractor"):
         # SB3 before 1.7 stored a shared extractor once.
         for name in [name for name in expected if name.startswith(f"{alias}.") and name not in given]:

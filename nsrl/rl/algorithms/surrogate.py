@@ -59,10 +59,10 @@ class Surrogate:
         reached = {*reached_at_any(policy, log_prob, len(self._actions), actor_candidates(policy)), *besides}
         moved = [parameter for parameter in policy.parameters() if parameter in reached]
         self.parameters = FlatParameters(moved)
-        self._log_std = next((p for p in moved if p is getattr(policy, "log_std", None)), None)
+        spread: Any = policy.log_std if self._distribution.has_spread else None
+        self._log_std = next((p for p in moved if p is spread), None)
         self._head = actor_head(policy, samples.observations, [p for p in moved if p is not self._log_std])
         self._passes = self._head.passes()
-        spread = getattr(policy, "log_std", None)
         # The rollout's states are where the policy acts, so nothing is tempered.
         self._metric: OutputMetric = self._distribution.metric(
             self._distribution.sizes(policy.action_space),

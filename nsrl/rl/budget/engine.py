@@ -176,7 +176,7 @@ class Retention:
 
     def _before_step(self) -> None:
         if self._frozen:
-            spread = getattr(self.model.policy, "log_std", None)  # unprotected with preserve="mode", yet the actor's
+            spread: Any = getattr(self.model.policy, "log_std", None)  # not always protected, yet the actor's
             for parameter in [*self.constraint.parameters.parameters, spread]:
                 if parameter is not None:
                     parameter.grad = None

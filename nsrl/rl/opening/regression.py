@@ -19,14 +19,15 @@ from nsrl.rl.policies.actor_critic import actor_head
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: Steps of the regression at most, and halvings of one that measures over the budget or makes things worse.
-ROUNDS = 30
+ROUNDS = 60
 HALVINGS = 10
 #: Damping of the steps, in the units of the outputs; relative residual of conjugate gradients, and their iterations.
 DAMPING = 1e-4
 PRECISION = 0.03
 ITERATIONS = 30
-#: Gain in the share, a step, below which the budget or the network allows no more.
-LEAST_GAIN = 2e-3
+#: Relative fall of the loss, a step, below which the budget or the network allows no more. The share would not do: as
+#: long as a policy is certain, halving its logits leaves it so.
+LEAST_FALL = 0.02
 
 
 def open_outputs(
@@ -56,16 +57,15 @@ def open_outputs(
     """
     parameters = list(constraint.parameters.parameters)
     guess: Multipliers | None = None
-    reached = -math.inf
+    last = math.inf
     for made in range(ROUNDS):
         head = actor_head(policy, states.inputs, parameters)
         passes = head.passes()
         now = float(targets.share(passes.outputs, states.valid).mean())
         if on_step is not None:
             on_step(now, constraint.binding_divergence())
-        if now >= share or now - reached < LEAST_GAIN:
+        if now >= share:
             return made
-        reached = now
         rows = targets.rows(passes.outputs, states.valid)
         # aimed beyond the share: the mean over the states gets there before every state does
         goal = share + 0.5 * (1.0 - share)
@@ -74,6 +74,9 @@ def open_outputs(
         jacobian = PolicyJacobian(passes, rows)
         gradient = jacobian.rmatvec((excess / math.sqrt(len(excess))).flatten())
         before = _loss(excess)
+        if before > (1.0 - LEAST_FALL) * last:
+            return made
+        last = before
         local = LocalModel(jacobian, gradient, before, DAMPING, ITERATIONS, PRECISION)
         step = retained_step(local, constraint.quadratic(constraint.train), budget, guess=guess)
         guess = Multipliers(step.scale, step.multiplier)

@@ -155,7 +155,7 @@ class Opening:
             if before < 0.0:
                 before = after
                 if before >= enough:
-                    return before, after, 0, f"the policy is open already ({before:.0%} of the largest entropy)"
+                    return before, after, 0, f"the policy is open already ({before:.0%})"
             elif after >= CLOSE_ENOUGH * share:
                 break
             if cycle == CYCLES:

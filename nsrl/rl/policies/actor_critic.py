@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
@@ -37,14 +39,23 @@ def check_steady(policy: BasePolicy, algorithm: str) -> None:
 
 
 def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tensor:
-    """Logits (discrete actions) or mean (Box actions) of the policy, shape (N, O).
+    """Logits (discrete actions), mean (Box actions), or under gSDE means and then log standard deviations, (N, O).
 
     Goes through the actor only, as `ActorCriticPolicy.get_distribution` does, but builds no distribution object:
     SB3's is a mutable singleton that the next call overwrites.
     """
     # The base class's method: ActorCriticPolicy's own returns a pair when actor and critic extract separately.
     features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
-    return policy.action_net(policy.mlp_extractor.forward_actor(features))  # type: ignore[arg-type]
+    return _outputs_of_latent(policy, policy.mlp_extractor.forward_actor(features))  # type: ignore[arg-type]
+
+
+def _outputs_of_latent(policy: ActorCriticPolicy, latent: Tensor) -> Tensor:
+    mean, noise = policy.action_net(latent), policy.action_dist
+    if not isinstance(noise, StateDependentNoiseDistribution):
+        return mean
+    # What SB3's distribution computes, and the gradient that it stops: the KL does depend on the hidden layer.
+    variance = latent.square() @ noise.get_std(policy.log_std).square()  # type: ignore[arg-type]
+    return torch.cat([mean, 0.5 * torch.log(variance + noise.epsilon)], 1)
 
 
 #: States that are differentiated at once where parameters are looked for.
@@ -99,8 +110,11 @@ def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters:
     """Logits or means as a function of some of the policy's parameters."""
     mlp = policy.mlp_extractor
     layers = [*mlp.policy_net, policy.action_net] if _is_chain(mlp, "policy_net", "forward_actor") else None
+    if isinstance(policy.action_dist, StateDependentNoiseDistribution):
+        layers = None
     extractor = policy.pi_features_extractor
-    return _head(policy, observations, extractor, mlp.forward_actor, policy.action_net, layers, parameters)
+    top = partial(_outputs_of_latent, policy)
+    return _head(policy, observations, extractor, mlp.forward_actor, top, layers, parameters)
 
 
 def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
@@ -126,7 +140,7 @@ def _head(
     observations: Observation,
     extractor: Any,
     body: Callable[[Any], Tensor],
-    top: nn.Module,
+    top: Callable[[Tensor], Tensor],
     layers: list[nn.Module] | None,
     parameters: Sequence[nn.Parameter],
 ) -> Head:
@@ -180,11 +194,12 @@ def reached_at_any(
 
 
 def actor_candidates(policy: ActorCriticPolicy) -> set[nn.Parameter]:
-    """Trainable parameters that are not known to be the critic's, but for a state-independent spread."""
+    """Trainable parameters that are not known to be the critic's, but for a spread that is no output of the network."""
+    apart = set() if isinstance(policy.action_dist, StateDependentNoiseDistribution) else {"log_std"}
     return {
         parameter
         for name, parameter in policy.named_parameters()
-        if parameter.requires_grad and name != "log_std" and not name.startswith(CRITIC)
+        if parameter.requires_grad and name not in apart and not name.startswith(CRITIC)
     }
 
 

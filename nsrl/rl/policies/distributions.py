@@ -29,7 +29,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
 
 from nsrl.errors import NsrlError
-from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, OutputMetric
+from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, OutputMetric
 
 
 @dataclass(frozen=True)
@@ -296,17 +296,55 @@ class DiagonalGaussian(ActionDistribution):
         return StatewiseGaussian(log_std, reference_log_std, weights)
 
 
+class StateDependentGaussian(ActionDistribution):
+    """A Gaussian whose standard deviation depends on the state: Box actions under gSDE.
+
+    The noise of gSDE is a random linear map of the last hidden layer (Raffin et al. 2021, Smooth Exploration for
+    Robotic Reinforcement Learning). At a state that is a Gaussian of known standard deviation, an output like the mean:
+    its KL is exact, and what it owes to the hidden layer is differentiated as well, though SB3 updates it otherwise.
+    """
+
+    family = "state_dependent"
+    kinds: ClassVar[tuple[type, ...]] = (StateDependentNoiseDistribution,)
+    space: ClassVar[type[spaces.Space]] = spaces.Box
+
+    def sizes(self, space: Any) -> tuple[int, ...]:
+        """A mean and a log standard deviation for each entry."""
+        return (1,) * (2 * int(np.prod(space.shape or ())))
+
+    def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
+        """See `ActionDistribution`; the noise of each step is drawn by itself."""
+        space: Any = policy.action_space
+        mean, log_std = outputs.float().cpu().chunk(2, 1)
+        actions = (mean + log_std.exp() * torch.randn(mean.shape, generator=generator)).numpy()
+        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
+
+    def log_prob(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Tensor:
+        """See `ActionDistribution`."""
+        mean, log_std = outputs.chunk(2, 1)
+        return torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(1)
+
+    def metric(
+        self,
+        sizes: tuple[int, ...],
+        tempering: float,
+        *,
+        valid: Tensor | None = None,
+        log_std: Tensor | None = None,
+        reference_log_std: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> OutputMetric:
+        """See `ActionDistribution`."""
+        return HeteroscedasticGaussian()
+
+
 #: The action distributions that can be protected, by family.
 DISTRIBUTIONS: dict[str, ActionDistribution] = {
-    kind.family: kind() for kind in (Categories, SeveralCategories, Bits, DiagonalGaussian)
+    kind.family: kind() for kind in (Categories, SeveralCategories, Bits, DiagonalGaussian, StateDependentGaussian)
 }
 
 #: Why a distribution of SB3 is refused, and what to do instead.
 REFUSED: dict[type, str] = {
-    StateDependentNoiseDistribution: (
-        "the noise of gSDE depends on the state through learnt features, so its spread is no parameter that could be "
-        "held; train the agent with use_sde=False"
-    ),
     SquashedDiagGaussianDistribution: (
         "a tanh lies between its mean and the action, which nsrl does not model; train the agent with "
         "squash_output=False, as PPO and A2C do by default"
@@ -322,8 +360,7 @@ def distribution_of(policy: BasePolicy) -> ActionDistribution:
     """The action distribution of a policy.
 
     Raises:
-        NsrlError: for a policy with memory, or a distribution whose outputs are not plain logits or a mean (gSDE,
-            squashed Gaussian).
+        NsrlError: for a policy with memory, or a distribution that is none of `DISTRIBUTIONS` (a squashed Gaussian).
     """
     if hasattr(policy, "lstm_actor"):
         raise NsrlError(
@@ -332,6 +369,8 @@ def distribution_of(policy: BasePolicy) -> ActionDistribution:
             "for memory)"
         )
     kind = type(getattr(policy, "action_dist", None))
+    if getattr(getattr(policy, "action_dist", None), "bijector", None) is not None:
+        kind = SquashedDiagGaussianDistribution  # gSDE can be squashed too
     for distribution in DISTRIBUTIONS.values():
         if kind in distribution.kinds:
             return distribution

@@ -38,8 +38,14 @@ def pretrained(steps: int) -> tuple[PPO, RetentionBuffer]:
 def _finetuner(quick: bool, method: str = "finetune") -> NullSpacePPO:
     agent, buffer = pretrained(2000 if quick else 40_000)
     return NullSpacePPO.from_pretrained(
-        agent, make_vec_env(SWAPPED, 4, seed=1), retain=buffer, method=method, kl_budget=1e-3, seed=1, **SETTINGS
-    )  # type: ignore[arg-type]
+        agent,
+        make_vec_env(SWAPPED, 4, seed=1),
+        retain=buffer,
+        method=method,
+        kl_budget=1e-3,
+        seed=1,
+        **SETTINGS,  # type: ignore[arg-type]
+    )
 
 
 def policy_spectrum(quick: bool) -> Plate:

@@ -27,9 +27,9 @@ def permuted_digits(settings: BenchmarkSettings, seed: int) -> Benchmark:
                 f"permutation {index}",
                 index,
                 settings,
-                splits.with_inputs(lambda inputs, pixels=pixels: inputs[:, pixels]),
+                splits.with_inputs(lambda inputs, pixels=pixels: inputs[:, pixels]),  # type: ignore[misc]
             )
-        )  # type: ignore[misc]
+        )
     return Benchmark("permuted_digits", domain_scenario(settings), tuple(tasks), CLASSES)
 
 

@@ -42,9 +42,9 @@ def permuted_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
                 f"permutation {index}",
                 index,
                 settings,
-                splits.with_inputs(lambda inputs, order=order: inputs[:, order]),
+                splits.with_inputs(lambda inputs, order=order: inputs[:, order]),  # type: ignore[misc]
             )
-        )  # type: ignore[misc]
+        )
     return Benchmark(
         "permuted_mnist", domain_scenario(settings), tuple(tasks), 10, normalise=lambda images: images.float() / 255.0
     )

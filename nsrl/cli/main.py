@@ -24,7 +24,7 @@ COMMANDS: dict[str, str] = {
 }
 
 HELP = """\
-usage: nsrl COMMAND [--config FILE.yaml] [--KEY VALUE ...]
+usage: nsrl COMMAND [--config FILE|NAME] [--KEY VALUE ...]
 
 Fine-tune pretrained Stable-Baselines3 policies on a new task while their behaviour on the old one stays
 inside a KL budget.
@@ -38,8 +38,8 @@ options:
 
 examples:
   nsrl demo
-  nsrl pretrain --config configs/pretrain_cartpole.yaml
-  nsrl finetune --config configs/cartpole_swapped.yaml --retention.kl_budget 0.005
+  nsrl pretrain --config pretrain_cartpole
+  nsrl finetune --config cartpole_swapped --retention.kl_budget 0.005
   nsrl finetune --help
 """
 

@@ -139,24 +139,41 @@ def finite_json(value: Any) -> Any:
 
 
 @contextmanager
-def written_atomically(path: str | Path, hint: str = "") -> Iterator[Path]:
+def written_atomically(path: str | Path, hint: str = "", durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an exception.
 
     Args:
         path: of the file; its suffix is that of the temporary path, too.
         hint: what to do where it cannot be written, behind the reason.
+        durable: have it on the disk before it takes its place, so that a power cut leaves one of the two. One process
+            writes such a file, under one temporary name: what a killed one left there is overwritten by the next.
 
     Raises:
         NsrlError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    mark = "tmp" if durable else f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.stem}.{mark}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            _flush(temporary, os.O_RDWR)
         temporary.replace(path)
+        if durable:
+            with suppress(OSError):  # the new name is on the disk only once the folder is
+                _flush(path.parent, os.O_RDONLY)
     except OSError as error:
         raise NsrlError(f"cannot write {path}: {error.strerror or error}{hint}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _flush(path: Path, mode: int) -> None:
+    """Have a file or a folder on the disk."""
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

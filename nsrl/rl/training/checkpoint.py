@@ -8,7 +8,6 @@ simulators: on resuming, the environments start new episodes, and a rollout that
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -31,6 +30,7 @@ from stable_baselines3.common.save_util import recursive_getattr
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
@@ -384,29 +384,11 @@ def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any])
     Raises:
         NsrlError: when the file cannot be written.
     """
-    # one name for all attempts, so that what a killed process leaves behind is overwritten by the next one
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("state.json", json.dumps(state))
-                stream = io.BytesIO()
-                torch.save(tensors, stream)
-                archive.writestr("tensors.pt", stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the new name survives a power cut only once the folder is synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise NsrlError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_atomically(path, durable=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr("state.json", json.dumps(state))
+        stream = io.BytesIO()
+        torch.save(tensors, stream)
+        archive.writestr("tensors.pt", stream.getvalue())
     return path
 
 

@@ -10,12 +10,12 @@ from nsrl.errors import NsrlError
 from nsrl.files import write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import make_envs
 from nsrl.runs.training import Outcome, Stopwatch
 
 

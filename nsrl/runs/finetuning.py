@@ -14,6 +14,7 @@ from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
@@ -27,7 +28,7 @@ from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import describe_method, write_finetuning_report
 from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import Tasks, check_fits, make_envs, resolve_tasks
+from nsrl.runs.tasks import Tasks, check_fits, resolve_tasks
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,

@@ -13,6 +13,7 @@ from nsrl.errors import NsrlError
 from nsrl.files import read_lines, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
@@ -23,7 +24,6 @@ from nsrl.runs.machine import describe_environment
 from nsrl.runs.packaged import CONFIGS, packaged_names
 from nsrl.runs.report import write_pretraining_report
 from nsrl.runs.settings import load, read_yaml, to_yaml
-from nsrl.runs.tasks import make_envs
 from nsrl.runs.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
 
 

@@ -115,7 +115,7 @@ class FeatureConstraint(Constraint):
         """Forget everything, the protected subspaces too."""
         for part in self._parts():
             part.protected = Subspace.empty(part.layer.width_in, part.protected.basis())
-            part.held, part.lost, part.moment, part.count, part.eigen = 0.0, 0.0, None, 0, None
+            part.held, part.moment, part.count, part.eigen = 0.0, None, 0, None
 
     def merged(self, other: FeatureConstraint) -> FeatureConstraint:
         """Both tasks at hand as one, and both protected subspaces: the sum of streams that ran side by side."""
@@ -146,11 +146,6 @@ class FeatureConstraint(Constraint):
     def protected_rank(self) -> dict[str, int]:
         """Dimension of the protected subspace by layer."""
         return {part.layer.name: part.protected.rank for part in self._parts()}
-
-    @property
-    def lost_share(self) -> dict[str, float]:
-        """Share of the last consolidated task's trace that the filter left unprotected, by layer."""
-        return {part.layer.name: part.lost for part in self._parts()}
 
     @property
     def eigenspaces(self) -> tuple[Eigenspace, ...]:

@@ -105,12 +105,6 @@ class LowRankConstraint(Constraint):
         return result
 
     @property
-    def dropped_share(self) -> float:
-        """Share of the trace of F that was dropped."""
-        total = float(self._values.sum()) + self.dropped
-        return self.dropped / total if total > 0.0 else 0.0
-
-    @property
     def eigenspaces(self) -> tuple[Eigenspace, ...]:
         """One for all parameters: the protected core, then the others by descending value."""
         if not self._started:

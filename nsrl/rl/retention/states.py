@@ -100,11 +100,6 @@ class RetainedStates:
         return self.log_std if self.log_std is None or self.log_std.ndim == 1 else self.log_std[self.source]
 
     @property
-    def train_indices(self) -> np.ndarray:
-        """Indices of the states that may be trained on, int64."""
-        return np.flatnonzero(~self.heldout)
-
-    @property
     def heldout_indices(self) -> np.ndarray:
         """Indices of the held-out states, int64."""
         return np.flatnonzero(self.heldout)

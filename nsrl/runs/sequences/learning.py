@@ -16,6 +16,7 @@ from nsrl.errors import NsrlError
 from nsrl.files import write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
@@ -38,7 +39,7 @@ from nsrl.runs.sequences.stages import (
     stage_folders,
 )
 from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import check_fits, make_envs
+from nsrl.runs.tasks import check_fits
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import nsrl_envs  # noqa: F401  gymnasium >= 1.0 reads no plugin entry points: importing registers the "nsrl/..." ids
 from nsrl.face import lazily
+from nsrl.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from nsrl.rl.algorithms.ppo import NullSpacePPO as NullSpacePPO
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from nsrl.rl.algorithms.trpo import NullSpaceTRPO as NullSpaceTRPO
     from nsrl.rl.retention.buffer import RetentionBuffer as RetentionBuffer
 
-__version__ = "0.1.0"
 _names, _load = lazily(
     __name__,
     {

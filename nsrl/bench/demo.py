@@ -71,7 +71,7 @@ def run_demo(
     buffer = collect_buffer(finetuning, agent, tasks.old)
     folder.prepare()
     buffer.save(folder.buffer)
-    write_text(folder.config, to_yaml(config))
+    folder.write_config(config)
     finetuning = replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer))
     jobs = [
         Job(label, "finetune", replace(finetuning, method=method), folder.path / name)

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text
+from nsrl.files import read_lines, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.playing.environments import make_envs
@@ -23,7 +23,7 @@ from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.packaged import CONFIGS, packaged_names
 from nsrl.runs.report import write_pretraining_report
-from nsrl.runs.settings import load, read_yaml, to_yaml
+from nsrl.runs.settings import load, read_yaml
 from nsrl.runs.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
 
 
@@ -78,7 +78,7 @@ def pretrain(config: PretrainConfig, out: str | Path | None = None, *, progress:
     folder = choose_folder("pretrain", config.name or slug(config.env), config.out if out is None else out)
     model = build_learner(config)
     folder.prepare()
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    folder.write_config(replace(config, out=str(folder.path)))
     return _run(config, folder, model, progress=progress, resume=False)
 
 

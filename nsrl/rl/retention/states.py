@@ -19,12 +19,10 @@ from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.policies.actor_critic import Observation
 from nsrl.rl.policies.distributions import DISTRIBUTIONS
 from nsrl.rl.policies.observations import Observations, map_arrays, policy_inputs
+from nsrl.versions import BUFFER
 
 #: Buffers that one may be merged from, and characters of a name in its provenance; a merged one's joins theirs.
 MOST_SOURCES, LONGEST_NAME = 10_000, 10_000
-
-#: 2 added the source of each state; a buffer of one source is still written as 1, which older versions read.
-FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,7 +129,7 @@ class RetainedStates:
             NsrlError: when the file cannot be written.
         """
         header = {"family": self.family, "provenance": self.provenance}
-        return write_npz(path, arrays_of(self), header, FORMAT if self.source.any() else 1)
+        return write_npz(path, arrays_of(self), header, BUFFER.newest if self.source.any() else 1)
 
 
 #: A class of records, for functions that give back the kind that they were given.

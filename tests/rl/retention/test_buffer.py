@@ -591,7 +591,7 @@ def text(value):
         ({"observations": None}, "'observations' is missing"),
         ({"heldout": None}, "'heldout' is missing"),
         ({"format": None}, "'format' is missing"),
-        ({"format": np.int64(99)}, "format 99 is newer"),
+        ({"format": np.int64(99)}, "retention buffer of format 99.*reads format 1 to 2; install nsrl"),
         ({"format": np.float64(1)}, "'format' is not a version"),
         ({"header": None}, "'header' is missing"),
         ({"header": np.zeros(3, dtype=np.uint8)}, "'header' is not JSON"),

@@ -340,7 +340,7 @@ def test_pickled_objects_and_other_formats_are_refused(expert, tmp_path):
     model, path = build_model(expert), tmp_path / "checkpoint"
     save(path, model)
     rewrite(path, state={"format": 2})
-    with pytest.raises(NsrlError, match="checkpoint format 2"):
+    with pytest.raises(NsrlError, match=r"a checkpoint of format 2, written by nsrl .*reads format 1; install nsrl"):
         restore(path, model)
 
     class Evil:

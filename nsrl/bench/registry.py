@@ -218,7 +218,11 @@ def overhead(options: Options, console: Console) -> Results:
 
 @benchmark("speed", "only", "quick", "again", "threads")
 def speed(options: Options, console: Console) -> Results:
-    """Gram matrices and projections against other libraries."""
+    """Gram matrices and projections against other libraries.
+
+    Raises:
+        NsrlError: `threads` is below 1.
+    """
     from nsrl.bench.speed.benchmark import Settings, measure_speed
     from nsrl.bench.speed.report import draw_scaling, speed_tables
     from nsrl.files import write_json

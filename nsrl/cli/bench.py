@@ -38,7 +38,11 @@ stopped. The gathered results go to --reference as NAME.json and NAME.png.
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse, run, print."""
+    """Parse, run, print.
+
+    Raises:
+        NsrlError: a bad command line, or as `run_benchmark`.
+    """
     parser = argparse.ArgumentParser(
         prog="nsrl bench", description=ABOUT, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -57,7 +57,11 @@ def read_arguments(
 def run_training(
     command: str, config: Any, options: dict[str, Any], start: Callable[..., Outcome], resume: Callable[..., Outcome]
 ) -> tuple[Outcome | None, int]:
-    """Start or resume a run; the outcome (None if interrupted) and the exit code."""
+    """Start or resume a run; the outcome (None if interrupted) and the exit code.
+
+    Raises:
+        NsrlError: --resume has other options beside it, or as `start` and `resume`.
+    """
     from nsrl.errors import NsrlError
     from nsrl.runs.training import Interrupted, use_one_thread
 

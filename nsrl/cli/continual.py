@@ -22,7 +22,11 @@ metrics.json, accuracy_matrix.png, model.pt and TensorBoard events."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Learn the tasks, and print the table."""
+    """Learn the tasks, and print the table.
+
+    Raises:
+        NsrlError: a bad command line, --resume beside other options, or as `run_continual`.
+    """
     config, options = read_arguments(
         ContinualConfig,
         arguments,

@@ -20,7 +20,7 @@ COMMANDS: dict[str, str] = {
     "continual": "learn a sequence of supervised tasks with one strategy, and measure what is forgotten",
     "bench": "run a benchmark: methods x seeds of a suite, or what the budget costs",
     "ntk": "tangent kernels: spectrum of a retained behaviour, gallery of figures, study of the forecast",
-    "demo": "see all of it on CartPole, in under three minutes",
+    "demo": "see all of it on CartPole, in three minutes",
 }
 
 HELP = """\

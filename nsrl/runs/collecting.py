@@ -64,7 +64,11 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
 
 
 def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffer:
-    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent."""
+    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent.
+
+    Raises:
+        NsrlError: missing, damaged, or of another agent.
+    """
     file = Path(path).expanduser()
     file = file / "retention.npz" if file.is_dir() else file
     buffer = RetentionBuffer.load(file)

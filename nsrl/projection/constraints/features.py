@@ -118,7 +118,11 @@ class FeatureConstraint(Constraint):
             part.held, part.moment, part.count, part.eigen = 0.0, None, 0, None
 
     def merged(self, other: FeatureConstraint) -> FeatureConstraint:
-        """Both tasks at hand as one, and both protected subspaces: the sum of streams that ran side by side."""
+        """Both tasks at hand as one, and both protected subspaces: the sum of streams that ran side by side.
+
+        Raises:
+            ValueError: they are over other layers.
+        """
         if self.columns != other.columns or self._layers.keys() != other._layers.keys():
             raise ValueError("only constraints over the same layers can be merged")
         result = copy.deepcopy(self)
@@ -158,7 +162,7 @@ class FeatureConstraint(Constraint):
         return tuple(spaces)
 
     def components(self, vector: Tensor) -> Tensor:
-        """[W Q, W V] for the part W of v in every layer, Q the protected and V the other directions."""
+        """[W Q, W V], flat, (r,), for the part W of v in every layer, Q the protected and V the other directions."""
         pieces = []
         for part in self._parts():
             matrix = part.layer.matrix(vector)
@@ -166,7 +170,7 @@ class FeatureConstraint(Constraint):
         return torch.cat(pieces)
 
     def combine(self, components: Tensor) -> Tensor:
-        """C [Q, V]^T in every layer, zero elsewhere."""
+        """C [Q, V]^T in every layer, zero elsewhere, flat, (P,)."""
         out = components.new_zeros(self.width)
         start = 0
         for part in self._parts():

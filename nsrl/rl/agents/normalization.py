@@ -98,7 +98,11 @@ class ObservationNormalizer:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ObservationNormalizer:
-        """Inverse of `to_arrays`."""
+        """Inverse of `to_arrays`.
+
+        Raises:
+            NsrlError: an entry is missing or damaged.
+        """
         try:
             statistics: dict[str, Any] = {}
             for name in ("mean", "var"):

@@ -99,7 +99,7 @@ class RetainedStates:
 
     @property
     def heldout_indices(self) -> np.ndarray:
-        """Indices of the held-out states, int64."""
+        """Indices of the H held-out states, (H,) int64."""
         return np.flatnonzero(self.heldout)
 
     def inputs(self, indices: Sequence[int] | np.ndarray | None = None, device: Any = "cpu") -> Observation:
@@ -257,7 +257,11 @@ def check_content(buffer: RetainedStates) -> None:
 
 
 def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
-    """Refuse all but a finite array of this dtype (None: any number) and shape (None: any, ...: more)."""
+    """Refuse all but a finite array of this dtype (None: any number) and shape (None: any, ...: more).
+
+    Raises:
+        NsrlError: naming the field, and what it is instead.
+    """
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise NsrlError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}, but must be an array of numbers")
     if dtype is not None and array.dtype != dtype:
@@ -272,7 +276,7 @@ def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> No
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy of it, that cannot be written to."""
+    """The array, (...,), or a copy of it, that cannot be written to."""
     if array.flags.writeable or array.base is not None:
         array = array.copy()
         array.flags.writeable = False

@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cpus lint clean
+.PHONY: help demo test test-all test-cpus lint wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -36,6 +36,14 @@ lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+
+wheel: $(INSTALLED)  ## build the wheel into dist/
+	@rm -rf build dist *.egg-info
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+wheel-check: $(INSTALLED)  ## build the wheel, install it away from the checkout and use it there
+	@$(BIN)/python tests/wheel.py
 
 clean:  ## remove caches and build output; keeps .venv and runs
 	@rm -rf build dist *.egg-info MUJOCO_LOG.TXT .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -123,7 +123,7 @@ class KLBudget:
         return FlatParameters([p for p in self.model.parameters() if p.requires_grad])
 
     def draw(self) -> Tensor:
-        """Indices of the retained inputs of the next Lagrangian gradient."""
+        """Indices of the retained inputs of the next Lagrangian gradient, (batch,) int64."""
         return self.retained.memory.draw(self.options.batch_states)
 
     def pull(self, outputs: Tensor, indices: Tensor) -> Tensor:

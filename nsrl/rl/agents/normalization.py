@@ -98,7 +98,11 @@ class ObservationNormalizer:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ObservationNormalizer:
-        """Inverse of `to_arrays`."""
+        """Inverse of `to_arrays`.
+
+        Raises:
+            NsrlError: an entry is missing or damaged.
+        """
         try:
             statistics: dict[str, Any] = {}
             for name in ("mean", "var"):
@@ -228,28 +232,6 @@ class RetainingVecNormalize(VecNormalize):
         )
         if normalizer is not None:
             self.obs_rms = running_statistics(normalizer, FrozenMeanStd)
-
-    def reward_state(self) -> dict[str, np.ndarray]:
-        """Reward statistics as arrays: scalars mean, var, count, and the running returns, shape (n_envs,)."""
-        values = {name: getattr(self.ret_rms, name) for name in ("mean", "var", "count")}
-        return {k: np.array(v, dtype=np.float64) for k, v in {**values, "returns": self.returns}.items()}
-
-    def set_reward_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore what `reward_state` gave; after the environment's reset, which zeroes the running returns.
-
-        Raises:
-            NsrlError: an entry is missing or has another shape, as with another number of environments.
-        """
-        for name, current in self.reward_state().items():
-            if name not in state or np.shape(state[name]) != current.shape:
-                raise NsrlError(
-                    f"the reward statistics lack {name!r} of shape {current.shape}; resume with the "
-                    "number of environments that the run had"
-                )
-        self.ret_rms.mean = np.array(state["mean"], dtype=np.float64)
-        self.ret_rms.var = np.array(state["var"], dtype=np.float64)
-        self.ret_rms.count = float(state["count"])
-        self.returns = np.array(state["returns"], dtype=np.float64)
 
     def save_stock(self, path: str | Path) -> None:
         """Write what rl-zoo calls vecnormalize.pkl; `VecNormalize.load` reads it without nsrl installed."""

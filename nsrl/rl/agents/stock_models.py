@@ -135,7 +135,11 @@ def _fitting(archive: Archive, policy: ActorCriticPolicy) -> dict[str, Tensor]:
 
 
 def named_algorithm(name: str, path: Path) -> type[OnPolicyAlgorithm]:
-    """One of `ALGORITHMS`; NsrlError for any other, whose actions depend on memory too."""
+    """One of `ALGORITHMS`.
+
+    Raises:
+        NsrlError: any other, whose actions depend on memory too.
+    """
     if name not in ALGORITHMS:
         raise NsrlError(f"{path} is a {name} agent; only PPO, A2C, TRPO and MaskablePPO agents can be fine-tuned")
     return ALGORITHMS[name]

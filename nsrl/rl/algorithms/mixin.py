@@ -329,7 +329,11 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
 
 
 def build_config(**options: Any) -> RetentionConfig:
-    """A `RetentionConfig` from keywords; unknown ones are refused with the nearest known name."""
+    """A `RetentionConfig` from keywords.
+
+    Raises:
+        NsrlError: an unknown one, with the nearest known name.
+    """
     known = [entry.name for entry in fields(RetentionConfig)]
     for key in options:
         if key not in known:

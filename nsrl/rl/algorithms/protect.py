@@ -54,7 +54,7 @@ def protect(
     if not isinstance(model, OnPolicyAlgorithm):
         raise NsrlError(
             f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
-            "MaskablePPO) can"
+            "TRPO, MaskablePPO) can"
         )
     distribution_of(model.policy)  # type: ignore[arg-type]
     if config is None:

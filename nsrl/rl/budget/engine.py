@@ -285,7 +285,7 @@ class StateDraw:
         self._queue = indices[:0]
 
     def draw(self, count: int) -> Tensor:
-        """The next `count` state indices (all of them when there are fewer)."""
+        """The next `count` state indices (all of them when there are fewer), (count,) int64."""
         count = min(count, len(self._indices))
         if len(self._queue) < count:
             order = torch.randperm(len(self._indices), generator=self._generator)

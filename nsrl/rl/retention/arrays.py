@@ -96,7 +96,11 @@ def labelled(
     trust: bool,
     action_masks: Any = None,
 ) -> dict[str, Any]:
-    """Fields of a buffer with an agent's outputs."""
+    """Fields of a buffer with an agent's outputs.
+
+    Raises:
+        NsrlError: it acts under masks that are not given, or has other observation statistics than those given.
+    """
     model, trained, source = resolve_agent(agent, trust)
     if is_maskable(model.policy) and action_masks is None:
         raise NsrlError(
@@ -177,7 +181,11 @@ def _mean_one(weights: Any) -> Any:
 
 
 def heldout_states(n: int, heldout: float | np.ndarray, seed: int) -> np.ndarray:
-    """Which of n states are held out, (n,) bool: those given, or a random share."""
+    """Which of n states are held out, (n,) bool: those given, or a random share.
+
+    Raises:
+        NsrlError: a share outside [0, 1), or an array of another shape.
+    """
     if isinstance(heldout, np.ndarray):
         return heldout
     if not 0.0 <= heldout < 1.0:

@@ -39,7 +39,7 @@ lint: $(INSTALLED)  ## check style and types
 
 clean:  ## remove caches and build output; keeps .venv and runs
 	@rm -rf build dist *.egg-info MUJOCO_LOG.TXT .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find nsrl envs tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	@find nsrl envs tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to the other packages, pip would take the newest build and its CUDA packages
 $(INSTALLED): pyproject.toml constraints.txt

@@ -35,7 +35,8 @@ def recorded(folder: Path, episodes: int) -> Path:
             rewards.append(reward)
         ends = [False] * (len(actions) - 1) + [True]
         buffers.append(EpisodeBuffer(episode, None, None, seen, actions, rewards, [False] * len(actions), ends))
-    minari.create_dataset_from_buffers("pendulum/swing_up-v0", buffers, env=env.spec)
+    about = dict.fromkeys(("algorithm_name", "author", "author_email", "code_permalink", "description"), "example")
+    minari.create_dataset_from_buffers("pendulum/swing_up-v0", buffers, env=env.spec, eval_env=env.spec, **about)
     env.close()
     return folder / "pendulum" / "swing_up-v0"
 

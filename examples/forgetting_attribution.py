@@ -28,16 +28,15 @@ def main() -> None:
     model = NullSpacePPO.from_pretrained(
         expert, NEW, retain=buffer, method="finetune", n_envs=4, n_epochs=4, learning_rate=1e-3, seed=0
     )
-    watch = ForgettingAttribution(buffer, states=8)
+    # Adam's momentum is traced back over an update's 16 minibatches.
+    watch = ForgettingAttribution(buffer, states=8, memory=16)
     model.learn(min(STEPS, 4 * 4 * 128), callback=watch)
 
     for update in watch.updates:
         state = int(update.kl.argmax())
         told = float(update.contributions[state].sum())
         print(f"update at {update.timesteps} steps: KL at state {state} by {float(update.kl[state]):+.2e} nats")
-        print(
-            f"  {told:+.2e} from transitions; momentum, the other losses and the rest {float(update.rest[state]):+.2e}"
-        )
+        print(f"  {told:+.2e} from transitions, the entropy bonus and the rest {float(update.rest[state]):+.2e}")
         for number, nats in update.top(state, count=3):
             env, step = divmod(number, model.n_steps)
             print(f"  environment {env}, step {step}: {nats:+.2e} nats")

@@ -27,14 +27,14 @@ def main() -> None:
     before = model(inputs)
     with torch.no_grad():
         weights = torch.nn.utils.parameters_to_vector(model.parameters())
-        for name, direction in {"step": step, "its null-space part": kept}.items():
+        for name, direction in {"the step": step, "its null-space part": kept}.items():
             torch.nn.utils.vector_to_parameters(weights + 1e-3 * direction / direction.norm(), model.parameters())
-            print(f"outputs change by {(model(inputs) - before).norm():.2e} along the {name}")
+            print(f"outputs change by {(model(inputs) - before).norm():.2e} along {name}")
         torch.nn.utils.vector_to_parameters(weights, model.parameters())
 
     # The Gram matrix of the Jacobian is the empirical neural tangent kernel.
-    kernel = empirical_ntk(model, inputs)
-    print(f"largest difference from the Gram matrix: {(kernel - J.gram()).abs().max():.1e}")
+    kernel, dense = empirical_ntk(model, inputs), J.dense().double()
+    print(f"largest difference from the dense product: {(kernel - dense @ dense.T).abs().max():.1e}")
     print("largest eigenvalues:", *(f"{value:.1f}" for value in torch.linalg.eigvalsh(kernel).flip(0)[:5]))
 
 

@@ -7,8 +7,7 @@ import os
 
 from nsrl.runs.config import BufferSettings, EvaluationSettings, PretrainConfig
 from nsrl.runs.hyperparameters import PPOOverrides, PPOSettings
-from nsrl.runs.sequences.config import SequenceConfig, SequenceTask
-from nsrl.runs.sequences.learning import learn_sequence
+from nsrl.runs.sequences import SequenceConfig, SequenceTask, learn_sequence
 from nsrl_envs import SEQUENCES
 
 STEPS = int(os.environ.get("NSRL_EXAMPLE_STEPS", 60_000))

@@ -16,6 +16,7 @@ from nsrl.rl.surgery import add_actions, widen_buffer, widen_observation
 
 STEPS = int(os.environ.get("NSRL_EXAMPLE_STEPS", 60_000))
 MARGIN = 5.0
+ONE = np.float32(1.0)
 
 
 class Coasting(gym.Wrapper):
@@ -25,7 +26,7 @@ class Coasting(gym.Wrapper):
         super().__init__(gym.make("CartPole-v1"))
         old = self.observation_space
         self.action_space = spaces.Discrete(3)
-        self.observation_space = spaces.Box(np.append(old.low, -1.0), np.append(old.high, 1.0), dtype=np.float32)
+        self.observation_space = spaces.Box(np.append(old.low, -ONE), np.append(old.high, ONE))
 
     def reset(self, **options):
         self._seen, info = self.env.reset(**options)

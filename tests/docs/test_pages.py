@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import inspect
 import io
 import math
@@ -27,6 +28,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from nsrl import NullSpacePPO, RetentionBuffer, protect
 from nsrl.bench.registry import BENCHMARKS
 from nsrl.cli.main import COMMANDS, main
+
+# imported here: it sets environment variables, which no test may do
+with contextlib.suppress(ImportError):
+    importlib.import_module("sklearn")
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -133,6 +138,41 @@ def test_commands_on_the_pages_exist() -> None:
     assert not wrong
 
 
+# ------------------------------------------------------------------------------------------------------- names
+
+#: Where a page speaks of what has been.
+PAST = {("nsrl/rl/agents/README.md", "nsrl.rl.normalization")}
+
+
+def test_dotted_names_on_the_pages_exist() -> None:
+    missing = []
+    for path in PAGES:
+        # the changelog's first column has the names of before
+        text = re.sub(r"^\| `nsrl.*? \|(?=.* \|$)", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub(r"### Removed.*?(?=###)", "", text, flags=re.DOTALL) if path.stem == "CHANGELOG" else text
+        for name in re.findall(r"`(nsrl(?:\.[A-Za-z_]\w*)+)(?:\(.*?\))?`", text):
+            if not exists(name) and (named(path), name) not in PAST:
+                missing.append((named(path), name))
+    assert not missing
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module or an attribute of one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        try:
+            for part in parts[end:]:
+                found = getattr(found, part)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
 # -------------------------------------------------------------------------------------------------------- code
 
 
@@ -231,6 +271,7 @@ def reinforcement_learning() -> dict[str, Any]:
 #: What a reader has when a page, or a section of it (by its heading), begins.
 PREPARED: dict[str, list[Callable[[], dict[str, Any]]]] = {
     "README.md": [agent_files, agent_files, plain_torch],
+    "docs/index.md": [agent_files],
     "docs/ntk.md": [plain_torch, dict, reinforcement_learning],
     "docs/projection.md": [plain_torch],
     "docs/agents.md": [agent_files],

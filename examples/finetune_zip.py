@@ -24,7 +24,7 @@ def main() -> None:
     expert.learn(STEPS).save("expert.zip")
 
     # States that the agent visits on its own task, with what it does there.
-    buffer = RetentionBuffer.collect("expert.zip", OLD, n_states=1024, seed=0)
+    buffer = RetentionBuffer.collect("expert.zip", OLD, n_states=2048, seed=0)
     buffer.save("buffer.npz")
 
     # The agent's hyper-parameters are taken over; keyword arguments change single ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Relative difference of a measured KL that rounding may explain.
-ROUNDING = 1e-4
 RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
 
 
@@ -224,7 +223,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         retention = self._build_engine(constraint, config, method, penalty)
         kl = constraint.binding_divergence()
         # The last update of an earlier run may have ended at the budget, and other batches round otherwise.
-        if kl > config.tolerance * (1.0 + ROUNDING) and retention.enforces:
+        if retention.enforces and not retention.accepts(kl):
             raise NsrlError(
                 f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
                 f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
@@ -233,26 +232,57 @@ class ProtectedMixin(OnPolicyAlgorithm):
             model.policy.log_std.data.fill_(config.log_std_init)
         if config.critic == "reset":
             reset_critic(model.policy)
-        if around is not None:
-            freeze_observations(around)
+        if model.env is not None:
+            freeze_observations(model.env)
         self.retention = retention
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """As the algorithm's own; while a budget is in force, the statistics around the new environment are frozen.
+
+        Raises:
+            NsrlError: it shows observations otherwise than the last one did; the last one stays.
+        """
+        if self.retention is not None:
+            self.retention.premises.check_statistics(env)
+        super().set_env(env, force_reset)
+        if self.retention is not None and self.env is not None:
+            freeze_observations(self.env)
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
+        """As the algorithm's own; while a budget is in force, weights outside of it are refused.
+
+        Raises:
+            NsrlError: the policy would be over the budget; it stays as it was.
+        """
+        before = None if self.retention is None else copy.deepcopy(self.get_parameters())
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        try:
+            if self.retention is not None:
+                self.retention.verify()
+        except NsrlError:
+            super().set_parameters(before, device=device)  # type: ignore[arg-type]
+            raise
 
     def train(self) -> None:
         """One policy update of the algorithm, inside the budget."""
         if self.retention is None:
             super().train()
             return
-        self.retention.begin()
         try:
+            self.retention.begin()
             super().train()
-        finally:
             scalars = self.retention.end()
+        except BaseException:
+            self.retention.abandon()
+            raise
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        if self.retention is not None:
+            self.retention.verify()
         start = perf_counter()
         try:
             super().learn(*args, **kwargs)

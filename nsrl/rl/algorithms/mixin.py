@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import stock_class
+from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: What is this object's alone and in no zip.
+UNSAVED = ("retention", "_learning_seconds", "_terms", "_loaded")
 RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
 
 
@@ -86,6 +90,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
     updates_in_eval_mode = False
     retention: Retention | None = None
     _learning_seconds: float = 0.0
+    _terms: SavedConstraint | None = None
+    _saved_constraint: str | None = None
+    _loaded: bool = False
 
     @classmethod
     def from_pretrained(
@@ -217,7 +224,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         around = model.get_vec_normalize_env()
         if around is not None and around.norm_obs and not trust_buffer:
             _check_statistics(around, retain)
-        retain.check(model, trust_agent=trust_buffer)
+        retain.check(model, trust_agent=trust_buffer or self._was_held_to(retain))
         config = config.with_overall_budget()
         constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
         retention = self._build_engine(constraint, config, method, penalty)
@@ -235,6 +242,66 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if model.env is not None:
             freeze_observations(model.env)
         self.retention = retention
+        self._terms = SavedConstraint(config, "", method, penalty, trust_buffer)
+
+    @classmethod
+    def load(cls, path: Any, env: Any = None, device: Any = "auto", *args: Any, retain: Any = None, **kw: Any) -> Self:
+        """As the algorithm's own; a model that was saved under a budget does not learn before its buffer is given.
+
+        Args:
+            path, env, device, args, kw: as in the algorithm's `load`.
+            retain: the buffer that the model was saved under, to go on under the same settings.
+
+        Raises:
+            NsrlError: another buffer; or as `constrain`.
+        """
+        model = super().load(path, env, device, *args, **kw)
+        model._loaded = True
+        if retain is not None:
+            model._resume(retain)
+        return model
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """As the algorithm's own; of the constraint, its settings and the buffer's digest are in the zip."""
+        if self.retention is not None and self._terms is not None:
+            self._saved_constraint = replace(self._terms, digest=self.retention.constraint.buffer.digest()).written()
+        # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
+        include = None if include is None else [name for name in include if name != "retention"]
+        super().save(path, exclude, include)
+
+    def _resume(self, retain: RetentionBuffer) -> None:
+        if self._saved_constraint is None:
+            raise NsrlError(
+                "the zip says nothing of a constraint to go on with (it is stock's, or nothing was protected); load it "
+                "without retain and call protect(model, retain=buffer, kl_budget=...)"
+            )
+        saved = SavedConstraint.read(self._saved_constraint)
+        if isinstance(retain, RetentionBuffer) and retain.digest() != saved.digest:
+            raise NsrlError(
+                f"the model was saved under another buffer (digest {saved.digest[:12]}, this one has "
+                f"{retain.digest()[:12]}); give that one, or load without retain and call protect(model, retain=buffer)"
+            )
+        self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
+
+    def _was_held_to(self, retain: RetentionBuffer) -> bool:
+        """Whether the model comes from a zip that was saved under this very buffer: its policy may have moved since."""
+        if self._saved_constraint is None:
+            return False
+        return SavedConstraint.read(self._saved_constraint).digest == retain.digest()
+
+    def _check_in_force(self) -> None:
+        """Raise NsrlError where a promise was made that nobody keeps any more, and say where none is made."""
+        if self.retention is not None:
+            return
+        if self._saved_constraint is not None:
+            raise NsrlError(SavedConstraint.read(self._saved_constraint).missing(type(self).__name__))
+        if self._loaded:
+            self._loaded = False
+            warnings.warn(
+                f"nothing is retained: this {type(self).__name__} was loaded without a buffer and learns as stock "
+                f"{stock_class(type(self)).__name__} does; protect(model, retain=buffer) puts a budget in force",
+                stacklevel=3,
+            )
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As the algorithm's own; while a budget is in force, the statistics around the new environment are frozen.
@@ -265,6 +332,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """One policy update of the algorithm, inside the budget."""
+        self._check_in_force()
         if self.retention is None:
             super().train()
             return
@@ -281,6 +349,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        self._check_in_force()
         if self.retention is not None:
             self.retention.verify()
         start = perf_counter()
@@ -345,7 +414,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         return sum(self.retention.seconds.values()) / max(self._learning_seconds, 1e-9)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]
+        return [*super()._excluded_save_params(), *UNSAVED]
 
 
 def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:

@@ -25,8 +25,9 @@ from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.playing.environments import training_env
-from nsrl.rl.policies.actor_critic import check_steady
+from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import is_maskable
+from nsrl.rl.policies.steadiness import ASKED, check_steady
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -217,14 +218,13 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
                 'retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
             )
-        if self.updates_in_eval_mode:
-            model.policy.set_training_mode(False)
-        else:
-            check_steady(model.policy, type(self).__name__)
+        model.policy.set_training_mode(False)  # it is measured as it acts
         around = model.get_vec_normalize_env()
         if around is not None and around.norm_obs and not trust_buffer:
             _check_statistics(around, retain)
         retain.check(model, trust_agent=trust_buffer or self._was_held_to(retain))
+        asked = retain.inputs(range(min(ASKED, len(retain))), model.device)
+        check_steady(model.policy, asked, type(self).__name__, self.updates_in_eval_mode)
         config = config.with_overall_budget()
         constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
         retention = self._build_engine(constraint, config, method, penalty)
@@ -371,8 +371,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is None:
             raise NsrlError("nothing is protected: pass retain=buffer, or call protect(model, retain=buffer)")
         retention = self.retention
-        measured = retention.constraint.measure()
-        rank, dimension = retention.diagnose()
+        with evaluation_mode(self.policy):  # type: ignore[arg-type]
+            measured = retention.constraint.measure()
+            rank, dimension = retention.diagnose()
         return RetentionReport(
             kl_mean=measured.kl_mean,
             kl_max=measured.kl_max,

@@ -19,7 +19,7 @@ from nsrl.errors import NsrlError, nearest
 from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
-from nsrl.rl.agents.stock_models import stock_class
+from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
@@ -156,6 +156,13 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
                 "protect(model, retain=buffer) and model.learn(...)"
             )
+        for name, why in left_behind(source.model, cls).items():
+            if name not in options:
+                warnings.warn(
+                    f"{name} of {source.path or 'the agent'} is {why}; {cls.__name__} takes its default instead, "
+                    f"give {name}=... for another",
+                    stacklevel=2,
+                )
         settings = cls._inherited(source, options)
         policy_kwargs = dict(settings.pop("policy_kwargs") or {})
         env = training_env(
@@ -350,6 +357,12 @@ class ProtectedMixin(OnPolicyAlgorithm):
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
         self._check_in_force()
+        if still := [name for name in MOVING if name in vars(self) and is_zero(vars(self)[name])]:
+            warnings.warn(
+                f"{still[0]} is 0 from the start to the end, so that no weight will move; rl-zoo's enjoy leaves agents "
+                f"so: load the agent as it was trained, or give {still[0]}",
+                stacklevel=2,
+            )
         if self.retention is not None:
             self.retention.verify()
         start = perf_counter()

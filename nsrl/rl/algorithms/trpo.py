@@ -200,7 +200,6 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
         inherited = {"policy_kwargs": model.policy_kwargs, **hyperparameters(model, cls)}
         if isinstance(model, A2C):
             inherited["policy_kwargs"] = without_optimizer(model.policy_kwargs)
-            del inherited["n_steps"]  # its five-step rollouts are not TRPO's either
         return {**inherited, **options}
 
     def _build_engine(

@@ -178,9 +178,20 @@ class KLBudget:
         return kl if math.isfinite(kl) else math.inf
 
     def enforce(self) -> float:
-        """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`."""
+        """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`.
+
+        An exception leaves the last feasible weights.
+        """
         if not len(self):
             return 0.0
+        try:
+            return self._enforce()
+        except BaseException:
+            if self._feasible is not None:
+                self.parameters.write(self._feasible)
+            raise
+
+    def _enforce(self) -> float:
         kl = self.binding_divergence()
         kl, made = self.enforcement.restore_inside(kl)
         self.restorations += made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
@@ -172,6 +174,25 @@ class ObservationNormalizer:
             np.savez(file, **self.to_arrays())  # type: ignore[arg-type]
 
 
+def seen_statistics(env: VecEnv | None) -> ObservationNormalizer | None:
+    """Copy of the statistics through which an environment shows its observations; None where it shows them raw.
+
+    Raises:
+        NsrlError: two VecNormalize normalise them one after the other, and a buffer has one set of statistics.
+    """
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs:
+            found.append(env)
+        env = env.venv
+    if len(found) > 1:
+        raise NsrlError(
+            "the environment is inside two VecNormalize that both normalise observations, of which nsrl could hold and "
+            "export one only; leave one of them out, or give it norm_obs=False"
+        )
+    return ObservationNormalizer.from_vec_normalize(found[0]) if found else None
+
+
 class FrozenMeanStd(RunningMeanStd):
     """Running statistics that no longer run: VecNormalize may call `update` on every step, to no effect."""
 
@@ -182,11 +203,18 @@ class FrozenMeanStd(RunningMeanStd):
         """Do nothing."""
 
 
-def freeze_observations(vec_normalize: VecNormalize) -> None:
-    """Stop the observation statistics of a VecNormalize where they are, in place; those of rewards go on."""
-    normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize)
-    if normalizer is not None:
-        vec_normalize.obs_rms = running_statistics(normalizer, FrozenMeanStd)
+def freeze_observations(env: VecEnv) -> None:
+    """Stop the observation statistics around and inside an environment where they are; those of rewards go on.
+
+    They are those of a VecNormalize, and of gymnasium's `NormalizeObservation` around single environments.
+    """
+    with contextlib.suppress(NotImplementedError):  # a VecEnv of somebody else's, without single environments
+        if any(env.env_is_wrapped(NormalizeObservation)):
+            env.env_method("set_wrapper_attr", "update_running_mean", False)
+    around = unwrap_vec_normalize(env)
+    normalizer = None if around is None else ObservationNormalizer.from_vec_normalize(around)
+    if around is not None and normalizer is not None:
+        around.obs_rms = running_statistics(normalizer, FrozenMeanStd)
 
 
 class RetainingVecNormalize(VecNormalize):

@@ -118,6 +118,7 @@ class RetentionBuffer(RetainedStates):
         check_described(
             agent, self.provenance["observation_space"], self.provenance["action_space"], "the buffer's task"
         )
+        sources.fitting(self.observations, agent.observation_space)  # type: ignore[arg-type]
         if env is not None:
             agents.check_spaces(agent, env)
         if not trust_agent:

@@ -14,10 +14,11 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, write_json, write_text, written_atomically
+from nsrl.files import ELSEWHERE, check_stamp, write_json, write_stamp, write_text, written_atomically
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, whole
+from nsrl.versions import RUN, TASK, VERSION
 
 CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
 CLOCKS = ("train_seconds", "train_cpu_seconds")
@@ -49,8 +50,10 @@ class Records:
         """The entries of the tasks that are finished already.
 
         Raises:
-            NsrlError: a damaged file.
+            NsrlError: a damaged file, or one of a newer nsrl; the sentence says which.
         """
+        if self.folder is not None:
+            check_stamp(self.folder, RUN)
         entries: list[dict[str, Any]] = []
         while self.folder is not None and self._task_file(len(entries)).exists():
             entries.append(self._load(len(entries))["entry"])
@@ -72,6 +75,7 @@ class Records:
             from torch.utils.tensorboard import SummaryWriter
 
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
+            write_stamp(self.folder, RUN)
             write_text(self.folder / CONFIG, text)
             self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
 
@@ -101,7 +105,7 @@ class Records:
         figure = draw_matrix([past["scores"] for past in history], self._names)
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
-        content = {"entry": entry, "state": state}
+        content = {"format": TASK.newest, "nsrl": VERSION, "entry": entry, "state": state}
         with written_atomically(self._task_file(index), ELSEWHERE) as path:
             torch.save(content, path)
 
@@ -126,7 +130,9 @@ class Records:
         path = self._task_file(index)
         try:
             with opened(path) as file:
-                content = mapping(read_tensors(file), "it", ["entry", "state"], ())
+                content = mapping(read_tensors(file), "it")
+            TASK.check(path, whole(content.get("format", 1), "its format", 1), content.get("nsrl"))
+            mapping(content, "it", ["entry", "state"], ["format", "nsrl"])
             _check_entry(content["entry"])
             mapping(content["state"], "state", ["weights", "progress"], ())
             mapping(content["state"]["progress"], "progress")

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json, write_text
+from nsrl.files import write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import make_envs
 from nsrl.runs.training import Outcome, Stopwatch
 
 
@@ -38,7 +37,7 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
     buffer = collect_buffer(config, agent, config.env, progress)
     folder.prepare()
     buffer.save(folder.buffer)
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    folder.write_config(replace(config, out=str(folder.path)))
     metrics = {
         "command": "collect",
         "states": len(buffer),
@@ -65,7 +64,11 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
 
 
 def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffer:
-    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent."""
+    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent.
+
+    Raises:
+        NsrlError: missing, damaged, or of another agent.
+    """
     file = Path(path).expanduser()
     file = file / "retention.npz" if file.is_dir() else file
     buffer = RetentionBuffer.load(file)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text
+from nsrl.files import read_lines, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
@@ -26,8 +27,7 @@ from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import describe_method, write_finetuning_report
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import Tasks, check_fits, make_envs, resolve_tasks
+from nsrl.runs.tasks import Tasks, check_fits, resolve_tasks
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -66,8 +66,7 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     folder.prepare()
     _save_agent(agent, folder.pretrained)
     buffer.save(folder.buffer)
-    # The configuration comes last: a folder that has one can be resumed.
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    folder.write_config(replace(config, out=str(folder.path)))
     return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import check_stamp, write_stamp, write_text
 from nsrl.reading.documents import read_results
-from nsrl.runs.settings import Config, load
+from nsrl.runs.settings import Config, load, to_yaml
+from nsrl.versions import RUN
 
 RUNS = Path("runs")
 
@@ -95,12 +97,22 @@ class RunFolder:
                 f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
             ) from error
 
+    def write_config(self, config: Any) -> None:
+        """Write the format and the configuration, the latter last: a folder that has one can be resumed.
+
+        Raises:
+            NsrlError: they cannot be written.
+        """
+        write_stamp(self.path, RUN)
+        write_text(self.config, to_yaml(config))
+
     def read_config(self, config: type[Config]) -> Config:
         """The configuration of the run that lives here.
 
         Raises:
-            NsrlError: no run here, or a damaged configuration.
+            NsrlError: no run here, one of a newer nsrl (the sentence says which), or a damaged configuration.
         """
+        check_stamp(self.path, RUN)
         if not self.config.is_file():
             raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the one that was printed")
         return load(config, self.config)
@@ -109,8 +121,9 @@ class RunFolder:
         """The results of a finished run.
 
         Raises:
-            NsrlError: there are none, or they are damaged.
+            NsrlError: there are none, they are damaged, or of a newer nsrl.
         """
+        check_stamp(self.path, RUN)
         return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
 
 

@@ -117,7 +117,7 @@ def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
     from stable_baselines3 import PPO
 
     from nsrl.rl.agents.normalization import RetainingVecNormalize
-    from nsrl.runs.tasks import make_envs
+    from nsrl.rl.playing.environments import make_envs
 
     overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
     envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)

@@ -95,7 +95,11 @@ def collect(
     trust: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Collect the fields of a `RetentionBuffer`; see `RetentionBuffer.collect`."""
+    """Collect the fields of a `RetentionBuffer`; see `RetentionBuffer.collect`.
+
+    Raises:
+        NsrlError: as there.
+    """
     given, owner = env, getattr(agent, "model", agent)
     if given is None and isinstance(owner, BaseAlgorithm):
         given = owner.get_env()

@@ -8,7 +8,6 @@ simulators: on resuming, the environments start new episodes, and a rollout that
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -16,7 +15,7 @@ import platform
 import warnings
 import zipfile
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +30,7 @@ from stable_baselines3.common.save_util import recursive_getattr
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
@@ -38,8 +38,10 @@ from nsrl.reading.values import finite, items, mapping, numbers, whole
 from nsrl.reading.zips import opened_zip
 from nsrl.rl.agents.normalization import FrozenMeanStd
 from nsrl.rl.agents.spaces import check_described, describe_space
+from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.random_state import check_generators, plain, read_generators, write_generators
+from nsrl.versions import CHECKPOINT, VERSION
 
 COUNTERS = (
     "num_timesteps",
@@ -53,6 +55,9 @@ COUNTERS = (
 
 #: Those of the counters that are no whole numbers.
 CLOCKS = ("_current_progress_remaining", "_learning_seconds")
+
+#: Of retention, by name.
+SETTINGS = frozenset(item.name for item in fields(RetentionConfig))
 
 EPISODES = ("ep_info_buffer", "ep_success_buffer")
 
@@ -216,8 +221,9 @@ def _content(
     generators = boundary["generators"]
     state = {
         **boundary,
-        "format": FORMAT,
+        "format": CHECKPOINT.newest,
         "versions": {
+            "nsrl": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "stable_baselines3": sb3_version,
@@ -273,7 +279,7 @@ def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgori
     identity = plain(_identity(model))
     for key in mapping(state["run"], "run") | identity:
         saved, here = state["run"].get(key), identity.get(key)
-        if saved == here:
+        if saved == here or (key not in state["run"] and key in SETTINGS):  # an older nsrl did not have this setting
             continue
         if key == "retention buffer":
             raise NsrlError("it was made with another retention buffer; resume with the run's own")
@@ -371,8 +377,6 @@ def _check_statistics(saved: dict[str, Any], running: dict[str, RunningMeanStd])
             raise Unreadable(f"a variance of the statistics {name} is negative")
 
 
-FORMAT = 1
-
 PARTS = ("format", "run", "spaces", "counters", "episodes", "generators", "statistics", "retention", "history")
 
 TENSORS = ("modules", "retention", "generators")
@@ -384,29 +388,11 @@ def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any])
     Raises:
         NsrlError: when the file cannot be written.
     """
-    # one name for all attempts, so that what a killed process leaves behind is overwritten by the next one
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("state.json", json.dumps(state))
-                stream = io.BytesIO()
-                torch.save(tensors, stream)
-                archive.writestr("tensors.pt", stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the new name survives a power cut only once the folder is synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise NsrlError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_atomically(path, durable=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr("state.json", json.dumps(state))
+        stream = io.BytesIO()
+        torch.save(tensors, stream)
+        archive.writestr("tensors.pt", stream.getvalue())
     return path
 
 
@@ -414,19 +400,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state and the tensors of a checkpoint; no object in it is ever unpickled.
 
     Raises:
-        NsrlError: missing, truncated or damaged file, or another format.
+        NsrlError: missing, truncated or damaged file, or one of a newer nsrl; the sentence says which.
     """
     try:
         with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
             text, stored = members.read("state.json", JSON), members.read("tensors.pt")
-        state = mapping(parse_json(text), "its state", PARTS)
-        version = whole(state["format"], "its format")
-        if version == FORMAT:
-            return state, mapping(read_tensors(stored), "its tensors", TENSORS, ())
+        state = mapping(parse_json(text), "its state", ["format"])
+        versions = mapping(state.get("versions", {}), "its versions")
+        CHECKPOINT.check(path, whole(state["format"], "its format", 1), versions.get("nsrl"))
+        mapping(state, "its state", PARTS)
+        return state, mapping(read_tensors(stored), "its tensors", TENSORS, ())
     except FileNotFoundError as error:
         raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without") from error
     except OSError as error:
         raise NsrlError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Unreadable as error:
         raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
-    raise NsrlError(f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it")

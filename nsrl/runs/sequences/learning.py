@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json, write_text
+from nsrl.files import write_json
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
@@ -37,8 +38,7 @@ from nsrl.runs.sequences.stages import (
     reference_folder,
     stage_folders,
 )
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import check_fits, make_envs
+from nsrl.runs.tasks import check_fits
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -67,7 +67,7 @@ def learn_sequence(config: SequenceConfig, out: str | Path | None = None, *, pro
     name = config.name or f"sequence-{config.labels[-1]}"
     folder = choose_folder("finetune", name, config.out if out is None else out)
     folder.prepare()
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+    folder.write_config(replace(config, out=str(folder.path)))
     return _run(config, folder, progress)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -33,6 +34,7 @@ from nsrl.rl.policies.distributions import distribution_of, is_maskable
 from nsrl.rl.policies.steadiness import ASKED, check_steady
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
+from nsrl.rl.retention.promises import Promises
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,7 +50,7 @@ class RetentionReport:
     """What has been retained, measured on the buffer now.
 
     Attributes:
-        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout, kl_by_task: see `Measurement`.
+        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout, kl_worst, kl_by_task: see `Measurement`.
         budget: the KL budget, nats per state.
         rank: numerical rank of the whitened Jacobian on a subset of the buffer.
         parameters: number of protected parameters; `rank / parameters` is the share that is spoken for.
@@ -78,6 +80,7 @@ class RetentionReport:
     rollbacks: int
     overhead_fraction: float
     seconds: dict[str, float]
+    kl_worst: float = math.nan
     kl_by_task: dict[str, float] = field(default_factory=dict)
     opening: OpeningRecord | None = None
 
@@ -246,6 +249,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             config.tempering,
             config.task_budgets,
             hold_spread=exploration is not None,
+            promises=Promises(config.tolerance, config.worst_budget, config.worst_share, config.agreement),
         )
         retention = self._build_engine(constraint, config, method, penalty)
         retention.exploration = exploration
@@ -427,6 +431,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             rollbacks=retention.rollbacks,
             overhead_fraction=self._overhead(),
             seconds=dict(retention.seconds),
+            kl_worst=measured.kl_worst,
             kl_by_task=measured.kl_by_task,
             opening=retention.opening.record,
         )

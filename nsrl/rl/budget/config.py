@@ -39,6 +39,11 @@ class RetentionConfig:
         task_budgets: budgets of the tasks of a merged buffer, by name, nats per state: after every update the mean KL
             of each task's states is within its own. `kl_budget` then becomes their harmonic mean, and the KL that the
             multiplier sees weighs every task by 1 / budget. None has one budget for the mean over all states.
+        worst_budget: largest mean KL over the worst states, nats a state: kept beside the mean's, after every update.
+            None promises nothing of them.
+        worst_share: share of the states that are the worst ones.
+        agreement: smallest share of states on which the policy acts as the reference does (same likeliest action;
+            Gaussian means within half a reference standard deviation), kept in the same way. None promises none.
         preserve: "distribution" protects mean and standard deviation; "mode" protects the mean of a Gaussian policy
             (measured in reference standard deviations) and leaves log_std to the new task. Discrete policies: the same.
         gradient: what the optimizer is given. "lagrangian" adds multiplier * grad KL of a fresh buffer minibatch, the
@@ -71,12 +76,17 @@ class RetentionConfig:
         opening_budget: share of the budget that the opening may spend.
         opening_fade: share of a run over which the states of the opening, fewer and fewer, belong to the trust region
             of a natural-gradient step: so the policy stays open where its roll-outs have not been yet.
+        settle: share of a run, at its end, over which the actor's updates grow shorter, to nothing: where all that is
+            left of the gradient is noise, updates of full length carry away what has been learnt.
         log_std_init: value that log_std is set to at the start; None keeps it. Needs preserve="mode".
         seed: of the subsets and minibatches drawn from the buffer.
     """
 
     kl_budget: float = 0.01
     task_budgets: dict[str, float] | None = None
+    worst_budget: float | None = None
+    worst_share: float = 0.05
+    agreement: float | None = None
     preserve: str = "distribution"
     gradient: str = "lagrangian"
     projection: str = "none"
@@ -95,6 +105,7 @@ class RetentionConfig:
     opening_states: int = 1024
     opening_budget: float = 0.8
     opening_fade: float = 0.5
+    settle: float = 0.0
     log_std_init: float | None = None
     seed: int = 0
 
@@ -114,6 +125,12 @@ class RetentionConfig:
                 f"task_budgets must be numbers of nats > 0, not {self.task_budgets}; for the hard null space of all "
                 "tasks set kl_budget to 0 and leave task_budgets out"
             )
+        if self.worst_budget is not None and not 0.0 < self.worst_budget < math.inf:
+            raise NsrlError(f"worst_budget must be a number of nats > 0, not {self.worst_budget}")
+        if not 0.0 < self.worst_share <= 1.0:
+            raise NsrlError(f"worst_share must be a share of the states in (0, 1], not {self.worst_share}")
+        if self.agreement is not None and not 0.0 <= self.agreement <= 1.0:
+            raise NsrlError(f"agreement must be a share of the states in [0, 1], not {self.agreement}")
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise NsrlError(f"{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}")
@@ -131,6 +148,8 @@ class RetentionConfig:
             raise NsrlError(f"opening_budget must be a share of the budget in (0, 1], not {self.opening_budget}")
         if not 0.0 <= self.opening_fade <= 1.0:
             raise NsrlError(f"opening_fade must be a share of the run in [0, 1], not {self.opening_fade}")
+        if not 0.0 <= self.settle <= 1.0:
+            raise NsrlError(f"settle must be a share of the run in [0, 1], not {self.settle}")
         if self.log_std_init is not None and self.preserve != "mode":
             raise NsrlError(
                 "log_std_init changes the action distribution, which preserve='distribution' protects; "

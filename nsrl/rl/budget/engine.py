@@ -36,11 +36,20 @@ from nsrl.rl.opening.spread import ExplorationSpread
 from nsrl.rl.opening.stage import Opening
 from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
 
+#: What the displacements of updates are multiplied by after one that was rolled back, down to the least, and after one
+#: that was not, up to 1.
+SHORTER, LEAST_STRIDE, LONGER = 0.5, 1e-3, 1.1
+#: Roll-backs in a row after which a warning says so.
+MANY = 3
+
+#: Measured over mean KL, at most, that the aim of the multiplier is lowered for.
+MOST_GAP = 100.0
+
 #: Relative difference of a measured KL that rounding may explain.
 ROUNDING = 1e-4
 
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
-ADDED = ("restored", "guess", "opening", "exploration")
+ADDED = ("restored", "guess", "stride", "opening", "exploration")
 
 
 class Retention:
@@ -60,6 +69,7 @@ class Retention:
         updates: policy updates made.
         restored: Gauss-Newton restorations made.
         rollbacks: updates that had to fall back towards the last feasible parameters.
+        stride: what is made of the displacement of an update: 1, and less after updates that were rolled back.
     """
 
     def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
@@ -79,6 +89,8 @@ class Retention:
         self.updates = 0
         self.restored = 0
         self.rollbacks = 0
+        self.stride = 1.0
+        self._in_a_row = 0
         self.last: Measurement = constraint.measure()
         self.premises = Premises(model, constraint)
         self._feasible, self._still = constraint.parameters.read(), self.premises.still()
@@ -126,7 +138,11 @@ class Retention:
         self._detach()
         self.model.policy.set_training_mode(False)  # what is measured is the policy as it acts
         proposed = self.constraint.parameters.read() - self._feasible
+        length = self.length()
+        if length < 1.0 and self.enforces:
+            self.constraint.parameters.write(self._feasible + length * proposed)
         restored, rolled_back = self._enforce()
+        self._pace(rolled_back)
         start = perf_counter()
         self.last = self.constraint.measure()
         self.seconds["measure"] += perf_counter() - start
@@ -154,6 +170,7 @@ class Retention:
             "updates": self.updates,
             "restored": self.restored,
             "rollbacks": self.rollbacks,
+            "stride": self.stride,
             "seconds": dict(self.seconds),
             "opening": self.opening.state_dict(),
             "exploration": None if self.exploration is None else self.exploration.log_std,
@@ -170,6 +187,7 @@ class Retention:
             whole(state.get(key, 0), key)
         for key, value in mapping(state["seconds"], "seconds", (), self.seconds).items():
             finite(value, key)
+        finite(state.get("stride", 1.0), "stride", 0.0)
         self.opening.check_state(state.get("opening", self.opening.state_dict()))
         wide, ours = state.get("exploration"), self.exploration
         if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):
@@ -183,6 +201,7 @@ class Retention:
         self._gap = float(state["gap"])
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
         self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
+        self.stride = float(state.get("stride", 1.0))
         self.seconds.update(state["seconds"])
         if "opening" in state:
             self.opening.load_state_dict(state["opening"])
@@ -340,6 +359,26 @@ class Retention:
         self.seconds["restore"] += perf_counter() - start
         return restored, rolled_back
 
+    def length(self) -> float:
+        """What is made of the displacement of an update now: `stride`, less at the end of a run that settles."""
+        left, settle = float(self.model._current_progress_remaining), self.config.settle
+        return self.stride if settle == 0.0 else self.stride * min(left / settle, 1.0)
+
+    def _pace(self, rolled_back: int) -> None:
+        """Shorten the coming updates after one that had to be rolled back, and lengthen them again after others.
+
+        A step that always ends over the budget, beyond what restorations reach, would be undone for good.
+        """
+        self._in_a_row = self._in_a_row + 1 if rolled_back else 0
+        self.stride = max(SHORTER * self.stride, LEAST_STRIDE) if rolled_back else min(LONGER * self.stride, 1.0)
+        if self._in_a_row == MANY:
+            warnings.warn(
+                f"{MANY} updates in a row ended over the KL budget and were rolled back; the coming ones are shortened "
+                f"to {self.stride:.2g} of their length, and lengthened again as they fit: a lower learning rate or a "
+                "larger kl_budget would do the same",
+                stacklevel=2,
+            )
+
     def _restore_inside(self, kl: float) -> tuple[float, int]:
         """Restore while that helps and the KL is over the budget; returns the KL reached and how often."""
         kl, made = self.enforcement.restore_inside(kl)
@@ -353,8 +392,10 @@ class Retention:
         over the budget and is restored.
         """
         if math.isfinite(kl) and on_training > 0.0:
-            # One task of several can have spent its budget while the others have spent nothing of theirs.
-            ratio = min(max(kl / on_training, 1.0), max(2.0, len(self.constraint.shares)))
+            # One task of several can have spent its budget while the others have spent nothing of theirs; and what is
+            # promised of few states can be spent while the mean is small.
+            most = MOST_GAP if self.constraint.promises.any else max(2.0, len(self.constraint.shares))
+            ratio = min(max(kl / on_training, 1.0), most)
             self._gap += 0.1 * (ratio - self._gap)
         self.multiplier.target = self._aim / self._gap
 
@@ -362,11 +403,13 @@ class Retention:
         scalars: dict[str, Any] = {
             "retain/kl_mean": self.last.kl_mean,
             "retain/kl_max": self.last.kl_max,
+            "retain/kl_worst": self.last.kl_worst,
             "retain/kl_heldout": self.last.kl_heldout,
             "retain/agreement": self.last.agreement,
             "nullspace/update_kept": kept,
             "nullspace/restore_steps": restored,
             "nullspace/rollbacks": self.rollbacks,
+            "nullspace/stride": self.length(),
             **{f"retain/{task}/kl_mean": kl for task, kl in self.last.kl_by_task.items()},
         }
         if not math.isinf(self._damping):

@@ -18,7 +18,7 @@ from nsrl.projection.jacobians.matrix_free import Embedding
 from nsrl.reading.values import finite, mapping
 from nsrl.rl.budget.baselines import Monitor, build_engine
 from nsrl.rl.budget.config import RetentionConfig
-from nsrl.rl.budget.engine import Retention
+from nsrl.rl.budget.engine import LEAST_STRIDE, Retention
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: Settings that shape the many small steps of a first-order optimizer.
@@ -74,6 +74,10 @@ class RetentionRegion(Retention):
         super().begin()
         self._step, self._restorations = None, 0
 
+    def length(self) -> float:
+        """1: the step itself is made shorter."""
+        return 1.0
+
     def step(self, local: LocalModel, moved: Sequence[nn.Parameter]) -> Step:
         """The step inside both trust regions; in the null space of a subset of the states for budget 0.
 
@@ -82,6 +86,7 @@ class RetentionRegion(Retention):
             moved: the parameters of its columns.
         """
         start = perf_counter()
+        local = replace(local, radius=max(super().length(), LEAST_STRIDE) ** 2 * local.radius)
         embedding = Embedding.of(self.constraint.parameters.parameters, moved)
         if self._projector is not None:
             self._step = local.null_step(embedding.projector(self._projector.null))

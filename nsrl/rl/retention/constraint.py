@@ -37,6 +37,7 @@ from nsrl.rl.policies.distributions import (
     is_maskable,
     valid_actions,
 )
+from nsrl.rl.retention.promises import OTHERS, Promises, worst_mean
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.retention.weights import StateWeights, rows_times, weighted_mean
 
@@ -53,6 +54,7 @@ class Measurement:
         agreement: share of states on which both policies act alike (same likeliest action; Gaussian means within half
             a reference standard deviation).
         agreement_heldout: the same over the held-out states.
+        kl_worst: mean KL over the worst states (one in twenty, or the share that is promised something).
         kl_by_task: mean KL over the states of each task of a merged buffer, the quantities under task budgets; empty
             for a buffer of one source without them.
     """
@@ -62,6 +64,7 @@ class Measurement:
     kl_heldout: float
     agreement: float
     agreement_heldout: float
+    kl_worst: float = math.nan
     kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
@@ -77,6 +80,7 @@ class RetentionConstraint:
             together, 1 / budget.
         hold_spread: the retained policy has the standard deviation that it has now, whatever `policy.log_std` is for
             the time of an update (see `nsrl.rl.opening.spread`).
+        promises: what is promised besides the mean KL; None for nothing.
 
     Attributes:
         shares: with task budgets, each one's as a multiple of their harmonic mean; else empty.
@@ -94,11 +98,13 @@ class RetentionConstraint:
         tempering: float = 0.01,
         task_budgets: Mapping[str, float] | None = None,
         hold_spread: bool = False,
+        promises: Promises | None = None,
     ):
         self.policy = policy
         self.buffer = buffer
         self.preserve = preserve
         self.tempering = tempering
+        self.promises = promises or Promises(math.inf)
         self.distribution = distribution_of(policy)
         family = self.distribution.family
         if family != buffer.family:
@@ -174,6 +180,7 @@ class RetentionConstraint:
             agreement_heldout=(
                 self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
             ),
+            kl_worst=worst_mean(kl, self._weights.relative(), self.promises.worst_share),
             kl_by_task=self._weights.mean_by_task(kl),
         )
 
@@ -185,8 +192,8 @@ class RetentionConstraint:
     @torch.no_grad()
     def divergences(self) -> tuple[float, float]:
         """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged."""
-        kl = self.state_divergences()
-        binding, training = self._binding(kl), self._weights.mean(kl, self.train)
+        kl, binding = self._bound()
+        training = self._weights.mean(kl, self.train)
         return (binding, training) if math.isfinite(binding) else (math.inf, math.inf)
 
     @torch.no_grad()
@@ -200,11 +207,26 @@ class RetentionConstraint:
         """The KL that counts against the budget; infinity where the policy has diverged to NaN.
 
         It is the mean over the whole buffer. With task budgets it is the mean KL of the task that has spent most of its
-        own, divided by that one's share: at most the overall budget if and only if every task is within its own.
+        own, divided by that one's share: at most the overall budget if and only if every task is within its own. With
+        further promises it is what of them is spent, where that is more (see `Promises`).
         """
-        return self._binding(self.state_divergences())
+        return self._bound()[1]
 
-    def _binding(self, kl: Tensor) -> float:
+    def _bound(self) -> tuple[Tensor, float]:
+        """KL of every state, and what counts against the budget."""
+        outputs = self._outputs()
+        metric = self.metric
+        kl = metric.divergence(self.reference, outputs)
+        mean, promises = self._mean(kl), self.promises
+        if not promises.any or not math.isfinite(mean):
+            return kl, mean
+        worst = 0.0
+        if promises.worst_budget is not None:
+            worst = promises.worst(worst_mean(kl, self._weights.relative(), promises.worst_share))
+        unlike = 0.0 if promises.agreement is None else promises.unlike(metric.agreement(self.reference, outputs))
+        return kl, max(mean, worst, unlike)
+
+    def _mean(self, kl: Tensor) -> float:
         whole = self._weights.mean(kl)
         if not math.isfinite(whole):
             return math.inf
@@ -246,7 +268,7 @@ class RetentionConstraint:
             return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
         return self._still.select(indices).passes()
 
-    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Quadratic[Jacobian]:
+    def linearise(self, indices: Tensor, importance: Tensor | None = None, factor: float = 1.0) -> Quadratic[Jacobian]:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
         Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
@@ -255,11 +277,12 @@ class RetentionConstraint:
             indices: the states.
             importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
                 the buffer's weights. None where the states are a uniform sample.
+            factor: of the whole model: it is then one of this multiple of the weighted mean KL.
         """
         weights = self._weights.relative(indices, importance)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
-        scale = 1.0 / math.sqrt(len(indices))
+        scale = math.sqrt(factor / len(indices))
         factored = jacobian(
             self.policy,
             select(self.inputs, indices),
@@ -270,17 +293,32 @@ class RetentionConstraint:
         )
         outputs = factored.outputs
         residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
-        divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
+        divergence = factor * weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
             return Quadratic(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
-        rows = self._log_std_rows(factored)
-        residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
+        rows = self._log_std_rows(factored, factor)
+        residual = torch.cat([residual, math.sqrt(factor) * metric.log_std_residual(reference, outputs)])
         return Quadratic(StackedJacobian([factored, rows]), residual, divergence)
 
     def restoration(self) -> Quadratic[Jacobian]:
-        """The model that a restoration is solved on: all training states."""
-        return self.linearise(self.train)
+        """The model that a restoration is solved on: all training states.
+
+        Where another promise than the mean binds, those states weigh more that break it.
+        """
+        if not self.promises.any:
+            return self.linearise(self.train)
+        kl, bound = self._bound()
+        if bound <= self._mean(kl):
+            return self.linearise(self.train)
+        share = self.promises.worst_share
+        if self.promises.agreement is not None:
+            share = max(share, 1.0 - self.promises.agreement)
+        on_training = kl[self.train]
+        edge = on_training.quantile(1.0 - min(share, 1.0))
+        importance = torch.where(on_training >= edge, 1.0, OTHERS)
+        measured = weighted_mean(on_training, self._weights.relative(self.train, importance))
+        return self.linearise(self.train, importance, bound / max(measured, 1e-30))
 
     def quadratic(self, indices: Tensor) -> Quadratic[Products]:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
@@ -303,10 +341,10 @@ class RetentionConstraint:
         start = sum(self.parameters.sizes[: self.names.index("log_std")])
         return start, start + self.policy.log_std.numel()
 
-    def _log_std_rows(self, factored: FactoredJacobian) -> FactoredJacobian:
+    def _log_std_rows(self, factored: FactoredJacobian, factor: float = 1.0) -> FactoredJacobian:
         """One row a dimension, sqrt(2) d log_std: the Fisher information of a standard deviation is 2."""
         size = self.policy.log_std.numel()
-        values = math.sqrt(2.0) * torch.eye(size, device=self.reference.device).unsqueeze(0)
+        values = math.sqrt(2.0 * factor) * torch.eye(size, device=self.reference.device).unsqueeze(0)
         block = DenseBlock(values, self._log_std_columns)
         return FactoredJacobian([block], (size, factored.shape[1]), size, factored.names, factored.outputs[:1])
 

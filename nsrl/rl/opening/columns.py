@@ -14,11 +14,11 @@ from nsrl.rl.policies.actor_critic import Observation
 LEAST_CHANGE = 1e-6
 
 #: Size of the free inputs' effect on the first layer, in units of the root mean square of its pre-activations on the
-#: buffer: it leads tanh out of where the old task left it and gives the new task features of its own.
-STRENGTH: dict[type[nn.Module], float] = {nn.Tanh: 5.0}
-OTHER_STRENGTH = 3.0
-#: That effect at least: where pre-activations are tiny the layer is linear, and a multiple of them would leave it so.
-LEAST_STRENGTH = 2.0
+#: buffer, and that effect at least. It leads tanh out of where the old task left it and gives the new task features of
+#: its own; where pre-activations are tiny the layer is linear, and a multiple of them would leave it so. One that does
+#: not saturate needs less: a large effect only makes its units linear, on or off.
+STRENGTH = (5.0, 2.0)
+OTHER_STRENGTH = (2.0, 0.5)
 
 
 @torch.no_grad()
@@ -60,5 +60,6 @@ def redraw_columns(policy: ActorCriticPolicy, old: Observation, new: Observation
 
 def _strength(network: nn.Sequential, layer: nn.Linear, features: Tensor) -> float:
     size = float(layer(features).square().mean().sqrt())
-    activation = type(network[1]) if len(network) > 1 else nn.Identity
-    return max(STRENGTH.get(activation, OTHER_STRENGTH) * size, LEAST_STRENGTH)
+    saturates = len(network) > 1 and isinstance(network[1], nn.Tanh)
+    times, least = STRENGTH if saturates else OTHER_STRENGTH
+    return max(times * size, least)

@@ -10,11 +10,13 @@ from nsrl.errors import NsrlError
 from nsrl.files import write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
-from nsrl.rl.playing.environments import make_envs
+from nsrl.rl.playing.environments import as_vec_env
 from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.collection import CollectionConfig, registered_id, visited_states
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.tasks import check_fits, fitting_envs
 from nsrl.runs.training import Outcome, Stopwatch
 
 
@@ -56,10 +58,11 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
     """The buffer that a fine-tuning run names, or a fresh one.
 
     Raises:
-        NsrlError: missing or damaged file, other spaces, or another agent's buffer.
+        NsrlError: missing or damaged file, spaces that are not the agent's, or another agent's buffer.
     """
     if config.buffer is None:
         return collect_buffer(config, agent, old_env)
+    check_fits(agent.model, old_env)
     return read_buffer(config.buffer, agent, trust_agent=config.trust_buffer)
 
 
@@ -82,10 +85,15 @@ def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffe
 def collect_buffer(
     config: CollectConfig | FinetuneConfig, agent: Agent, env: str, progress: Any = None
 ) -> RetentionBuffer:
-    """Roll the agent out as the configuration says."""
-    settings = asdict(config.states)
-    envs = make_envs(env, settings.pop("n_envs"), config.seed)
+    """Roll the agent out as the configuration says.
+
+    Raises:
+        NsrlError: the environment cannot be made, has other spaces than the agent, or a setting is out of range.
+    """
+    wanted = CollectionConfig(**asdict(config.states), seed=config.seed, task=env)
+    envs = as_vec_env(fitting_envs(agent.model, env, wanted.n_envs, config.seed), wanted.n_envs)
+    known = agent.model, agent.normalizer, None if agent.path is None else agent.path.name
     try:
-        return RetentionBuffer.collect(agent, envs, seed=config.seed, task=env, progress=progress, **settings)
+        return RetentionBuffer(**visited_states(known, envs, wanted, registered_id(envs), progress))
     finally:
         envs.close()

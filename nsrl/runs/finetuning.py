@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.vec_env import VecEnv
+
 from nsrl.errors import NsrlError
 from nsrl.files import read_lines, write_json
 from nsrl.rl import agents
@@ -14,8 +16,7 @@ from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
-from nsrl.rl.playing.environments import make_envs
-from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.playing.evaluation import play
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.training.callbacks import TaskEvaluation
@@ -27,7 +28,7 @@ from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import describe_method, write_finetuning_report
-from nsrl.runs.tasks import Tasks, check_fits, resolve_tasks
+from nsrl.runs.tasks import Tasks, fitting_envs, resolve_tasks
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -59,10 +60,9 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     if config.agent is None:
         raise NsrlError("no agent: set agent to an SB3 zip or a run folder, as `nsrl pretrain` makes one")
     agent = agents.load(config.agent, trust=config.trust)
-    check_fits(agent.model, tasks.old)
-    check_fits(agent.model, tasks.new)
+    envs = new_task(config, agent, tasks.new)
     buffer = obtain_buffer(config, agent, tasks.old)
-    model = build_model(config, agent, buffer, tasks.new)
+    model = build_model(config, agent, buffer, envs)
     folder.prepare()
     _save_agent(agent, folder.pretrained)
     buffer.save(folder.buffer)
@@ -88,18 +88,34 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
     check_trusted(folder, config, trust)
     tasks = resolve_tasks(config)
     agent = agents.load(folder.pretrained, trust=config.trust)
-    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
+    envs = new_task(config, agent, tasks.new)
+    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), envs)
     return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
 
 
-def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> Model:
+def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
+    """The copies of the new task that a run learns on.
+
+    Raises:
+        NsrlError: it cannot be made, or its spaces are not the agent's.
+    """
+    return fitting_envs(agent.model, env, chosen(config.algorithm, config.ppo, config.trpo)["n_envs"], config.seed)
+
+
+def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:
     """The model of a run before its first step.
+
+    Args:
+        config: of the run.
+        agent: that it begins with.
+        buffer: that it is held to.
+        envs: as `new_task` makes them; put inside a VecNormalize where the agent has statistics.
 
     Raises:
         NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
     """
     overrides = chosen(config.algorithm, config.ppo, config.trpo)
-    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    del overrides["n_envs"]
     if agent.normalizer is not None:
         gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
         envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
@@ -189,10 +205,10 @@ def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -
     found: dict[str, Any] = {}
     for key, env in (("old_return", tasks.old), ("new_return", tasks.new)):
         found[key] = describe_returns(
-            evaluate(
+            play(
                 model,
                 env,
-                normalizer=agent.normalizer,
+                agent.normalizer,
                 episodes=settings.final_episodes,
                 seed=FINAL_SEED,
                 deterministic=settings.deterministic,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsrl.errors import NsrlError
 from nsrl.runs.config import EvaluateConfig, FinetuneConfig
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,24 @@ def resolve_tasks(config: FinetuneConfig | EvaluateConfig) -> Tasks:
     return Tasks(found.retained, found.new, getattr(config, "name", None) or found.name)
 
 
-def check_fits(model: Any, env: str) -> None:
-    """Raise NsrlError, naming both spaces, unless a model can act in an environment."""
+def fitting_envs(model: Any, env: str, count: int, seed: int) -> VecEnv:
+    """Copies of an environment that a model can act in, side by side.
+
+    Raises:
+        NsrlError: it cannot be made, or its spaces are not the model's; both are named.
+    """
     from nsrl.rl.agents.spaces import check_spaces
     from nsrl.rl.playing.environments import make_envs
 
-    copies = make_envs(env, 1, 0)
+    copies = make_envs(env, count, seed)
     try:
         check_spaces(model, copies)
     except NsrlError as error:
-        raise NsrlError(f"{env}: {error}") from error
-    finally:
         copies.close()
+        raise NsrlError(f"{env}: {error}") from error
+    return copies
+
+
+def check_fits(model: Any, env: str) -> None:
+    """Raise NsrlError, naming both spaces, unless a model can act in an environment."""
+    fitting_envs(model, env, 1, 0).close()

@@ -101,11 +101,11 @@ def _run(
     name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int
 ) -> dict[str, Any] | None:
     from nsrl.rl import agents
-    from nsrl.runs.finetuning import build_model
+    from nsrl.runs.finetuning import build_model, new_task
 
     loaded = agents.load(agent)
     if name == "null_space":
-        model = build_model(config, loaded, buffer, new_env)
+        model = build_model(config, loaded, buffer, new_task(config, loaded, new_env))
         model.learn(steps)
         return asdict(model.retention_report())
     _stock_model(config, loaded, new_env).learn(steps)

@@ -21,7 +21,7 @@ from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.runs.config import PretrainConfig
-from nsrl.runs.finetuning import build_model
+from nsrl.runs.finetuning import build_model, new_task
 from nsrl.runs.folder import RunFolder, choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.pretraining import pretrain, resume_pretraining
@@ -145,7 +145,7 @@ def _learn(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder],
     before, stage, task = stages[number - 1], stages[number], config.tasks[number]
     settings, start = config.stage(number), before.read_metrics()
     agent = agents.load(before.agent, trust=config.trust)
-    model = build_model(settings, agent, _merged(stages[:number]), task.env)
+    model = build_model(settings, agent, _merged(stages[:number]), new_task(settings, agent, task.env))
     model.num_timesteps = start["end"]
     evaluation = TaskEvaluation(
         None,

@@ -87,6 +87,7 @@ def _outputs_into(policy: ActorCriticPolicy, keep: Callable[[Tensor], Any]) -> I
     def hook(*arguments: Any) -> None:
         keep(arguments[-1])
 
+    hook.watches = True  # type: ignore[attr-defined]
     handle = policy.action_net.register_forward_hook(hook)
     try:
         yield
@@ -124,6 +125,8 @@ class BatchWatch:
             observations, indices = self._pending
             self._pending = None
             outputs.register_hook(lambda slope: self._tell(observations, slope.detach().clone(), indices))
+
+    _on_outputs.watches = True  # type: ignore[attr-defined]
 
     def detach(self) -> None:
         """Leave the model as it was."""

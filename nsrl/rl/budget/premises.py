@@ -134,7 +134,14 @@ class Premises:
         """Whether each module's call is its class's, where the constraint reads weights without calling modules."""
         if not self._constraint.skips_calls:
             return {}
-        return {name: is_plain(part) for kind, name, part in self._actor() if kind == "module" and name}
+        modules = {name: part for kind, name, part in self._actor() if kind == "module" and name}
+        return {name: is_plain(part) or _only_watched(part) for name, part in modules.items()}
+
+
+def _only_watched(module: Any) -> bool:
+    """Whether all hooks of a module say of themselves that they watch and change nothing, by an attribute `watches`."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" not in vars(module) and all(getattr(hook, "watches", False) for hook in hooks)
 
 
 def _is_actors(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,24 @@ def finetuning_table(metrics: dict[str, Any]) -> Table:
 
 
 def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]], title: str) -> Table:
-    """One table for several methods on the same pair: the agent before, and each method after."""
+    """One table for several methods on the same pair: the agent before, and each method after.
+
+    "held" counts the updates behind which the measured KL was within the budget, of all.
+    """
     first = runs[0][1]
-    row = _comparison_row("before", first["before"], None)
-    rows = [row, *(_comparison_row(label, metrics["after"], metrics["training_seconds"]) for label, metrics in runs)]
-    head = ("", "old-task return", "new-task return", "buffer KL", "held-out KL", "agreement", "wall time")
+    rows = [_comparison_row("before", first["before"])]
+    rows += [
+        _comparison_row(label, metrics["after"], metrics["training_seconds"], metrics.get("retention", {}))
+        for label, metrics in runs
+    ]
+    head = ("", "old-task return", "new-task return", "buffer KL", "held-out KL", "agreement", "held", "wall time")
     return Table(head, tuple(rows), title)
 
 
-def _comparison_row(label: str, state: dict[str, Any], seconds: float | None) -> tuple[str, ...]:
+def _comparison_row(
+    label: str, state: dict[str, Any], seconds: float | None = None, retention: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    held = retention.get("held") if retention else None
     return (
         label,
         returns(state["old_return"]),
@@ -93,6 +102,7 @@ def _comparison_row(label: str, state: dict[str, Any], seconds: float | None) ->
         scientific(state["kl_mean"]),
         scientific(state["kl_heldout"]),
         percent(state["agreement"]),
+        "" if held is None or not retention else f"{held} of {retention['updates']}",
         "" if seconds is None else duration(seconds),
     )
 

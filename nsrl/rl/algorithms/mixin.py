@@ -62,6 +62,8 @@ class RetentionReport:
         rollbacks: updates that had to fall back towards the last feasible parameters.
         overhead_fraction: share of the learning time spent on retention.
         seconds: that time, by stage.
+        kl_most: largest KL that counted against the budget behind an update.
+        held: updates behind which the budget, and every other promise, held.
         opening: what was done before the first roll-out; None where nothing was yet, or ever will be.
     """
 
@@ -82,6 +84,8 @@ class RetentionReport:
     seconds: dict[str, float]
     kl_worst: float = math.nan
     kl_by_task: dict[str, float] = field(default_factory=dict)
+    kl_most: float = 0.0
+    held: int = 0
     opening: OpeningRecord | None = None
 
 
@@ -433,6 +437,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
             seconds=dict(retention.seconds),
             kl_worst=measured.kl_worst,
             kl_by_task=measured.kl_by_task,
+            kl_most=retention.kl_most,
+            held=retention.held,
             opening=retention.opening.record,
         )
 

@@ -105,7 +105,7 @@ class RetentionConfig:
     opening_states: int = 1024
     opening_budget: float = 0.8
     opening_fade: float = 0.5
-    settle: float = 0.0
+    settle: float = 0.33
     log_std_init: float | None = None
     seed: int = 0
 

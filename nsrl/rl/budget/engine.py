@@ -49,7 +49,7 @@ MOST_GAP = 100.0
 ROUNDING = 1e-4
 
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
-ADDED = ("restored", "guess", "stride", "opening", "exploration")
+ADDED = ("restored", "guess", "stride", "kl_most", "held", "opening", "exploration")
 
 
 class Retention:
@@ -69,6 +69,8 @@ class Retention:
         updates: policy updates made.
         restored: Gauss-Newton restorations made.
         rollbacks: updates that had to fall back towards the last feasible parameters.
+        kl_most: largest KL that counted against the budget behind an update.
+        held: updates behind which it was within the budget.
         stride: what is made of the displacement of an update: 1, and less after updates that were rolled back.
     """
 
@@ -89,6 +91,8 @@ class Retention:
         self.updates = 0
         self.restored = 0
         self.rollbacks = 0
+        self.kl_most = 0.0
+        self.held = 0
         self.stride = 1.0
         self._in_a_row = 0
         self.last: Measurement = constraint.measure()
@@ -146,6 +150,8 @@ class Retention:
         start = perf_counter()
         self.last = self.constraint.measure()
         self.seconds["measure"] += perf_counter() - start
+        self.kl_most = max(self.kl_most, self.last.kl_bound)
+        self.held += self.last.kl_bound <= self.config.tolerance
         self.updates += 1
         self.rollbacks += rolled_back
         made = float((self.constraint.parameters.read() - self._feasible).norm())
@@ -171,6 +177,8 @@ class Retention:
             "restored": self.restored,
             "rollbacks": self.rollbacks,
             "stride": self.stride,
+            "kl_most": self.kl_most,
+            "held": self.held,
             "seconds": dict(self.seconds),
             "opening": self.opening.state_dict(),
             "exploration": None if self.exploration is None else self.exploration.log_std,
@@ -188,6 +196,8 @@ class Retention:
         for key, value in mapping(state["seconds"], "seconds", (), self.seconds).items():
             finite(value, key)
         finite(state.get("stride", 1.0), "stride", 0.0)
+        finite(state.get("kl_most", 0.0), "kl_most", 0.0)
+        whole(state.get("held", 0), "held")
         self.opening.check_state(state.get("opening", self.opening.state_dict()))
         wide, ours = state.get("exploration"), self.exploration
         if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):
@@ -202,6 +212,7 @@ class Retention:
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
         self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
         self.stride = float(state.get("stride", 1.0))
+        self.kl_most, self.held = float(state.get("kl_most", 0.0)), int(state.get("held", self.updates))
         self.seconds.update(state["seconds"])
         if "opening" in state:
             self.opening.load_state_dict(state["opening"])

@@ -54,6 +54,7 @@ class Measurement:
         agreement: share of states on which both policies act alike (same likeliest action; Gaussian means within half
             a reference standard deviation).
         agreement_heldout: the same over the held-out states.
+        kl_bound: what counts against the budget: `kl_mean`, or what is spent of a promise that binds sooner.
         kl_worst: mean KL over the worst states (one in twenty, or the share that is promised something).
         kl_by_task: mean KL over the states of each task of a merged buffer, the quantities under task budgets; empty
             for a buffer of one source without them.
@@ -64,6 +65,7 @@ class Measurement:
     kl_heldout: float
     agreement: float
     agreement_heldout: float
+    kl_bound: float = math.nan
     kl_worst: float = math.nan
     kl_by_task: dict[str, float] = field(default_factory=dict)
 
@@ -180,6 +182,7 @@ class RetentionConstraint:
             agreement_heldout=(
                 self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
             ),
+            kl_bound=self._count(kl, outputs, metric),
             kl_worst=worst_mean(kl, self._weights.relative(), self.promises.worst_share),
             kl_by_task=self._weights.mean_by_task(kl),
         )
@@ -217,14 +220,18 @@ class RetentionConstraint:
         outputs = self._outputs()
         metric = self.metric
         kl = metric.divergence(self.reference, outputs)
+        return kl, self._count(kl, outputs, metric)
+
+    def _count(self, kl: Tensor, outputs: Tensor, metric: OutputMetric) -> float:
+        """What counts against the budget, given the KL of every state."""
         mean, promises = self._mean(kl), self.promises
         if not promises.any or not math.isfinite(mean):
-            return kl, mean
+            return mean
         worst = 0.0
         if promises.worst_budget is not None:
             worst = promises.worst(worst_mean(kl, self._weights.relative(), promises.worst_share))
         unlike = 0.0 if promises.agreement is None else promises.unlike(metric.agreement(self.reference, outputs))
-        return kl, max(mean, worst, unlike)
+        return max(mean, worst, unlike)
 
     def _mean(self, kl: Tensor) -> float:
         whole = self._weights.mean(kl)

@@ -271,3 +271,21 @@ def continual(options: Options, console: Console) -> Results:
         ("figure", draw_benchmarks(content, reference / "continual.png")),
     )
     return Results(benchmark_tables(content), files)
+
+
+@benchmark("frontier", "only", "quick")
+def frontier(options: Options, console: Console) -> Results:
+    """Every method on a population of pretrained agents: what is learnt against what is kept."""
+    from nsrl.bench.studies.frontier import plan_cells, run_cells
+    from nsrl.bench.studies.frontier_report import write_frontier
+
+    out = _out(options, "frontier_quick" if options.quick else "frontier")
+    reference = out / "results" if options.quick else options.reference / "frontier"
+    agents = out / "agents" if options.quick else options.reference / "agents"
+    cells = plan_cells(options.only, options.quick)
+    with console.status("frontier") as show:
+        failures = run_cells(cells, reference, agents, workers=options.workers, quick=options.quick, on_status=show)
+    for name, why in failures.items():
+        console.note(f"nsrl: {name} came to no result: {why}")
+    tables, files = write_frontier(reference)
+    return Results(tables, files)

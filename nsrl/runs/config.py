@@ -11,7 +11,7 @@ from typing import Literal
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.runs.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 
-Method = Literal["null_space", "kl_penalty", "finetune"]
+Method = Literal["null_space", "kl_penalty", "finetune", "l2", "ewc", "frozen"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+from nsrl.rl.budget.baselines import PENALISED
 from nsrl.rl.playing.evaluation import play
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
@@ -159,7 +160,7 @@ def _run(
             "new_env": tasks.new,
             "algorithm": config.algorithm,
             "method": config.method,
-            "penalty": config.penalty if config.method == "kl_penalty" else None,
+            "penalty": config.penalty if config.method in PENALISED else None,
             "kl_budget": config.retention.kl_budget,
             "seed": config.seed,
             "timesteps": int(model.num_timesteps),

@@ -110,9 +110,11 @@ def _comparison_row(
 def describe_method(metrics: dict[str, Any]) -> str:
     """The method in words."""
     name = metrics.get("algorithm", "ppo").upper()  # runs of before there was a choice have none
-    if metrics["method"] == "kl_penalty":
-        return f"{name} with KL penalty {metrics['penalty']:g}"
-    return {"null_space": f"NullSpace{name}", "finetune": f"plain {name}"}[metrics["method"]]
+    penalties = {"kl_penalty": "KL penalty", "l2": "L2 penalty", "ewc": "EWC penalty"}
+    if metrics["method"] in penalties:
+        return f"{name} with {penalties[metrics['method']]} {metrics['penalty']:g}"
+    others = {"null_space": f"NullSpace{name}", "finetune": f"plain {name}", "frozen": f"{name}, last layer only"}
+    return others[metrics["method"]]
 
 
 def write_finetuning_report(folder: RunFolder, metrics: dict[str, Any]) -> None:

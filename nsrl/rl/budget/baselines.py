@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any
 
+import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
 
 from nsrl.errors import NsrlError
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.retention.constraint import RetentionConstraint
 
-METHODS = ("null_space", "kl_penalty", "finetune")
+METHODS = ("null_space", "kl_penalty", "finetune", "l2", "ewc", "frozen")
+#: Those that take a coefficient.
+PENALISED = ("kl_penalty", "l2", "ewc")
+
+#: Training states that the Fisher information of EWC is a mean over, at most: its diagonal changes little beyond.
+FISHER_STATES = 512
 
 
 class Monitor(Retention):
@@ -47,9 +55,7 @@ class KLPenalty(Monitor):
         self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig, coefficient: float
     ):
         super().__init__(model, constraint, config)
-        if not coefficient >= 0.0:
-            raise NsrlError(f"penalty must be a coefficient >= 0, not {coefficient}")
-        self.coefficient = coefficient
+        self.coefficient = _checked(coefficient)
 
     def _before_step(self) -> None:
         if self._frozen:
@@ -62,6 +68,68 @@ class KLPenalty(Monitor):
         self.seconds["lagrangian"] += perf_counter() - start
 
 
+class Anchor(Monitor):
+    """Adds coefficient * importance * (parameters - reference) to every gradient: L2 and EWC.
+
+    Args:
+        model, constraint, config: as for `Retention`.
+        coefficient: of the quadratic penalty.
+        importance: of each parameter: ones (L2), or the diagonal of the Fisher information of the buffer (EWC,
+            Kirkpatrick et al. 2017); shape (P,).
+
+    Raises:
+        NsrlError: a negative coefficient.
+    """
+
+    def __init__(
+        self,
+        model: OnPolicyAlgorithm,
+        constraint: RetentionConstraint,
+        config: RetentionConfig,
+        coefficient: float,
+        importance: Tensor,
+    ):
+        super().__init__(model, constraint, config)
+        self.coefficient = _checked(coefficient)
+        self._importance = importance
+        self._anchor = constraint.parameters.read()
+
+    def _before_step(self) -> None:
+        if self._frozen:
+            super()._before_step()
+            return
+        start = perf_counter()
+        flat = self.constraint.parameters
+        pull = self._importance.to(self._anchor) * (flat.read() - self._anchor)
+        pieces = [piece.view_as(p) for piece, p in zip(pull.split(flat.sizes), flat.parameters, strict=True)]
+        flat.add_gradients(pieces, self.coefficient)
+        self._coefficients.append(self.coefficient)
+        self.seconds["lagrangian"] += perf_counter() - start
+
+
+class FrozenTrunk(Monitor):
+    """Only the actor's last layer learns, and its spread."""
+
+    def _before_step(self) -> None:
+        super()._before_step()
+        top: Any = self.model.policy.action_net
+        kept = {*top.parameters(), getattr(self.model.policy, "log_std", None)}
+        for parameter in self.constraint.parameters.parameters:
+            if parameter not in kept:
+                parameter.grad = None
+
+
+def fisher_diagonal(constraint: RetentionConstraint) -> Tensor:
+    """Diagonal of the Fisher information of the policy on training states of the buffer, shape (P,)."""
+    return constraint.linearise(constraint.train[:FISHER_STATES]).jacobian.column_squares()  # type: ignore[attr-defined]
+
+
+def _checked(coefficient: float) -> float:
+    if not coefficient >= 0.0:
+        raise NsrlError(f"penalty must be a coefficient >= 0, not {coefficient}")
+    return coefficient
+
+
 def build_engine(
     model: OnPolicyAlgorithm,
     constraint: RetentionConstraint,
@@ -69,7 +137,7 @@ def build_engine(
     method: str = "null_space",
     penalty: float = 1.0,
 ) -> Retention:
-    """The engine of a method by name: "null_space", "kl_penalty" or "finetune".
+    """The engine of a method by name, one of `METHODS`; `penalty` is the coefficient of those that have one.
 
     Raises:
         NsrlError: there is no such method.
@@ -78,4 +146,9 @@ def build_engine(
         raise NsrlError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if method == "kl_penalty":
         return KLPenalty(model, constraint, config, penalty)
+    if method in ("l2", "ewc"):
+        importance = fisher_diagonal(constraint) if method == "ewc" else torch.ones_like(constraint.parameters.read())
+        return Anchor(model, constraint, config, penalty, importance)
+    if method == "frozen":
+        return FrozenTrunk(model, constraint, config)
     return (Retention if method == "null_space" else Monitor)(model, constraint, config)

@@ -16,6 +16,7 @@ from nsrl.errors import NsrlError
 from nsrl.files import write_json
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.budget.baselines import PENALISED
 from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
@@ -226,7 +227,7 @@ def _gather(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder]
         "name": config.name or f"sequence-{config.labels[-1]}",
         "algorithm": config.algorithm,
         "method": config.method,
-        "penalty": config.penalty if config.method == "kl_penalty" else None,
+        "penalty": config.penalty if config.method in PENALISED else None,
         "seed": config.seed,
         "timesteps": found[-1]["end"],
         "tasks": [

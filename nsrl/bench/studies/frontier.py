@@ -1,0 +1,378 @@
+"""The frontier: every method on a population of pretrained agents, old task kept against new task learnt.
+
+    nsrl bench frontier --workers 2
+
+The agents are trained once and committed (runs/reference/agents), so that every machine starts alike: several seeds,
+just solved and three times over-trained, with SB3's default settings and with rl-zoo's. Every method gets the same
+agents, buffers, opening, environments and timesteps. A run is a line of JSON in runs/reference/frontier/PAIR.jsonl:
+what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsrl.bench.suites.jobs import Status
+from nsrl.errors import NsrlError
+from nsrl.runs.machine import describe_environment
+
+#: Evaluations along a run, and episodes of each.
+POINTS, EPISODES = 10, 10
+#: Environments and steps of a roll-out of each.
+ENVS, STEPS = 16, 128
+#: KL budget, and states of a buffer.
+BUDGET, STATES = 0.01, 2048
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A task pair of the benchmark.
+
+    Attributes:
+        old, new: environment ids.
+        pretraining: timesteps until the old task is just solved.
+        scratch: timesteps in which a fresh policy learns the new task; everybody else gets a quarter more.
+        settings: rl-zoo's hyper-parameters of PPO.
+        test: whether nothing was tuned on it.
+    """
+
+    old: str
+    new: str
+    pretraining: int
+    scratch: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    test: bool = False
+
+
+#: The zoo's values for one environment each (rl-baselines3-zoo, hyperparams/ppo.yml), but for the number of copies.
+PAIRS: dict[str, Pair] = {
+    "cartpole_swapped": Pair(
+        "nsrl/CartPole-v0",
+        "nsrl/CartPoleSwapped-v0",
+        40_000,
+        40_000,
+        {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3},
+    ),
+    "acrobot_swapped": Pair(
+        "nsrl/Acrobot-v0",
+        "nsrl/AcrobotSwapped-v0",
+        100_000,
+        80_000,
+        {"n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4},
+        test=True,
+    ),
+    "pendulum_reversed": Pair(
+        "nsrl/Pendulum-v0",
+        "nsrl/PendulumReversed-v0",
+        100_000,
+        80_000,
+        {"n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "learning_rate": 1e-3},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the new task is learnt.
+
+    Attributes:
+        algorithm: "ppo" or "trpo".
+        method: of the engine, or "scratch": a fresh policy.
+        options: of `from_pretrained`.
+    """
+
+    algorithm: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+#: One setting each for all pairs. The coefficients are those that did best on the development pairs (see TUNED).
+METHODS: dict[str, Method] = {
+    "scratch PPO": Method("ppo", "scratch"),
+    "scratch TRPO": Method("trpo", "scratch"),
+    "plain PPO": Method("ppo", "finetune"),
+    "plain TRPO": Method("trpo", "finetune"),
+    "frozen trunk": Method("ppo", "frozen"),
+    "L2": Method("ppo", "l2", {"penalty": 0.1}),
+    "EWC": Method("ppo", "ewc", {"penalty": 10.0}),
+    "KL penalty": Method("ppo", "kl_penalty", {"penalty": 1.0}),
+    "NullSpacePPO": Method("ppo", "null_space"),
+    "NullSpaceTRPO": Method("trpo", "null_space"),
+    "hard null space": Method("trpo", "null_space", {"kl_budget": 0.0}),
+}
+
+#: Coefficients tried for each penalty, on two agents of the first development pair.
+GRID: dict[str, tuple[float, ...]] = {
+    "L2": (0.001, 0.01, 0.1, 1.0),
+    "EWC": (0.1, 1.0, 10.0, 100.0),
+    "KL penalty": (0.1, 0.3, 1.0, 3.0, 10.0),
+}
+
+KINDS = ("default", "zoo")
+SEEDS = (0, 1, 2)
+MULTIPLES = (1, 3)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        pair: name of the task pair.
+        method: name of the method.
+        kind, seed, multiple: of the agent.
+        penalty: another coefficient than the method's own; None for that.
+    """
+
+    pair: str
+    method: str
+    kind: str
+    seed: int
+    multiple: int
+    penalty: float | None = None
+
+    @property
+    def agent(self) -> str:
+        """Name of the agent."""
+        return f"{self.kind}_{self.seed}_x{self.multiple}"
+
+    @property
+    def name(self) -> str:
+        """Unique among the cells."""
+        tuned = "" if self.penalty is None else f" {self.penalty:g}"
+        return f"{self.pair}/{self.method}{tuned}/{self.agent}"
+
+
+def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
+    """All runs; agents outermost, so that a benchmark that is stopped early is balanced.
+
+    Args:
+        only: names of pairs and methods; none of a kind means all of it.
+        quick: one agent.
+
+    Raises:
+        NsrlError: an unknown name.
+    """
+    unknown = [name for name in only if name not in PAIRS and name not in METHODS]
+    if unknown:
+        raise NsrlError(
+            f"there is no pair or method {unknown[0]!r}; pairs: {', '.join(PAIRS)}; methods: {', '.join(METHODS)}"
+        )
+    pairs = [name for name in PAIRS if name in only] or list(PAIRS)
+    methods = [name for name in METHODS if name in only] or list(METHODS)
+    agents = [(kind, seed, multiple) for seed in SEEDS for multiple in MULTIPLES[::-1] for kind in KINDS]
+    cells = [
+        Cell(pair, method, *agent) for agent in agents[: 1 if quick else None] for pair in pairs for method in methods
+    ]
+    tuned = [name for name in methods if name in GRID and "cartpole_swapped" in pairs and not quick]
+    cells += [
+        Cell("cartpole_swapped", name, kind, 0, 3, penalty)
+        for name in tuned
+        for penalty in GRID[name]
+        for kind in KINDS
+        if penalty != METHODS[name].options["penalty"]
+    ]
+    return cells
+
+
+def train_agent(pair: str, kind: str, seed: int, multiple: int, path: Path, share: float = 1.0) -> None:
+    """Train an agent of the population, if its zip is not there, and write it."""
+    from stable_baselines3 import PPO
+
+    from nsrl.rl import agents
+    from nsrl.rl.playing.environments import training_env
+
+    if path.is_file():
+        return
+    task = PAIRS[pair]
+    settings: dict[str, Any] = task.settings if kind == "zoo" else {"n_steps": 256}
+    env = training_env(task.old, None, seed=seed, n_envs=8)
+    model = PPO("MlpPolicy", env, seed=seed, device="cpu", **settings)
+    model.learn(int(share * multiple * task.pretraining))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    agents.save_agent(model, path)
+
+
+def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
+    """One run, in this process: train or take the agent, collect its buffer, learn the new task, and say how it went.
+
+    Args:
+        cell: the run.
+        folder: of the agents.
+        quick: few timesteps, whose numbers mean nothing.
+    """
+    from nsrl.rl import agents
+    from nsrl.rl.algorithms.ppo import NullSpacePPO
+    from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+    from nsrl.rl.playing.environments import training_env
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+    pair, method = PAIRS[cell.pair], METHODS[cell.method]
+    share = 0.05 if quick else 1.0
+    path = folder / cell.pair / f"{cell.agent}.zip"
+    train_agent(cell.pair, cell.kind, cell.seed, cell.multiple, path, share)
+    agent = agents.load(path)
+    buffer = RetentionBuffer.collect(agent, pair.old, n_states=STATES, seed=0)
+    algorithm = NullSpacePPO if method.algorithm == "ppo" else NullSpaceTRPO
+    fresh = method.method == "scratch"
+    steps = int(share * (pair.scratch if fresh else 1.25 * pair.scratch))
+    options: dict[str, Any] = {"n_steps": STEPS, **FIXED[method.algorithm], **method.options}
+    if cell.penalty is not None:
+        options["penalty"] = cell.penalty
+    if not fresh:
+        options |= {"retain": buffer, "method": method.method, "kl_budget": options.get("kl_budget", BUDGET)}
+        if method.method != "null_space":
+            options["opening"] = 0.9  # everybody is opened, and has the free columns
+    start = time.monotonic()
+    env = training_env(pair.new, None, seed=cell.seed, n_envs=ENVS)
+    model: Any = algorithm.from_pretrained(agent, env, seed=cell.seed, **options)
+    if fresh:
+        model._setup_model()  # another policy of the same kind, from the seed
+    watch = _watch(pair, max(steps // POINTS, 1))
+    model.learn(steps, callback=watch)
+    report = None if model.retention is None else model.retention
+    return {
+        "cell": cell.name,
+        "pair": cell.pair,
+        "method": cell.method,
+        "penalty": options.get("penalty"),
+        "kind": cell.kind,
+        "seed": cell.seed,
+        "multiple": cell.multiple,
+        "timesteps": int(model.num_timesteps),
+        "curve": watch.rows,
+        "kl_most": None if report is None else report.kl_most,
+        "updates": None if report is None else report.updates,
+        "held": None if report is None else report.held,
+        "opening": None if report is None or report.opening.record is None else report.opening.record.__dict__,
+        "seconds": time.monotonic() - start - watch.seconds,
+        "machine": describe_environment(),
+    }
+
+
+#: Settings of each algorithm, the same for all pairs and methods.
+FIXED: dict[str, dict[str, Any]] = {
+    "ppo": {"batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3},
+    "trpo": {"target_kl": 0.03},
+}
+
+
+def _watch(pair: Pair, every: int) -> Any:
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    from nsrl.rl.playing.environments import open_copies
+    from nsrl.rl.playing.evaluation import evaluate
+
+    class Watch(BaseCallback):
+        """Plays both tasks along the run; its time is not the run's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[list[float | None]] = []
+            self.seconds = 0.0
+            self._copies = [open_copies(env, EPISODES) for env in (pair.old, pair.new)]
+
+        def _measure(self) -> None:
+            start = time.monotonic()
+            policy: Any = self.model
+            old, new = (evaluate(policy, copies, episodes=EPISODES, seed=1000).mean for copies in self._copies)
+            engine = getattr(self.model, "retention", None)
+            kl = None if engine is None else engine.constraint.divergence()
+            self.rows.append([int(self.model.num_timesteps), old, new, kl])
+            self.seconds += time.monotonic() - start
+
+        def _on_training_start(self) -> None:
+            self._measure()
+
+        def _on_rollout_start(self) -> None:
+            if self.model.num_timesteps >= len(self.rows) * every:
+                self._measure()
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            self._measure()
+
+    return Watch()
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file; a line that a crash cut short is left out, and its run is made again."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_run(path: Path, row: dict[str, Any]) -> None:
+    """Add a run to a file.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
+    try:
+        with path.open("a+", encoding="utf-8") as file:
+            whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
+            file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+    except OSError as error:
+        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    reference: Path,
+    agents: Path,
+    *,
+    workers: int = 2,
+    quick: bool = False,
+    on_status: Callable[[Status], Any] | None = None,
+) -> dict[str, str]:
+    """Run whatever has no line yet.
+
+    Args:
+        cells: what to run.
+        reference: folder of the lines, a file a pair.
+        agents: folder of the population.
+        workers: processes at a time, one thread each.
+        quick: as in `run_cell`.
+        on_status: called after every run.
+
+    Returns:
+        Why runs came to no result, by name.
+    """
+    start = time.monotonic()
+    done = {row["cell"] for path in reference.glob("*.jsonl") for row in read_runs(path)}
+    waiting = [cell for cell in cells if cell.name not in done]
+    finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
+    reference.mkdir(parents=True, exist_ok=True)
+    # spawned, not forked: torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, torch.set_num_threads, (1,))
+    try:
+        futures = {pool.submit(run_cell, cell, agents, quick): cell for cell in waiting}
+        for number, future in enumerate(as_completed(futures), start=1):
+            cell, error = futures[future], future.exception()
+            if error is None:
+                append_run(reference / f"{cell.pair}.jsonl", future.result())
+                finished.append(cell.name)
+            else:
+                failures[cell.name] = str(error) if isinstance(error, NsrlError) else repr(error)
+            if on_status is not None:
+                seconds = time.monotonic() - start
+                remaining = seconds / number * (len(waiting) - number)
+                on_status(Status(len(cells), finished, [], list(failures), seconds, remaining))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return failures

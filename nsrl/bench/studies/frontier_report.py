@@ -1,0 +1,152 @@
+"""What the lines of the frontier come to: a table a pair, a figure, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from nsrl.bench.studies.frontier import BUDGET, METHODS, PAIRS, read_runs
+from nsrl.bench.suites.statistics import bootstrap, interquartile_mean
+from nsrl.files import write_text, written_atomically
+from nsrl.runs.report import Table, number, percent, scientific
+
+#: Share of the way from the agents' score to a fresh policy's that counts as learnt, and of the old score as kept.
+LEARNT, KEPT = 0.9, 0.99
+HEAD = ("", "agents", "learnt", "worst", "area, IQM [95 %]", "old kept", "worst old", "KL, most", "held", "time")
+
+
+def read_rows(reference: Path, pair: str) -> list[dict[str, Any]]:
+    """Lines of a pair, those of the methods' own settings only."""
+    rows = read_runs(reference / f"{pair}.jsonl")
+    return [row for row in rows if row["penalty"] == METHODS[row["method"]].options.get("penalty")]
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row with its normalised scores.
+
+    Adds `end` and `area`, the new task's score at the end and its mean over the run: 0 is what the agents score there
+    before, 1 what fresh policies of the same algorithm, or of the better one, score at the end; and `old`, the old
+    score at the end as a share of that before (of the distance to the worst return that was seen).
+    """
+    before = fmean(row["curve"][0][2] for row in rows if not row["method"].startswith("scratch"))
+    fresh = [
+        fmean(values)
+        for name in ("scratch PPO", "scratch TRPO")
+        if (values := [row["curve"][-1][2] for row in rows if row["method"] == name])
+    ]
+    top = max(fresh, default=max(row["curve"][-1][2] for row in rows))
+    floor = min(point[1] for row in rows for point in row["curve"])
+    found = []
+    for row in rows:
+        curve = np.asarray([[point[0], point[1], point[2]] for point in row["curve"]], dtype=np.float64)
+        new = (curve[:, 2] - before) / max(top - before, 1e-9)
+        area = float(np.trapezoid(new, curve[:, 0]) / max(curve[-1, 0] - curve[0, 0], 1.0))
+        kept = (curve[-1, 1] - floor) / max(curve[0, 1] - floor, 1e-9)
+        found.append(row | {"end": float(new[-1]), "area": area, "old": float(kept)})
+    return found
+
+
+def pair_table(rows: Sequence[dict[str, Any]], pair: str) -> Table:
+    """One line a method."""
+    lines = []
+    for name in METHODS:
+        runs = [row for row in rows if row["method"] == name]
+        if not runs:
+            continue
+        area = bootstrap([run["area"] for run in runs], interquartile_mean)
+        fresh = name.startswith("scratch")
+        most = max((run["kl_most"] for run in runs if run["kl_most"] is not None), default=None)
+        updates = sum(run["updates"] or 0 for run in runs)
+        lines.append(
+            (
+                name,
+                str(len(runs)),
+                f"{sum(run['end'] >= LEARNT for run in runs)}",
+                number(min(run["end"] for run in runs), 2),
+                f"{area.estimate:.2f} [{area.low:.2f}, {area.high:.2f}]",
+                "-" if fresh else f"{sum(run['old'] >= KEPT for run in runs)}",
+                "-" if fresh else percent(min(run["old"] for run in runs)),
+                scientific(most),
+                "-" if not updates else percent(sum(run["held"] or 0 for run in runs) / updates),
+                number(fmean(run["seconds"] for run in runs), 0) + " s",
+            )
+        )
+    task = PAIRS[pair]
+    kind = "test" if task.test else "development"
+    return Table(HEAD, tuple(lines), f"{pair} ({kind} pair): {task.old} -> {task.new}, KL budget {BUDGET:g}")
+
+
+def grid_table(reference: Path, pair: str = "cartpole_swapped") -> Table | None:
+    """What each coefficient that was tried came to; None where none was."""
+    rows = read_runs(reference / f"{pair}.jsonl")
+    tuned = [row for row in rows if row["penalty"] is not None and (row["seed"], row["multiple"]) == (0, 3)]
+    if not tuned:
+        return None
+    keys = sorted({(row["method"], row["penalty"]) for row in tuned})
+    lines = []
+    for method, penalty in keys:
+        runs = [row for row in tuned if (row["method"], row["penalty"]) == (method, penalty)]
+        means = [fmean(run["curve"][-1][column] for run in runs) for column in (1, 2)]
+        whole = fmean(fmean(point[2] for point in run["curve"][1:]) for run in runs)
+        lines.append((f"{method} {penalty:g}", str(len(runs)), *(number(value, 0) for value in (*means, whole))))
+    head = ("", "agents", "old, end", "new, end", "new, whole run")
+    return Table(head, tuple(lines), f"coefficients tried on {pair}")
+
+
+def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Old score kept against area under the new task's curve: a panel a pair, a colour a method, a dot an agent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in METHODS if not name.startswith("scratch")]
+    palette = ("#999999", "#666666", "#B07AA1", "#E69F00", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#56B4E9")
+    figure = Figure(figsize=(4.2 * len(found), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, (pair, rows) in zip(axes, found.items(), strict=True):
+        for name, colour in zip(names, palette, strict=False):
+            runs = [row for row in rows if row["method"] == name]
+            if not runs:
+                continue
+            axis.scatter([run["area"] for run in runs], [run["old"] for run in runs], s=10, alpha=0.35, color=colour)
+            centre = [fmean(run[key] for run in runs) for key in ("area", "old")]
+            axis.scatter(*[[value] for value in centre], s=60, color=colour, label=name, edgecolor="white", zorder=3)
+        axis.set_title(pair.replace("_", " "), fontsize=10)
+        axis.set_xlabel("new task: normalised area under the curve")
+        axis.set_ylabel("old task: share of the score kept")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=140)
+    return path
+
+
+def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]]:
+    """Tables of all pairs that have lines; report.md and the figure are written beside these."""
+    pairs = [name for name in PAIRS if (reference / f"{name}.jsonl").is_file()]
+    found = {pair: scores(read_rows(reference, pair)) for pair in pairs}
+    tables = [pair_table(rows, pair) for pair, rows in found.items()]
+    grid = grid_table(reference)
+    tables += [] if grid is None else [grid]
+    figure = draw_frontier(found, reference / "frontier.png")
+    text = "\n\n".join(
+        [
+            "# The frontier",
+            "Made by `nsrl bench frontier`; a line a run in the `.jsonl` files beside this one.",
+            f"Learnt: agents at {LEARNT:.0%} of the way from their score to a fresh policy's. Worst: the least of "
+            "these ways. Area: the mean of the way over the run, the interquartile mean over the agents. Old kept: "
+            f"agents with at least {KEPT:.0%} of the old score at the end. KL, most: the largest measured behind an "
+            "update of any run. Held: updates behind which it was within the budget.",
+            *(f"## {table.title}\n\n{table.markdown()}" for table in tables),
+            f"![frontier]({figure.name})",
+        ]
+    )
+    report = reference / "report.md"
+    write_text(report, text + "\n")
+    return tables, [("report", report), ("figure", figure)]

@@ -32,8 +32,8 @@ from tests.golden.locations import locate
 OLD = {"discrete": "nsrl/CartPole-v0", "box": "nsrl/Pendulum-v0"}
 NEW = {"discrete": "nsrl/CartPoleSwapped-v0", "box": "nsrl/PendulumReversed-v0"}
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_epochs": 3, "learning_rate": 3e-3}
-#: Fields of a report that measure time.
-TIMED = ("overhead_fraction", "seconds")
+#: Fields of a report that measure time, and those that not every checkout has.
+LEFT_OUT = ("overhead_fraction", "seconds", "opening")
 Digests = dict[str, str]
 
 
@@ -62,6 +62,11 @@ def digest(value: Any) -> str:
     return state.hexdigest()
 
 
+def unopened() -> dict[str, Any]:
+    """Settings of retention without the stages before the first roll-out, which a checkout may not know yet."""
+    return {"opening": "off"} if "opening" in locate("RetentionConfig").__dataclass_fields__ else {}
+
+
 def generators() -> str:
     """Digest of the global random generators, which a draw more or less changes."""
     return digest([torch.get_rng_state(), np.random.get_state()[1:3]])
@@ -77,7 +82,7 @@ def outcome(model: Any) -> Digests:
     }
     if getattr(model, "retention", None) is not None:
         report = asdict(model.retention_report())
-        found["report"] = digest({key: value for key, value in report.items() if key not in TIMED})
+        found["report"] = digest({key: value for key, value in report.items() if key not in LEFT_OUT})
     return found
 
 
@@ -99,7 +104,7 @@ def fine_tuned(
     buffer = collected(source, kind)
     extra = {} if cls is NullSpaceTRPO else SMALL
     model = cls.from_pretrained(
-        source, make_vec_env(NEW[kind], 2, seed=1), retain=buffer, seed=1, **{**extra, **options}
+        source, make_vec_env(NEW[kind], 2, seed=1), retain=buffer, seed=1, **{**extra, **unopened(), **options}
     )
     return {"buffer": buffer.digest(), **outcome(model.learn(steps))}
 
@@ -117,7 +122,7 @@ def protected(algorithm: Any, kind: str = "discrete", **options: Any) -> Digests
         model = agent(kind, algorithm)
     buffer = collected(model, kind, n_states=100)
     model.set_env(make_vec_env(NEW[kind], 2, seed=0))
-    protect(model, retain=buffer, **{"kl_budget": 1e-3, **options})
+    protect(model, retain=buffer, **{"kl_budget": 1e-3, **unopened(), **options})
     return outcome(model.learn(320))
 
 
@@ -134,6 +139,7 @@ def task_budgets(cls: Any = NullSpacePPO) -> Digests:
         seed=0,
         task_budgets={"first": 0.002, "second": 0.02},
         **extra,
+        **unopened(),
     )
     return {"buffer": buffer.digest(), **outcome(model.learn(256))}
 
@@ -142,8 +148,9 @@ def several_agents() -> Digests:
     """A merged Gaussian buffer, whose states differ in reference spread, distilled into one agent."""
     source, other = agent("box"), agent("box", learning_rate=1e-3)
     buffer = RetentionBuffer.from_agents([source, other], OLD["box"], n_states=80, n_envs=2)
+    envs = make_vec_env(NEW["box"], 2, seed=0)
     model = NullSpacePPO.from_pretrained(
-        source, make_vec_env(NEW["box"], 2, seed=0), retain=buffer, seed=0, kl_budget=0.5, trust_buffer=True, **SMALL
+        source, envs, retain=buffer, seed=0, kl_budget=0.5, trust_buffer=True, **SMALL, **unopened()
     )
     return {"buffer": buffer.digest(), **outcome(model.learn(256))}
 
@@ -194,7 +201,7 @@ def masked() -> Digests:
     envs = DummyVecEnv([lambda: Masked("vector")] * 2)
     model = MaskablePPO("MlpPolicy", envs, seed=0, device="cpu", policy_kwargs={"net_arch": [8]}, **options).learn(128)
     buffer = RetentionBuffer.collect(model, envs, n_states=80)
-    protect(model, retain=buffer, kl_budget=1e-3, projection="euclidean", gradient="projected")
+    protect(model, retain=buffer, kl_budget=1e-3, projection="euclidean", gradient="projected", **unopened())
     return {"buffer": buffer.digest(), **outcome(model.learn(192))}
 
 
@@ -216,7 +223,7 @@ def drawn(kind: str, **options: Any) -> Digests:
         policy_kwargs={"features_extractor_kwargs": features, "net_arch": [8]},
     )
     buffer = RetentionBuffer.collect(model, envs, n_states=40)
-    protect(model, retain=buffer, **{"kl_budget": 1e-3, **options})
+    protect(model, retain=buffer, **{"kl_budget": 1e-3, **unopened(), **options})
     return {"buffer": buffer.digest(), **outcome(model.learn(128))}
 
 
@@ -231,7 +238,9 @@ def normalized() -> Digests:
         loaded = agents.load(path)
         buffer = RetentionBuffer.collect(loaded, OLD["box"], n_states=80, n_envs=2, select="advantage")
         kept = RetentionBuffer.load(buffer.save(Path(folder) / "buffer.npz"))
-        tuned = NullSpacePPO.from_pretrained(path, NEW["box"], retain=kept, seed=2, n_envs=2, kl_budget=1e-3, **SMALL)
+        tuned = NullSpacePPO.from_pretrained(
+            path, NEW["box"], retain=kept, seed=2, n_envs=2, kl_budget=1e-3, **SMALL, **unopened()
+        )
         tuned.learn(256)
         again = agents.load(tuned.export(Path(folder) / "new" / "agent"))
         plain = agents.attach_env(Path(folder) / "new" / "agent.zip", NEW["box"], seed=3, n_envs=2)
@@ -358,6 +367,7 @@ def run_cell() -> Digests:
             evaluation=quick,
             ppo=locate("PPOOverrides")(n_envs=2, n_steps=64),
             states=locate("BufferSettings")(n_states=64, n_envs=2),
+            retention=locate("RetentionConfig")(**unopened()),
         )
         locate("finetune")(config, root / "run")
         metrics = json.loads((root / "run" / "metrics.json").read_text())

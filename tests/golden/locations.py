@@ -14,6 +14,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "add_context": ("nsrl.rl.surgery",),
     "add_actions": ("nsrl.rl.surgery",),
     "widen_buffer": ("nsrl.rl.surgery",),
+    "RetentionConfig": ("nsrl.rl.budget.config", "nsrl.rl.config"),
     "PretrainConfig": ("nsrl.runs.config", "nsrl.bench.config"),
     "FinetuneConfig": ("nsrl.runs.config", "nsrl.bench.config"),
     "EvaluationSettings": ("nsrl.runs.config", "nsrl.bench.config"),

@@ -16,6 +16,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
+from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.retention.buffer import RetentionBuffer
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_epochs": 3, "learning_rate": 3e-3}
@@ -43,6 +44,24 @@ def trained(kind: str = "discrete", states: int = 160) -> tuple[PPO, RetentionBu
 def _trained(kind: str, states: int) -> tuple[bytes, RetentionBuffer]:
     agent = build_agent(kind)
     return zipped(agent), RetentionBuffer.collect(agent, OLD[kind], n_states=states, n_envs=2)
+
+
+def certain(gap: float = 30.0, states: int = 160) -> tuple[PPO, RetentionBuffer]:
+    """A CartPole agent whose likelier action leads by `gap` nats at half of the states, and its buffer."""
+    agent, buffer = trained()
+    with torch.no_grad(), generators_left_alone():
+        logits = policy_outputs(agent.policy, buffer.inputs())
+        for parameter in agent.policy.action_net.parameters():
+            parameter.mul_(gap / (logits[:, 0] - logits[:, 1]).abs().median())
+        return agent, RetentionBuffer.collect(agent, OLD["discrete"], n_states=states, n_envs=2)
+
+
+def narrow(log_std: float = -3.0, states: int = 160) -> tuple[PPO, RetentionBuffer]:
+    """A Pendulum agent that hardly varies its actions, and its buffer."""
+    agent, _ = trained("box")
+    with torch.no_grad(), generators_left_alone():
+        agent.policy.log_std.fill_(log_std)
+        return agent, RetentionBuffer.collect(agent, OLD["box"], n_states=states, n_envs=2)
 
 
 def zipped(agent: PPO) -> bytes:

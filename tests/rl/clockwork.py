@@ -98,6 +98,7 @@ def build_model(
         "learning_rate": LinearSchedule(2e-3, 1e-4, 1.0),
         "clip_range": LinearSchedule(0.3, 0.1, 1.0),
         "trust_buffer": True,
+        "opening": "off",  # roll-outs begin at multiples of their length
         **options,
     }
     env = make_vec_env(NEW, N_ENVS) if env is None else env

@@ -20,10 +20,12 @@ WIDTHS = 256
 
 
 def raw_outputs(policy: ActorCriticPolicy, buffer: RetentionBuffer) -> Tensor:
-    """Logits or means by the policy's own distribution, shape (N, O), in its number format."""
+    """Logits or means (under gSDE log standard deviations too) by the policy's own distribution, shape (N, O)."""
     with torch.no_grad():
         found = policy.get_distribution(buffer.inputs())
     parts = found.distributions if hasattr(found, "distributions") else found.distribution
+    if buffer.family == "state_dependent":
+        return torch.cat([parts.mean, parts.stddev.log()], -1)
     if isinstance(parts, list):
         return torch.cat([part.logits for part in parts], -1)
     return parts.mean if isinstance(parts, Normal) else parts.logits
@@ -51,6 +53,9 @@ def state_kls(
         std = torch.tensor(np.asarray(buffer.log_std)).double().exp()
         now = policy.log_std.double().exp() if preserve == "distribution" else std
         return kl_divergence(Normal(reference, std), Normal(outputs, now)).sum(-1)
+    if buffer.family == "state_dependent":
+        (mean, log_std), (now, log_now) = reference.chunk(2, -1), outputs.chunk(2, -1)
+        return kl_divergence(Normal(mean, log_std.exp()), Normal(now, log_now.exp())).sum(-1)
     if buffer.family == "bernoulli":
         return kl_divergence(Bernoulli(logits=reference), Bernoulli(logits=outputs)).sum(-1)
     outputs = torch.where(reference > RULED_OUT, outputs, torch.full_like(outputs, -1e8))
@@ -73,6 +78,8 @@ def within(budget: float, buffer: RetentionBuffer, least: float = 1e-6) -> float
     allowed = budget or least
     shown = np.where(np.asarray(buffer.outputs) > RULED_OUT, buffer.outputs, 0.0)
     spread = 1.0 if buffer.log_std is None else float(np.exp(np.min(buffer.log_std)))
+    if buffer.family == "state_dependent":
+        spread = float(np.exp(np.min(np.split(np.asarray(buffer.outputs), 2, -1)[1])))
     return allowed + kl_excess(allowed, torch.as_tensor(shown, dtype=torch.float32), terms=WIDTHS, spread=spread)
 
 

@@ -72,7 +72,7 @@ class NaturalTRPO(TRPO):
       the gradient and of the line search.
     * Networks are evaluated as they act: batch normalisation and dropout in eval mode.
 
-    Constructor, hyper-parameters, critic phase, logged tags and zips are upstream's. Policies with gSDE are refused.
+    Constructor, hyper-parameters, critic phase, logged tags and zips are upstream's.
     """
 
     def _setup_model(self) -> None:

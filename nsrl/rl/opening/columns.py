@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor, nn
 
-from nsrl.rl.policies.actor_critic import Observation
+from nsrl.projection.jacobians.matrix_free import is_plain
+from nsrl.rl.policies.actor_critic import Observation, hidden_layers
 
 #: Change of an input between the tasks that counts as one, in units of the policy's inputs.
 LEAST_CHANGE = 1e-6
@@ -38,12 +39,13 @@ def redraw_columns(policy: ActorCriticPolicy, old: Observation, new: Observation
     Returns:
         How many columns were drawn.
     """
-    network: Any = getattr(policy.mlp_extractor, "policy_net", None)
-    extractor: Any = policy.pi_features_extractor
-    if any(True for _ in extractor.parameters()) or not isinstance(network, nn.Sequential) or len(network) == 0:
+    network, extractor = hidden_layers(policy), cast(Any, policy.pi_features_extractor)
+    if any(True for _ in extractor.parameters()) or not network:
         return 0
     layer = network[0]
-    if type(layer) is not nn.Linear or layer.bias is None or not layer.weight.requires_grad:
+    if type(layer) is not nn.Linear or layer.bias is None or not is_plain(layer):
+        return 0
+    if not (layer.weight.requires_grad and layer.bias.requires_grad):
         return 0
     before, after = (BasePolicy.extract_features(policy, inputs, extractor) for inputs in (old, new))
     change = (after - before[:1]).square().mean(0).sqrt()

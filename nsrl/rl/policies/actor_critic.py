@@ -93,13 +93,19 @@ class Head:
 
 def actor_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:
     """Logits or means as a function of some of the policy's parameters."""
-    mlp = policy.mlp_extractor
-    layers = [*mlp.policy_net, policy.action_net] if _is_chain(mlp, "policy_net", "forward_actor") else None
+    mlp, hidden = policy.mlp_extractor, hidden_layers(policy)
+    layers: list[nn.Module] | None = None if hidden is None else [*hidden, policy.action_net]
     if isinstance(policy.action_dist, StateDependentNoiseDistribution):
         layers = None
     extractor = policy.pi_features_extractor
     top = partial(_outputs_of_latent, policy)
     return _head(policy, observations, extractor, mlp.forward_actor, top, layers, parameters)
+
+
+def hidden_layers(policy: ActorCriticPolicy) -> nn.Sequential | None:
+    """The layers between features and head of an actor that is these, one after the other, and nothing else."""
+    mlp = policy.mlp_extractor
+    return mlp.policy_net if _is_chain(mlp, "policy_net", "forward_actor") else None
 
 
 def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters: Sequence[nn.Parameter]) -> Head:

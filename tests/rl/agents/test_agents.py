@@ -68,6 +68,10 @@ class OwnPolicy(ActorCriticPolicy):
 
 CASES = {
     "gaussian": lambda: build(policy_kwargs={"net_arch": [8], "activation_fn": torch.nn.ELU}),
+    "gsde": lambda: build(use_sde=True, policy_kwargs={"net_arch": [8]}).learn(16),
+    "gsde, one spread a feature": lambda: build(
+        A2C, use_sde=True, policy_kwargs={"full_std": False, "use_expln": True, "log_std_init": -1.0}
+    ),
     "clipped": lambda: build(action_space=spaces.Box(np.float32([-0.1, 0]), np.float32([0.1, 0.3]))),
     "trained": lambda: build(learning_rate=0.01).learn(16),
     "cnn": lambda: build(PPO, "CnnPolicy", IMAGE, spaces.Discrete(3)),
@@ -90,6 +94,8 @@ def test_acts_as_stock_load_does(case, tmp_path):
         actions = []
         for model in (agent.model, stock):
             torch.manual_seed(0)
+            if model.use_sde:  # a loaded policy's noise is that of its construction until then
+                model.policy.reset_noise()
             actions.append(model.predict(batch, deterministic=deterministic)[0])
         assert actions[0].dtype == actions[1].dtype and np.array_equal(*actions)
     tensors = stock.policy.obs_to_tensor(batch)[0]
@@ -139,7 +145,7 @@ def test_unsupported_agents_are_refused(trust, tmp_path):
     discrete = {"observation_space": VECTOR, "action_space": spaces.Discrete(2)}
     for model, reason in (
         (build(RecurrentPPO, "MlpLstmPolicy", **discrete), "only .*PPO, A2C"),
-        (build(use_sde=True), "use_sde=False"),
+        (build(use_sde=True, policy_kwargs={"squash_output": True}), "squash_output=False"),
         (DQN("MlpPolicy", FakeEnv(**discrete), buffer_size=1, device="cpu"), "on-policy"),
     ):
         model.save(tmp_path / "agent")
@@ -312,6 +318,7 @@ def test_hyperparameters_make_the_same_algorithm_again():
     given = {"learning_rate": schedule, "n_steps": 16, "batch_size": 4, "n_epochs": 3, "gamma": 0.9}
     given |= {"gae_lambda": 0.8, "clip_range": 0.3, "clip_range_vf": 0.4, "normalize_advantage": False}
     given |= {"ent_coef": 0.01, "vf_coef": 0.7, "max_grad_norm": 0.9, "target_kl": 0.05}
+    given |= {"use_sde": True, "sde_sample_freq": 4}
     found = hyperparameters(build(**given))
     assert found == given
     PPO("MlpPolicy", FakeEnv(), **found)
@@ -321,8 +328,13 @@ def test_hyperparameters_make_the_same_algorithm_again():
         "gamma": 0.9,
         "n_steps": 8,
         "normalize_advantage": True,
+        "sde_sample_freq": -1,
+        "use_sde": False,
     }
     assert hyperparameters(build(TRPO, cg_damping=0.3), TRPO)["cg_damping"] == 0.3
+    for algorithm in (PPO, A2C, TRPO):  # a policy's distribution is its own, whoever goes on with it
+        found = hyperparameters(build(A2C, use_sde=True, sde_sample_freq=3), algorithm)
+        assert (found["use_sde"], found["sde_sample_freq"]) == (True, 3)
     found = hyperparameters(build(A2C, ent_coef=0.5))
     assert found["ent_coef"] == 0.5 and "n_epochs" not in found
     PPO("MlpPolicy", FakeEnv(), **found)

@@ -287,7 +287,6 @@ def test_env_supplies_the_digits_that_print_rounds(tmp_path):
 UNSUPPORTED = {
     "sac": (lambda: build(SAC, "MlpPolicy", buffer_size=1), "only on-policy"),
     "dqn": (lambda: build(DQN, "MlpPolicy", VECTOR, spaces.Discrete(2), buffer_size=1), "only on-policy"),
-    "gsde": (lambda: build(PPO, "MlpPolicy", use_sde=True), "gSDE"),
     "extractor": (
         lambda: build(PPO, "MlpPolicy", policy_kwargs={"features_extractor_class": OwnExtractor}),
         "OwnExtractor.*trust",

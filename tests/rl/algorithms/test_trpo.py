@@ -215,7 +215,7 @@ def test_rivals_run_through_the_same_loop() -> None:
     kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=2)) for penalty in (0.0, 100.0)]
     assert kls[1] < 0.1 * kls[0]
     plain, buffer = finetuned(method="finetune", seed=2)
-    free, _ = finetuned(kl_budget=math.inf, seed=2)
+    free, _ = finetuned(kl_budget=math.inf, opening="off", seed=2)
     assert independent_kl(plain, buffer) == pytest.approx(kls[0], rel=1e-6)
     assert same_policies(plain, free), "an inactive budget changes nothing"
 
@@ -302,7 +302,9 @@ def test_runs_of_one_seed_are_the_same_and_of_another_are_not() -> None:
 def test_sub_sampling_thins_out_the_fisher_information_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     fisher = Surrogate.fisher
-    monkeypatch.setattr(Surrogate, "fisher", lambda self, every=1: seen.append(every) or fisher(self, every))
+    monkeypatch.setattr(
+        Surrogate, "fisher", lambda self, every=1, besides=None: seen.append(every) or fisher(self, every, besides)
+    )
     model = stock(cls=NullSpaceTRPO, sub_sampling_factor=4).learn(128)
     assert seen == [4] and model.logger.name_to_value["train/kl_divergence_loss"] <= model.target_kl
 
@@ -414,7 +416,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(budget: float, tmp_p
 
     def build() -> NullSpaceTRPO:
         return NullSpaceTRPO.from_pretrained(
-            agent, DummyVecEnv([Clockwork] * 2), retain=buffer, kl_budget=budget, seed=1, **{**SMALL, "n_steps": 32}
+            agent,
+            DummyVecEnv([Clockwork] * 2),
+            retain=buffer,
+            kl_budget=budget,
+            opening="off",  # roll-outs begin at multiples of their length
+            seed=1,
+            **{**SMALL, "n_steps": 32},
         )
 
     model, resumed = build(), build()
@@ -481,10 +489,11 @@ def test_what_makes_no_sense_is_refused_in_a_sentence() -> None:
     with pytest.raises(NsrlError, match="makes another network"):
         NullSpaceTRPO.from_pretrained(agent, NEW["discrete"], policy_kwargs={"net_arch": [3]})
     assert NullSpaceTRPO.from_pretrained(agent, NEW["discrete"], policy_kwargs=None).policy_kwargs == {}
-    with pytest.raises(NsrlError, match="use_sde=False"):
-        NullSpaceTRPO("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu")
-    with pytest.raises(NsrlError, match="use_sde=False"):
-        protect(TRPO("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu"), trained("box")[1])
+    squashed: dict[str, Any] = {"use_sde": True, "policy_kwargs": {"squash_output": True}, "device": "cpu"}
+    with pytest.raises(NsrlError, match="squash_output=False"):
+        NullSpaceTRPO("MlpPolicy", "Pendulum-v1", **squashed)
+    with pytest.raises(NsrlError, match="squash_output=False"):
+        protect(TRPO("MlpPolicy", "Pendulum-v1", **squashed), trained("box")[1])
 
 
 # -- other spaces ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Case:
     actions: spaces.Space
     network: dict[str, Any] = field(default_factory=dict)
     preserve: str = "distribution"
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def env(self) -> Callable[[], Arbitrary]:
@@ -83,7 +84,7 @@ class Case:
     def build(self, seed: int = 0) -> Any:
         """An agent that has learnt for a moment."""
         torch.manual_seed(seed)
-        options = {"n_steps": 16, "learning_rate": 3e-3}
+        options = {"n_steps": 16, "learning_rate": 3e-3, **self.options}
         if self.algorithm is not A2C:
             options |= {"batch_size": 16, "n_epochs": 2}
         # a fresh copy, since SB3 puts its own entries into the dictionary
@@ -97,12 +98,18 @@ TANH = {"net_arch": {"pi": [5], "vf": [7, 3]}, "activation_fn": nn.Tanh}
 RELU = {"net_arch": [6, 4], "activation_fn": nn.ReLU}
 SILU = {"net_arch": {"pi": [4, 3, 5], "vf": []}, "activation_fn": nn.SiLU}
 SEPARATE = {"share_features_extractor": False}
+GSDE = {"use_sde": True, "sde_sample_freq": 4}
 DISCRETE, MULTI, BINARY = spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.MultiBinary(3)
 
 CASES = {
     "flat discrete": Case(PPO, "MlpPolicy", FLAT, DISCRETE, TANH),
     "flat box": Case(PPO, "MlpPolicy", FLAT, TORQUE, SILU),
     "flat box, mode": Case(PPO, "MlpPolicy", FLAT, TORQUE, RELU, "mode"),
+    "gSDE": Case(PPO, "MlpPolicy", FLAT, TORQUE, TANH, options=GSDE),
+    "gSDE, one spread a feature": Case(
+        PPO, "MlpPolicy", FLAT, TORQUE, RELU | {"full_std": False, "use_expln": True}, options=GSDE
+    ),
+    "A2C gSDE image, shared": Case(A2C, "CnnPolicy", IMAGE, TORQUE, SMALL_CNN | TANH, options=GSDE),
     "flat multi-discrete, no hidden layer": Case(PPO, "MlpPolicy", FLAT, MULTI, {"net_arch": []}),
     "flat binary": Case(PPO, "MlpPolicy", FLAT, BINARY, RELU),
     "index discrete": Case(PPO, "MlpPolicy", spaces.Discrete(5), DISCRETE, SILU | SEPARATE),
@@ -122,6 +129,7 @@ CASES = {
 SHARED = [
     "image discrete, shared",
     "A2C image binary, shared",
+    "A2C gSDE image, shared",
     "dict with image, shared",
     "masked image discrete, shared",
 ]
@@ -148,8 +156,17 @@ class Actor(nn.Module):
             preprocess_obs, observation_space=policy.observation_space, normalize_images=policy.normalize_images
         )
 
+        self._noise = policy.action_dist
+        if policy.use_sde:
+            self.log_std = policy.log_std
+
     def forward(self, inputs: Any) -> Tensor:
-        return self.head(self.body(self.features(self._prepare(inputs))))
+        latent = self.body(self.features(self._prepare(inputs)))
+        if not hasattr(self, "log_std"):
+            return self.head(latent)
+        # SB3's formula, with the gradient through the features that it stops
+        variance = (latent**2) @ self._noise.get_std(self.log_std) ** 2 + self._noise.epsilon
+        return torch.cat([self.head(latent), variance.sqrt().log()], 1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -195,6 +212,8 @@ def check_export(case: Case, model: Any, buffer: RetentionBuffer, folder: Path) 
         actions = []
         for played in (stock, model):
             torch.manual_seed(0)
+            if played.use_sde:
+                played.policy.reset_noise()
             actions.append(played.predict(observations, deterministic=deterministic, **masks)[0])
         assert np.array_equal(*actions)
 
@@ -213,7 +232,7 @@ def test_the_jacobian_of_the_constraint_is_that_of_jacrev(name: str) -> None:
     states = constraint.train[:4]
     inputs = buffer.inputs(states.numpy())
     named = dict(policy.named_parameters())
-    network = [key for key in constraint.names if key != "log_std"]
+    network = [key for key in constraint.names if key != "log_std" or policy.use_sde]
     actor = Actor(policy)
     rows = jacrev(lambda values: functional_call(actor, values, (inputs,)))(dict(actor.named_parameters()))
     by_parameter = {parameter: rows[key].flatten(2) for key, parameter in actor.named_parameters()}
@@ -380,8 +399,7 @@ def test_null_space_ppo_takes_every_policy_over(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("algorithm", "policy", "options", "reason"),
     [
-        (PPO, "MlpPolicy", {"use_sde": True}, "noise of gSDE depends on the state.*use_sde=False"),
-        (A2C, "MlpPolicy", {"use_sde": True, "policy_kwargs": {"squash_output": True}}, "noise of gSDE.*use_sde=False"),
+        (A2C, "MlpPolicy", {"use_sde": True, "policy_kwargs": {"squash_output": True}}, "tanh.*squash_output=False"),
         (RecurrentPPO, "MlpLstmPolicy", {}, "RecurrentActorCriticPolicy acts on its memory.*only PPO, A2C"),
     ],
 )

@@ -715,8 +715,9 @@ def test_agents_and_environments_that_do_not_fit(cartpole):
         RetentionBuffer.collect(DQN("MlpPolicy", "CartPole-v1", buffer_size=10), "CartPole-v1", n_states=5)
     with pytest.raises(NsrlError, match="must be an on-policy"):
         RetentionBuffer.collect(3, "CartPole-v1", n_states=5)
-    with pytest.raises(NsrlError, match="use_sde=False"):
-        RetentionBuffer.collect(model_on("Pendulum-v1", use_sde=True), "Pendulum-v1", n_states=5)
+    squashed = PPO("MlpPolicy", "Pendulum-v1", use_sde=True, policy_kwargs={"squash_output": True}, device="cpu")
+    with pytest.raises(NsrlError, match="squash_output=False"):
+        RetentionBuffer.collect(squashed, "Pendulum-v1", n_states=5)
     model = model_on("CartPole-v1")
     model.env = None
     with pytest.raises(NsrlError, match="carries no environment"):

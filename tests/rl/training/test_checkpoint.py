@@ -170,7 +170,7 @@ def test_continues_bit_for_bit(clockwork, tmp_path, kind):
             rate = LinearSchedule(7e-3, 1e-4, 1.0)
             model = ProtectedA2C("MlpPolicy", env, n_steps=N_STEPS, learning_rate=rate, device="cpu", seed=1)
             model.policy.load_state_dict(agent.policy.state_dict())
-            model.constrain(kept, RetentionConfig(kl_budget=1e-4, critic="keep"))
+            model.constrain(kept, RetentionConfig(kl_budget=1e-4, critic="keep", opening="off"))
             return model
         options = {"projection": "optimizer", "subset_states": 16} if kind == "projected" else {}
         return build_model(agent, None if kind == "stock" else kept, env=env, **options)

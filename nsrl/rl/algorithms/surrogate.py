@@ -80,7 +80,7 @@ class Surrogate:
         """Whitened Jacobian whose Gram J^T J is the Fisher information, of every so many states."""
         passes = self._passes if every == 1 else self._head.select(slice(None, None, every)).passes()
         return PolicyJacobian(
-            passes, self._metric.seeds(passes.outputs), None if self._log_std is None else self._columns()
+            passes, self._metric.root(passes.outputs), None if self._log_std is None else self._columns()
         )
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian, Products
 from nsrl.projection.metrics import Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.projection.roots import KEPT, largest_rows
 from nsrl.rl.policies.actor_critic import (
     Head,
     Observation,
@@ -39,6 +40,9 @@ from nsrl.rl.policies.distributions import (
 )
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.retention.weights import StateWeights, rows_times, weighted_mean
+
+#: Numbers that the rows of some states may take as they are: N x R x O of them.
+LARGEST = 2**27
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,9 @@ class RetentionConstraint:
             return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
         return self._still.select(indices).passes()
 
-    def linearise(self, indices: Tensor, importance: Tensor | None = None) -> Quadratic[Jacobian]:
+    def linearise(
+        self, indices: Tensor, importance: Tensor | None = None, rows: int | None = None
+    ) -> Quadratic[Jacobian]:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
         Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
@@ -246,32 +252,51 @@ class RetentionConstraint:
             indices: the states.
             importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
                 the buffer's weights. None where the states are a uniform sample.
+            rows: rows a state, those of largest norm (the likeliest actions); None for all, up to what memory allows.
         """
         weights = self._weights.relative(indices, importance)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
         scale = 1.0 / math.sqrt(len(indices))
+        limit = rows or max(1, LARGEST // reference.numel())
+        chosen: list[Tensor] = []
+
+        def seeds(outputs: Tensor) -> Tensor:
+            if limit >= outputs.shape[1]:
+                return rows_times(root, metric.seeds(outputs))
+            found, which = largest_rows(metric.root(outputs).times(root), limit)
+            chosen[:] = [which]
+            return found
+
         factored = jacobian(
             self.policy,
             select(self.inputs, indices),
             forward=_forward,
             parameters=self.names,
-            seed=lambda outputs: rows_times(root, metric.seeds(outputs)),
+            seed=seeds,
             scale=scale,
         )
         outputs = factored.outputs
-        residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
+        residual = rows_times(root, metric.residual(reference, outputs))
+        residual = ((residual.gather(1, chosen[0]) if chosen else residual) * scale).flatten()
         divergence = weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
             return Quadratic(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
-        rows = self._log_std_rows(factored)
+        spread = self._log_std_rows(factored)
         residual = torch.cat([residual, metric.log_std_residual(reference, outputs)])
-        return Quadratic(StackedJacobian([factored, rows]), residual, divergence)
+        return Quadratic(StackedJacobian([factored, spread]), residual, divergence)
 
-    def restoration(self) -> Quadratic[Jacobian]:
+    @property
+    def rows_of_a_state(self) -> int:
+        """Rows of the whitened Jacobian that a state has, R."""
+        return int(self._metric_on(self.train[:1], None).root(self.reference[:1]).shape[1])
+
+    def restoration(self) -> Quadratic[Any]:
         """The model that a restoration is solved on: all training states."""
-        return self.linearise(self.train)
+        if self.reference.shape[1] <= KEPT:
+            return self.linearise(self.train)
+        return self.quadratic(self.train)
 
     def quadratic(self, indices: Tensor) -> Quadratic[Products]:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
@@ -280,14 +305,14 @@ class RetentionConstraint:
         root = None if weights is None else weights.sqrt()
         passes = self._passes(indices)
         with torch.no_grad():
-            seeds = rows_times(root, metric.seeds(passes.outputs))
+            whitening = metric.root(passes.outputs).times(root)
             residual = rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
             divergence = weighted_mean(metric.divergence(reference, passes.outputs), weights)
             if not self.protects_log_std:
-                return Quadratic(PolicyJacobian(passes, seeds), residual, divergence)
+                return Quadratic(PolicyJacobian(passes, whitening), residual, divergence)
             assert isinstance(metric, Gaussian)
             residual = torch.cat([residual, metric.log_std_residual(reference, passes.outputs)])
-        return Quadratic(PolicyJacobian(passes, seeds, self._log_std_columns), residual, divergence)
+        return Quadratic(PolicyJacobian(passes, whitening, self._log_std_columns), residual, divergence)
 
     @property
     def _log_std_columns(self) -> tuple[int, int]:

@@ -86,6 +86,10 @@ class Retention:
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what lives within an update only."""
+        return {**vars(self), "_hooks": None, "_projector": None}
+
     def verify(self) -> None:
         """Raise NsrlError unless what the budget rests on is as it was, and the policy inside it.
 

@@ -127,6 +127,14 @@ class RetentionConstraint:
         stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
         self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the actor as a function, which a copy needs of its own policy."""
+        return {**vars(self), "_still": self._still is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._still = actor_head(self.policy, self.inputs, self._reached) if state["_still"] else None
+
     @property
     def skips_calls(self) -> bool:
         """Whether outputs are made of the layers' weights without calling the modules: a chain of linear layers."""

@@ -49,6 +49,7 @@ PROJECTION = (
     ("nsrl.projection.solvers",),
     ("nsrl.projection.jacobians",),
     ("nsrl.projection.optimizer", "nsrl.projection.precision", "nsrl.projection.metrics"),
+    ("nsrl.projection.roots",),
 )
 #: Python files in a folder, at most.
 CROWD = 22

@@ -6,6 +6,7 @@ For outputs z (N states x O outputs) and the reference outputs z_ref, every metr
 * `slope(reference, outputs)`: dKL/dz, shape (N, O);
 * `seeds(outputs)`: S of shape (N, R, O) with S^T S = H, the Hessian of the KL in the outputs *at the current outputs*
   (the Fisher information), so that S dz/dtheta is the whitened Jacobian;
+* `root(outputs)`: the same S by its products, which needs no N x R x O numbers where there are many outputs;
 * `residual(reference, outputs)`: rho of shape (N, R) with S^T rho = dKL/dz, so that 1/2 |rho + S dz|^2 has the slope
   and the curvature of the KL;
 * `agreement(reference, outputs)`: share of states on which the two policies act alike.
@@ -21,8 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsrl.projection.roots import KEPT, DenseRoot, DiagonalRoot, Root, SoftmaxRoot
+
 #: Probabilities below this count as this much in a denominator: a float32 softmax underflows to zero.
 SMALLEST = 1e-30
+
+#: Logits that are compared at once.
+AT_ONCE = 2**20
 
 
 class OutputMetric(Protocol):
@@ -33,6 +39,8 @@ class OutputMetric(Protocol):
     def slope(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
 
     def seeds(self, outputs: Tensor) -> Tensor: ...
+
+    def root(self, outputs: Tensor) -> Root: ...
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor: ...
 
@@ -54,6 +62,10 @@ class Categorical:
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """KL(softmax(reference) || softmax(outputs)), summed over heads, shape (N,)."""
+        if len(outputs) > 1 and outputs.numel() > AT_ONCE:  # float64 copies of all at once would be gigabytes
+            size = max(1, AT_ONCE // outputs.shape[1])
+            pieces = zip(reference.split(size), outputs.split(size), strict=True)
+            return torch.cat([Categorical.divergence(self, ref, out) for ref, out in pieces])
         parts = []
         for ref, out in self._heads(reference, outputs):
             log_p, log_q = F.log_softmax(ref, -1, dtype=torch.float64), F.log_softmax(out, -1, dtype=torch.float64)
@@ -79,6 +91,13 @@ class Categorical:
             right = torch.diag_embed(others) - others.unsqueeze(2) * (others.square() / (1.0 + first)).unsqueeze(1)
             blocks.append(torch.cat([left.unsqueeze(2), right], 2))
         return _block_diagonal(blocks)
+
+    def root(self, outputs: Tensor) -> Root:
+        """The rows of `seeds`; for more than `KEPT` logits by products with the probabilities."""
+        if outputs.shape[1] <= KEPT:
+            return DenseRoot(self.seeds(outputs))
+        roots = torch.cat([self._tempered(out).sqrt() for (out,) in self._heads(outputs)], 1)
+        return SoftmaxRoot(roots, self.sizes or (outputs.shape[1],), torch.ones_like(roots[:, :1]))
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """The same reflection of (p - p_ref) / q, which is orthogonal to q, shape (N, O - heads)."""
@@ -141,6 +160,12 @@ class Bernoulli:
         """diag(sqrt(p (1 - p))), shape (N, O, O)."""
         return torch.diag_embed(self._variance(outputs).sqrt())
 
+    def root(self, outputs: Tensor) -> Root:
+        """As `seeds`."""
+        if outputs.shape[1] <= KEPT:
+            return DenseRoot(self.seeds(outputs))
+        return DiagonalRoot(self._variance(outputs).sqrt())
+
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """(p - p_ref) / sqrt(p (1 - p)), shape (N, O)."""
         return (torch.sigmoid(outputs) - torch.sigmoid(reference)) / self._variance(outputs).clamp_min(SMALLEST).sqrt()
@@ -185,6 +210,12 @@ class Gaussian:
         whitening = torch.diag(torch.exp(-self.log_std.detach())).to(outputs)
         return whitening.expand(outputs.shape[0], -1, -1)
 
+    def root(self, outputs: Tensor) -> Root:
+        """As `seeds`."""
+        if outputs.shape[1] <= KEPT:
+            return DenseRoot(self.seeds(outputs))
+        return DiagonalRoot(torch.exp(-self.log_std.detach()).to(outputs).expand_as(outputs))
+
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """(mean - mean_ref) / s, shape (N, A)."""
         return (outputs - reference) * torch.exp(-self.log_std.detach())
@@ -223,6 +254,11 @@ class HeteroscedasticGaussian:
         """diag(1 / s, sqrt 2), shape (N, 2 A, 2 A)."""
         log = _halves(outputs)[1]
         return torch.diag_embed(torch.cat([torch.exp(-log), torch.full_like(log, math.sqrt(2.0))], -1))
+
+    def root(self, outputs: Tensor) -> Root:
+        """As `seeds`."""
+        log = _halves(outputs)[1]
+        return DiagonalRoot(torch.cat([torch.exp(-log), torch.full_like(log, math.sqrt(2.0))], -1))
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """((m - m_ref) / s, (1 - (s_ref^2 + (m - m_ref)^2) / s^2) / sqrt 2), shape (N, 2 A)."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nsrl.projection.budget.model import Quadratic
+from nsrl.projection.budget.parameter_krylov import MANY, pull_to_reference
 from nsrl.projection.budget.projection import KrylovProjection
-from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.projection.optimizer import FlatParameters
 
 #: A restoration that leaves more than this share of the KL has not helped.
@@ -37,7 +37,7 @@ class Retained(Protocol):
         """The KL that counts against the budget, nats; infinity where the model has diverged."""
         ...
 
-    def restoration(self) -> Quadratic[Jacobian]:
+    def restoration(self) -> Quadratic[Any]:
         """The model that a restoration is solved on, at the present parameters."""
         ...
 
@@ -81,7 +81,7 @@ class Enforcement:
         here = flat.read()
         # The model sees some of what the budget holds for: aim lower by the measured difference.
         aim = self.aim * min(1.0, model.divergence / kl)
-        step = KrylovProjection.of(model).project(torch.zeros_like(here), aim).displacement
+        step = _pull(model, torch.zeros_like(here), aim)
         length = 1.0
         for _ in range(HALVINGS):
             flat.write(here + length * step)
@@ -105,3 +105,11 @@ class Enforcement:
             else:
                 high = middle
         flat.write(feasible + low * way)
+
+
+def _pull(model: Quadratic[Any], nowhere: Tensor, aim: float) -> Tensor:
+    """The displacement towards the reference at which the model's KL is the aim, shape (P,)."""
+    rows, columns = model.jacobian.shape
+    if rows > max(MANY, columns):
+        return pull_to_reference(model, aim)
+    return KrylovProjection.of(model).project(nowhere, aim).displacement

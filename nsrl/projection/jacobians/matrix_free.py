@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsrl.projection.roots import Root
+
 #: States that Kronecker factors are made of, at least, where there are as many: they only have to be roughly right.
 FACTOR_STATES = 512
 
@@ -65,6 +67,11 @@ class Passes(Protocol):
 
     outputs: Tensor
 
+    @property
+    def columns(self) -> int:
+        """P."""
+        ...
+
     def push(self, vector: Tensor) -> Tensor:
         """J v, shape (N, O), for v of shape (P,)."""
         ...
@@ -77,8 +84,8 @@ class Passes(Protocol):
         """J^T u as one tensor a parameter."""
         ...
 
-    def factors(self, seeds: Tensor) -> list[LayerFactors]:
-        """Kronecker factors of (S J)^T S J for seeds S (N, R, O), of the layers known to be linear and not too wide."""
+    def factors(self, root: Root) -> list[LayerFactors]:
+        """Kronecker factors of (S J)^T S J for a root S, of the layers known to be linear and not too wide."""
         ...
 
 
@@ -119,6 +126,11 @@ class LayerPasses:
                 self._values.append(inputs)
         self.outputs = inputs
 
+    @property
+    def columns(self) -> int:
+        """See `Passes`."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
     @torch.no_grad()
     def push(self, vector: Tensor) -> Tensor:
         """J v, (N, O); see `Passes`."""
@@ -156,11 +168,11 @@ class LayerPasses:
         return pieces
 
     @torch.no_grad()
-    def factors(self, seeds: Tensor) -> list[LayerFactors]:
+    def factors(self, root: Root) -> list[LayerFactors]:
         """See `Passes`."""
         starts = [0, *accumulate(parameter.numel() for parameter in self._parameters)]
-        every = max(1, len(seeds) // FACTOR_STATES)
-        cotangents = math.sqrt(every) * seeds[::every].transpose(0, 1)
+        every = max(1, root.shape[0] // FACTOR_STATES)
+        cotangents = math.sqrt(every) * root.sampled(every).transpose(0, 1)
         found = []
         for number in reversed(range(len(self._stages))):
             stage = self._stages[number]
@@ -194,6 +206,11 @@ class GraphPasses:
         self._dual: Tensor | None = None
         self._pulled: list[tuple[int, Tensor]] = []
 
+    @property
+    def columns(self) -> int:
+        """See `Passes`."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
     def push(self, vector: Tensor) -> Tensor:
         """J v, (N, O); see `Passes`."""
         if self._dual is None:
@@ -215,7 +232,7 @@ class GraphPasses:
         grads = torch.autograd.grad(self._graph, self._parameters, cotangents, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(self._parameters, grads, strict=True)]
 
-    def factors(self, seeds: Tensor) -> list[LayerFactors]:
+    def factors(self, root: Root) -> list[LayerFactors]:
         """None: what is inside is not known."""
         return []
 
@@ -341,29 +358,36 @@ class PolicyJacobian:
 
     Args:
         passes: through the actor, on N states.
-        seeds: S, shape (N, R, O): S^T S / N is the Fisher information of a state's outputs, times its weight.
+        root: S, shape (N, R, O): S^T S / N is the Fisher information of a state's outputs, times its weight.
         log_std: columns, as start and stop, of a state-independent log standard deviation, which the network does
             not reach and whose Fisher information is 2; None without.
     """
 
-    def __init__(self, passes: Passes, seeds: Tensor, log_std: tuple[int, int] | None = None):
+    def __init__(self, passes: Passes, root: Root, log_std: tuple[int, int] | None = None):
         self._passes = passes
-        self._seeds = seeds / math.sqrt(len(passes.outputs))
+        self._root = root.divided(math.sqrt(len(passes.outputs)))
         self._log_std = log_std
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N R + entries of log_std, P)."""
+        n, r, _ = self._root.shape
+        extra = 0 if self._log_std is None else self._log_std[1] - self._log_std[0]
+        return n * r + extra, self._passes.columns + extra
 
     def matvec(self, vector: Tensor) -> Tensor:
         """J v for v of shape (P,): shape (N R + entries of log_std,)."""
         if self._log_std is None:
-            return torch.einsum("nro,no->nr", self._seeds, self._passes.push(vector)).flatten()
+            return self._root.apply(self._passes.push(vector)).flatten()
         start, stop = self._log_std
         moved = self._passes.push(torch.cat([vector[:start], vector[stop:]]))
-        rows = torch.einsum("nro,no->nr", self._seeds, moved).flatten()
+        rows = self._root.apply(moved).flatten()
         return torch.cat([rows, math.sqrt(2.0) * vector[start:stop]])
 
     def rmatvec(self, rows: Tensor) -> Tensor:
         """J^T u for such rows u: shape (P,)."""
-        n, r, _ = self._seeds.shape
-        cotangents = torch.einsum("nro,nr->no", self._seeds, rows[: n * r].view(n, r))
+        n, r, _ = self._root.shape
+        cotangents = self._root.transpose(rows[: n * r].view(n, r))
         pulled = self._passes.pull(cotangents)
         if self._log_std is None:
             return pulled
@@ -372,10 +396,11 @@ class PolicyJacobian:
 
     def factors(self) -> list[LayerFactors]:
         """Kronecker factors of the blocks of J^T J: of linear layers in a chain, and of log_std."""
-        found = self._passes.factors(self._seeds)
+        found = self._passes.factors(self._root)
         if self._log_std is None:
             return found
         start, stop = self._log_std
         moved = [factors.shifted(lambda column: column + (stop - start if column >= start else 0)) for factors in found]
-        identity = torch.eye(stop - start, dtype=self._seeds.dtype, device=self._seeds.device)
+        outputs = self._passes.outputs
+        identity = torch.eye(stop - start, dtype=outputs.dtype, device=outputs.device)
         return [*moved, LayerFactors(identity[:1, :1], 2.0 * identity, start, None)]

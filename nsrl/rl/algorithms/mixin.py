@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -387,7 +387,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             return super().collect_rollouts(*args, **kwargs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
-        """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        """As the algorithm's own `learn`; logs the last update too, which SB3 drops, where there is a log_interval."""
         self._check_in_force()
         if still := [name for name in MOVING if name in vars(self) and is_zero(vars(self)[name])]:
             warnings.warn(
@@ -404,8 +404,26 @@ class ProtectedMixin(OnPolicyAlgorithm):
             self._learning_seconds += perf_counter() - start
         if self.retention is not None:
             self.logger.record("nullspace/overhead_fraction", self._overhead())
-            self.logger.dump(self.num_timesteps)
+            if (args[2] if len(args) > 2 else kwargs.get("log_interval", 1)) is not None:
+                self._dump_last()
         return self
+
+    def _dump_last(self) -> None:
+        """Write what the last update logged, with its time, and leave it for callers to read, as SB3 does."""
+        logger = self.logger
+        values, counts, excluded = dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)
+        rollouts = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
+        # What SB3's `dump_logs` has of the clock; the episodes' returns are in the row of the rollout already.
+        for name, value in (
+            ("iterations", rollouts),
+            ("time_elapsed", int((time_ns() - self.start_time) / 1e9)),
+            ("total_timesteps", self.num_timesteps),
+        ):
+            logger.record(f"time/{name}", value, exclude="tensorboard")
+        logger.dump(self.num_timesteps)
+        logger.name_to_value.update(values)
+        logger.name_to_count.update(counts)
+        logger.name_to_excluded.update(excluded)
 
     def retention_report(self) -> RetentionReport:
         """Measure the policy on the buffer and summarise the run so far.

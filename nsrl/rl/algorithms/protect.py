@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -75,11 +76,22 @@ def protect(
     return model
 
 
+@cache
 def _protected_class(cls: type[OnPolicyAlgorithm]) -> type[OnPolicyAlgorithm]:
     if cls is TRPO:
         # Its line search would answer for the rollout's KL only, and its optimizer never moves the actor.
         return NullSpaceTRPO
-    return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__})
+
+    def reduce(self: OnPolicyAlgorithm) -> tuple[Any, ...]:
+        return _blank, (cls,), vars(self)  # no module has this class, where unpickling would look for it
+
+    return type(f"Protected{cls.__name__}", (ProtectedMixin, cls), {"__module__": cls.__module__, "__reduce__": reduce})
+
+
+def _blank(cls: type[OnPolicyAlgorithm]) -> OnPolicyAlgorithm:
+    """An empty instance of the protected class of a stock one."""
+    protected = _protected_class(cls)
+    return protected.__new__(protected)
 
 
 def attach_env(

@@ -98,7 +98,7 @@ class Surrogate:
             head = replace(head, inputs=joined(head.inputs, more.inputs))
         passes = self._passes if head is self._head else head.passes()
         return PolicyJacobian(
-            passes, self._metric.seeds(passes.outputs), None if self._log_std is None else self._columns()
+            passes, self._metric.root(passes.outputs), None if self._log_std is None else self._columns()
         )
 
     @torch.no_grad()

@@ -48,6 +48,12 @@ MOST_GAP = 100.0
 #: Relative difference of a measured KL that rounding may explain.
 ROUNDING = 1e-4
 
+#: Rows that are decomposed to say what the rank is: at most, and where there are more, since their time is cubic.
+DIAGNOSED, SHOWN = 1536, 512
+
+#: Rows that are decomposed at most to project inside an update.
+LINEARISED = 8192
+
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
 ADDED = ("restored", "guess", "stride", "kl_most", "held", "opening", "exploration")
 
@@ -104,6 +110,10 @@ class Retention:
         self._gap = 1.0
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what lives within an update only."""
+        return {**vars(self), "_hooks": None, "_projector": None}
 
     def verify(self) -> None:
         """Raise NsrlError unless what the budget rests on is as it was, and the policy inside it.
@@ -228,8 +238,12 @@ class Retention:
         return True
 
     def diagnose(self, states: int = 64) -> tuple[int, float]:
-        """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier."""
-        model = self.constraint.linearise(self.constraint.train[:states])
+        """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier.
+
+        Policies with many outputs are asked on fewer states and rows: both numbers are lower bounds then.
+        """
+        count, rows = shown_rows(min(states, len(self.constraint.train)), self.constraint.rows_of_a_state)
+        model = self.constraint.linearise(self.constraint.train[:count], rows=rows)
         parts = SpectralProjection.of(model).spectrum
         return parts.rank, parts.effective_dimension(self._damping)
 
@@ -334,7 +348,9 @@ class Retention:
 
     def _linearise(self) -> None:
         start = perf_counter()
-        model = self.constraint.linearise(*self._subset())
+        indices, importance = self._subset()
+        few = max(1, LINEARISED // len(indices))
+        model = self.constraint.linearise(indices, importance, few if few < self.constraint.rows_of_a_state else None)
         scale = None
         if self.config.effective_projection == "optimizer":
             scale = self.constraint.parameters.scale_of(self.model.policy.optimizer)
@@ -473,6 +489,14 @@ class StateDraw:
         """Continue where `state()` was taken."""
         self._generator.set_state(state["generator"])
         self._queue = state["queue"].to(self._indices.device)
+
+
+def shown_rows(states: int, rows: int) -> tuple[int, int | None]:
+    """States, and rows of each (None: all), that the rank is told of; eight states at least, if there are."""
+    if states * rows <= DIAGNOSED:
+        return states, None
+    states = min(states, max(8, SHOWN // rows))
+    return states, min(max(1, SHOWN // states), rows)
 
 
 def active_subset(constraint: RetentionConstraint, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
@@ -66,12 +65,12 @@ def open_outputs(
             on_step(now, constraint.binding_divergence())
         if now >= share:
             return made
-        rows = targets.rows(passes.outputs, states.valid)
+        root = targets.root(passes.outputs, states.valid)
         # aimed beyond the share: the mean over the states gets there before every state does
         goal = share + 0.5 * (1.0 - share)
-        excess = _mapped(rows, targets.excess(passes.outputs, goal, states.valid))
-        aim = _mapped(rows, passes.outputs) - excess
-        jacobian = PolicyJacobian(passes, rows)
+        excess = root.apply(targets.excess(passes.outputs, goal, states.valid))
+        aim = root.apply(passes.outputs) - excess
+        jacobian = PolicyJacobian(passes, root)
         gradient = jacobian.rmatvec((excess / math.sqrt(len(excess))).flatten())
         before = _loss(excess)
         if before > (1.0 - LEAST_FALL) * last:
@@ -84,17 +83,13 @@ def open_outputs(
         for _ in range(HALVINGS):
             constraint.parameters.write(start + length * step.displacement)
             inside = constraint.binding_divergence() <= budget
-            if inside and _loss(_mapped(rows, head.outputs()) - aim) < before:
+            if inside and _loss(root.apply(head.outputs()) - aim) < before:
                 break
             length *= 0.5
         else:
             constraint.parameters.write(start)
             return made
     return ROUNDS
-
-
-def _mapped(rows: Tensor, outputs: Tensor) -> Tensor:
-    return torch.einsum("nro,no->nr", rows, outputs)
 
 
 def _loss(residual: Tensor) -> float:

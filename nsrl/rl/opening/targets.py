@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsrl.projection.roots import DiagonalRoot, Root, SoftmaxRoot
 from nsrl.rl.policies.distributions import with_masks
 
 #: Bisections of a temperature: to nine digits.
@@ -17,7 +18,7 @@ HALVINGS = 30
 
 
 class Targets(Protocol):
-    """What the opening asks of a family of action distributions; N states, O outputs, R rows of a regression."""
+    """What the opening asks of a family of action distributions; N states, O outputs, R rows of a root."""
 
     def share(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
         """How open each state is, from 0 (one action is certain) to 1 (as open as can be), shape (N,)."""
@@ -27,8 +28,8 @@ class Targets(Protocol):
         """What the outputs, (N, O), have to lose so that the mean of `share` over the states is this."""
         ...
 
-    def rows(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """The linear maps of a state's outputs in which the excess counts, shape (N, R, O)."""
+    def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
+        """The linear maps of a state's outputs in which the excess counts, (N, R, O)."""
         ...
 
 
@@ -59,7 +60,9 @@ class SoftmaxTargets:
 
     def excess(self, outputs: Tensor, share: float, valid: Tensor | None) -> Tensor:
         """Centred logits times 1 - 1 / temperature."""
-        centred = torch.einsum("nro,no->nr", self.rows(outputs, valid), outputs)
+        centred = outputs - self._head_means(outputs, valid)
+        if valid is not None:
+            centred = centred * valid
         low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
@@ -69,16 +72,24 @@ class SoftmaxTargets:
                 high = middle
         return centred * (1.0 - low)
 
-    def rows(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """A common shift of a head's logits is no change: centring over the valid actions of each head."""
-        total = sum(self.sizes)
-        same = torch.block_diag(*(torch.ones(size, size) for size in self.sizes)).to(outputs)
-        if valid is None:
-            counts = same.sum(1, keepdim=True)
-            return (torch.eye(total).to(outputs) - same / counts).expand(len(outputs), total, total)
-        both = same * (valid.unsqueeze(1) & valid.unsqueeze(2))
-        counts = both.sum(2, keepdim=True).clamp_min(1.0)
-        return torch.diag_embed(valid.to(outputs)) - both / counts
+    def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
+        """That of the KL's Hessian at the uniform distribution over the valid actions of each head.
+
+        A common shift of a head's logits is no change to it. The policy's own distribution would not do: where it is
+        certain, its Hessian sees nothing.
+        """
+        known = torch.ones_like(outputs) if valid is None else valid.to(outputs)
+        heads = [head / head.sum(1, keepdim=True).clamp_min(1.0) for head in known.split(list(self.sizes), 1)]
+        return SoftmaxRoot(torch.cat(heads, 1).sqrt(), self.sizes, torch.ones_like(outputs[:, :1]), valid)
+
+    def _head_means(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
+        """Mean logit of each state's valid actions, of each head, shape (N, O)."""
+        known = torch.ones_like(outputs) if valid is None else valid.to(outputs)
+        means = []
+        for head, counts in zip(outputs.split(list(self.sizes), 1), known.split(list(self.sizes), 1), strict=True):
+            total = torch.where(counts > 0, head, torch.zeros_like(head)).sum(1, keepdim=True)
+            means.append((total / counts.sum(1, keepdim=True).clamp_min(1.0)).expand_as(head))
+        return torch.cat(means, 1)
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,9 @@ class CoinTargets:
                 high = middle
         return outputs * (1.0 - low)
 
-    def rows(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """The identity."""
-        size = outputs.shape[1]
-        return torch.eye(size).to(outputs).expand(len(outputs), size, size)
+    def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
+        """That of the KL's Hessian at even odds: half of the identity."""
+        return DiagonalRoot(torch.full_like(outputs, 0.5))
 
 
 @dataclass(frozen=True)
@@ -126,11 +136,11 @@ class SpreadTargets:
         missing = self._missing(outputs)
         return torch.cat([torch.zeros_like(missing), -missing], 1)
 
-    def rows(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """The logs; the means are free."""
+    def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
+        """The logs, as the KL's Hessian has them; the means are free."""
         size = len(self.wide)
-        logs = torch.cat([torch.zeros(size, size), torch.eye(size)], 1).to(outputs)
-        return logs.expand(len(outputs), size, 2 * size)
+        counted = torch.cat([torch.zeros(size), torch.full((size,), math.sqrt(2.0))]).to(outputs)
+        return DiagonalRoot(counted.expand_as(outputs))
 
     def _missing(self, outputs: Tensor) -> Tensor:
         logs = outputs[:, len(self.wide) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nsrl.errors import NsrlError
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, OutputMetric
+from nsrl.projection.roots import KEPT, DenseRoot, Root, SoftmaxRoot
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class MaskedCategorical(Categorical):
         """As `Categorical.seeds`, (N, O - heads, O); the columns of invalid actions are zero."""
         assert self.valid is not None
         return super().seeds(self._masked(outputs)) * self.valid.unsqueeze(1)
+
+    def root(self, outputs: Tensor) -> Root:
+        """As `seeds`."""
+        if outputs.shape[1] <= KEPT:
+            return DenseRoot(self.seeds(outputs))
+        whole = super().root(self._masked(outputs))
+        assert isinstance(whole, SoftmaxRoot)
+        return replace(whole, valid=self.valid)
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """As `Categorical.residual`, (N, O)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.jacobians.matrix_free import Passes, PolicyJacobian, Products
 from nsrl.projection.metrics import Gaussian, OutputMetric
 from nsrl.projection.optimizer import FlatParameters
+from nsrl.projection.roots import KEPT, largest_rows
 from nsrl.rl.policies.actor_critic import (
     Head,
     Observation,
@@ -40,6 +41,9 @@ from nsrl.rl.policies.distributions import (
 from nsrl.rl.retention.promises import OTHERS, Promises, worst_mean
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.retention.weights import StateWeights, rows_times, weighted_mean
+
+#: Numbers that the rows of some states may take as they are: N x R x O of them.
+LARGEST = 2**27
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,14 @@ class RetentionConstraint:
         extractor = policy.pi_features_extractor
         stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
         self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the actor as a function, which a copy needs of its own policy."""
+        return {**vars(self), "_still": self._still is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._still = actor_head(self.policy, self.inputs, self._reached) if state["_still"] else None
 
     @property
     def skips_calls(self) -> bool:
@@ -275,7 +287,9 @@ class RetentionConstraint:
             return actor_head(self.policy, select(self.inputs, indices), self._reached).passes()
         return self._still.select(indices).passes()
 
-    def linearise(self, indices: Tensor, importance: Tensor | None = None, factor: float = 1.0) -> Quadratic[Jacobian]:
+    def linearise(
+        self, indices: Tensor, importance: Tensor | None = None, rows: int | None = None, factor: float = 1.0
+    ) -> Quadratic[Jacobian]:
         """Factored, whitened Jacobian of the outputs on some states, and the residual rho, at the current policy.
 
         Rows are multiplied by sqrt(w / N), so that 1/2 |J d|^2 is a weighted mean KL.
@@ -284,40 +298,64 @@ class RetentionConstraint:
             indices: the states.
             importance: how many states of the buffer each of them stands for, shape (N,), in any unit; it multiplies
                 the buffer's weights. None where the states are a uniform sample.
+            rows: rows a state, those of largest norm (the likeliest actions); None for all, up to what memory allows.
             factor: of the whole model: it is then one of this multiple of the weighted mean KL.
         """
         weights = self._weights.relative(indices, importance)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
         scale = math.sqrt(factor / len(indices))
+        limit = rows or max(1, LARGEST // reference.numel())
+        chosen: list[Tensor] = []
+
+        def seeds(outputs: Tensor) -> Tensor:
+            if limit >= outputs.shape[1]:
+                return rows_times(root, metric.seeds(outputs))
+            found, which = largest_rows(metric.root(outputs).times(root), limit)
+            chosen[:] = [which]
+            return found
+
         factored = jacobian(
             self.policy,
             select(self.inputs, indices),
             forward=_forward,
             parameters=self.names,
-            seed=lambda outputs: rows_times(root, metric.seeds(outputs)),
+            seed=seeds,
             scale=scale,
         )
         outputs = factored.outputs
-        residual = (rows_times(root, metric.residual(reference, outputs)) * scale).flatten()
+        residual = rows_times(root, metric.residual(reference, outputs))
+        residual = ((residual.gather(1, chosen[0]) if chosen else residual) * scale).flatten()
         divergence = factor * weighted_mean(metric.divergence(reference, outputs).detach(), weights)
         if not self.protects_log_std:
             return Quadratic(factored, residual, divergence)
         assert isinstance(metric, Gaussian)
-        rows = self._log_std_rows(factored, factor)
+        spread = self._log_std_rows(factored, factor)
         residual = torch.cat([residual, math.sqrt(factor) * metric.log_std_residual(reference, outputs)])
-        return Quadratic(StackedJacobian([factored, rows]), residual, divergence)
+        return Quadratic(StackedJacobian([factored, spread]), residual, divergence)
 
-    def restoration(self) -> Quadratic[Jacobian]:
+    @property
+    def rows_of_a_state(self) -> int:
+        """Rows of the whitened Jacobian that a state has, R."""
+        return int(self._metric_on(self.train[:1], None).root(self.reference[:1]).shape[1])
+
+    def restoration(self) -> Quadratic[Any]:
         """The model that a restoration is solved on: all training states.
 
         Where another promise than the mean binds, those states weigh more that break it.
         """
+        importance, factor = self._breaking()
+        if self.reference.shape[1] <= KEPT:
+            return self.linearise(self.train, importance, factor=factor)
+        return self.quadratic(self.train, importance, factor)
+
+    def _breaking(self) -> tuple[Tensor | None, float]:
+        """Importance of each training state in a restoration, and the factor that brings their KL to the budget's unit."""
         if not self.promises.any:
-            return self.linearise(self.train)
+            return None, 1.0
         kl, bound = self._bound()
         if bound <= self._mean(kl):
-            return self.linearise(self.train)
+            return None, 1.0
         share = self.promises.worst_share
         if self.promises.agreement is not None:
             share = max(share, 1.0 - self.promises.agreement)
@@ -325,23 +363,24 @@ class RetentionConstraint:
         edge = on_training.quantile(1.0 - min(share, 1.0))
         importance = torch.where(on_training >= edge, 1.0, OTHERS)
         measured = weighted_mean(on_training, self._weights.relative(self.train, importance))
-        return self.linearise(self.train, importance, bound / max(measured, 1e-30))
+        return importance, bound / max(measured, 1e-30)
 
-    def quadratic(self, indices: Tensor) -> Quadratic[Products]:
+    def quadratic(self, indices: Tensor, importance: Tensor | None = None, factor: float = 1.0) -> Quadratic[Products]:
         """The model of `linearise` for products alone, which passes through the network make at a third of the cost."""
-        weights = self._weights.relative(indices)
+        weights = self._weights.relative(indices, importance)
         metric, reference = self._metric_on(indices, weights), self.reference[indices]
         root = None if weights is None else weights.sqrt()
         passes = self._passes(indices)
         with torch.no_grad():
-            seeds = rows_times(root, metric.seeds(passes.outputs))
-            residual = rows_times(root, metric.residual(reference, passes.outputs)).flatten() / math.sqrt(len(indices))
-            divergence = weighted_mean(metric.divergence(reference, passes.outputs), weights)
+            whitening = metric.root(passes.outputs).times(root).divided(1.0 / math.sqrt(factor))
+            scale = math.sqrt(factor / len(indices))
+            residual = rows_times(root, metric.residual(reference, passes.outputs)).flatten() * scale
+            divergence = factor * weighted_mean(metric.divergence(reference, passes.outputs), weights)
             if not self.protects_log_std:
-                return Quadratic(PolicyJacobian(passes, seeds), residual, divergence)
+                return Quadratic(PolicyJacobian(passes, whitening), residual, divergence)
             assert isinstance(metric, Gaussian)
             residual = torch.cat([residual, metric.log_std_residual(reference, passes.outputs)])
-        return Quadratic(PolicyJacobian(passes, seeds, self._log_std_columns), residual, divergence)
+        return Quadratic(PolicyJacobian(passes, whitening, self._log_std_columns), residual, divergence)
 
     @property
     def _log_std_columns(self) -> tuple[int, int]:

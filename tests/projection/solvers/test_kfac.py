@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nsrl.projection.jacobians.matrix_free import WIDEST, LayerFactors, LayerPasses, linear_chain
+from nsrl.projection.roots import DenseRoot
 from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
 from nsrl.projection.solvers.kfac import KroneckerPreconditioner
 from nsrl.rl.algorithms.surrogate import Surrogate
@@ -84,7 +85,7 @@ def test_the_factors_of_one_state_and_one_output_are_its_fisher_information(bias
     inputs, seeds = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 1, 2, dtype=torch.float64)
     stages = linear_chain(list(net), parameters)
     assert stages is not None
-    factors = LayerPasses(stages, inputs, parameters).factors(seeds)
+    factors = LayerPasses(stages, inputs, parameters).factors(DenseRoot(seeds))
     grads = torch.autograd.grad((net(inputs) * seeds[:, 0]).sum(), parameters)
     row = torch.cat([grad.flatten() for grad in grads])
     found = dense(factors, len(row))
@@ -103,7 +104,7 @@ def test_factors_are_means_of_inputs_and_sums_of_output_gradients() -> None:
     inputs, seeds = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 4, 2, dtype=torch.float64)
     stages = linear_chain(list(net), list(net.parameters()))
     assert stages is not None
-    (factors,) = LayerPasses(stages, inputs, list(net.parameters())).factors(seeds)
+    (factors,) = LayerPasses(stages, inputs, list(net.parameters())).factors(DenseRoot(seeds))
     ones = torch.cat([inputs, torch.ones(7, 1, dtype=torch.float64)], 1)
     torch.testing.assert_close(factors.inputs, ones.T @ ones / 7)
     torch.testing.assert_close(factors.outputs, torch.einsum("nro,nrp->op", seeds, seeds))
@@ -117,7 +118,7 @@ def test_layers_too_wide_to_invert_have_none() -> None:
     stages = linear_chain(list(net), parameters)
     assert stages is not None
     passes = LayerPasses(stages, torch.randn(5, WIDEST + 1, dtype=torch.float64), parameters)
-    factors = passes.factors(torch.randn(5, 2, 2, dtype=torch.float64))
+    factors = passes.factors(DenseRoot(torch.randn(5, 2, 2, dtype=torch.float64)))
     assert [factor.weight for factor in factors] == [3 * (WIDEST + 1) + 3]
     vector = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
     divide = KroneckerPreconditioner(factors, 0.1)

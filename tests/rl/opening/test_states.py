@@ -83,7 +83,12 @@ def learner(actions: str, masked: bool = False, dict_observations: bool = False,
 
 
 def global_generators() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+    return (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.random.get_state()[2],
+        torch.get_rng_state().tolist(),
+    )
 
 
 @pytest.mark.parametrize("play", [random_states, visited_states])

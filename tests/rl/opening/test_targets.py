@@ -37,15 +37,13 @@ def draw_masks(sizes: tuple[int, ...], seed: int, states: int = 7) -> Tensor:
     return masks
 
 
-def mapped(targets: Targets, outputs: Tensor, valid: Tensor | None) -> Tensor:
-    return torch.einsum("nro,no->nr", targets.rows(outputs, valid), outputs)
-
-
 @given(sizes=SIZES, scale=SCALES, seed=SEEDS)
 def test_the_share_of_categories_is_scipys_entropy_over_the_largest(sizes: tuple[int, ...], scale: float, seed: int):
     logits = draw_logits(sum(sizes), scale, seed)
     found = SoftmaxTargets(sizes).share(logits, None)
-    heads = [head.softmax(1).numpy() for head, size in zip(logits.split(list(sizes), 1), sizes, strict=True) if size > 1]
+    heads = [
+        head.softmax(1).numpy() for head, size in zip(logits.split(list(sizes), 1), sizes, strict=True) if size > 1
+    ]
     expected = [entropy(head, axis=1) / math.log(head.shape[1]) for head in heads] or [np.ones(len(logits))]
     # p log p of a logit is off by its rounding: u times the size of the logits
     bound = relative(torch.float64, terms=max(sizes)) * max(scale, 1.0) * 8
@@ -91,7 +89,7 @@ def test_without_the_excess_categories_have_the_wanted_share_and_their_order(
     targets, logits = SoftmaxTargets(sizes), draw_logits(sum(sizes), gap, seed)
     valid = draw_masks(sizes, seed + 1) if masked else None
     excess = targets.excess(logits, share, valid)
-    opened = mapped(targets, logits, valid) - excess
+    opened = logits - excess
     before, after = float(targets.share(logits, valid).mean()), float(targets.share(opened, valid).mean())
     slack = openable(targets, sizes, logits, valid, share)
     assert after == pytest.approx(max(before, share), abs=slack)
@@ -107,30 +105,27 @@ def test_without_the_excess_categories_have_the_wanted_share_and_their_order(
 @given(size=st.integers(1, 4), gap=st.floats(0.1, 100.0), share=SHARES, seed=SEEDS)
 def test_without_the_excess_coins_have_the_wanted_share(size: int, gap: float, share: float, seed: int) -> None:
     targets, logits = CoinTargets(), draw_logits(size, gap, seed)
-    opened = mapped(targets, logits, None) - targets.excess(logits, share, None)
+    opened = logits - targets.excess(logits, share, None)
     before, after = float(targets.share(logits, None).mean()), float(targets.share(opened, None).mean())
     assert after == pytest.approx(max(before, share), abs=openable(targets, (2,), logits, None, share))
     assert bool((opened * logits >= 0.0).all())
 
 
 @given(sizes=SIZES, seed=SEEDS, masked=st.booleans())
-def test_the_rows_do_not_see_a_shift_of_a_heads_valid_logits(sizes: tuple[int, ...], seed: int, masked: bool) -> None:
-    """So the regression does not spend steps on what is no change of the distribution."""
+def test_the_root_is_that_of_the_hessian_at_the_uniform_distribution(
+    sizes: tuple[int, ...], seed: int, masked: bool
+) -> None:
     targets, logits = SoftmaxTargets(sizes), draw_logits(sum(sizes), 3.0, seed)
     valid = draw_masks(sizes, seed + 1) if masked else torch.ones_like(logits, dtype=torch.bool)
-    rows = targets.rows(logits, valid if masked else None)
-    start = 0
-    for size in sizes:
-        shift = torch.zeros_like(logits)
-        shift[:, start : start + size] = 7.0
-        seen = torch.einsum("nro,no->nr", rows, shift * valid)
-        assert_near(seen, torch.zeros_like(seen), terms=size, scale=7.0)
-        start += size
-    assert_near(torch.einsum("nro,nop->nrp", rows, rows), rows, terms=max(sizes))
-    # and nothing but that: what a projection onto the rest leaves, a softmax cannot tell from all of it
-    left = torch.einsum("nro,no->nr", rows, logits)
-    expected = targets.share(logits, valid if masked else None)
-    assert_near(targets.share(left, valid if masked else None), expected, terms=max(sizes), scale=10.0)
+    root = targets.root(logits, valid if masked else None)
+    columns = [root.apply(unit.expand_as(logits)) for unit in torch.eye(sum(sizes), dtype=logits.dtype)]
+    rows = torch.stack(columns, 2)
+    for state, mask in enumerate(valid):
+        blocks = []
+        for head in mask.split(list(sizes)):
+            p = head.to(logits) / head.sum()
+            blocks.append(torch.diag(p) - torch.outer(p, p))
+        assert_near(rows[state].T @ rows[state], torch.block_diag(*blocks), terms=max(sizes))
 
 
 def test_a_spread_is_open_where_it_is_wide_and_only_its_logs_are_asked() -> None:
@@ -141,8 +136,9 @@ def test_a_spread_is_open_where_it_is_wide_and_only_its_logs_are_asked() -> None
     outputs = torch.cat([means, logs], 1)
     expected = torch.tensor([1.0, 0.75, 0.5 * (math.exp(-40.0) + math.exp(-39.0))], dtype=torch.float64)
     assert_near(targets.share(outputs, None), expected, terms=2)
-    rows, excess = targets.rows(outputs, None), targets.excess(outputs, 0.9, None)
-    assert_near(torch.einsum("nro,no->nr", rows, outputs), logs)
+    excess = targets.excess(outputs, 0.9, None)
+    seen = targets.root(outputs, None).apply(outputs)
+    assert_near(seen, torch.cat([torch.zeros_like(means), math.sqrt(2.0) * logs], 1), scale=60.0)
     opened = outputs - excess
     assert_near(targets.share(opened, None), torch.ones(3, dtype=torch.float64))
     assert torch.equal(opened[:, :2], means) and opened[1, 2] == 2.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.projection.jacobians.matrix_free import GraphPasses, LayerPasses
+from nsrl.projection.roots import DenseRoot
 from nsrl.projection.solvers.kfac import KroneckerPreconditioner
 from nsrl.rl.policies.actor_critic import actor_head, policy_outputs
 from nsrl.rl.retention.constraint import RetentionConstraint
@@ -232,7 +233,7 @@ def test_kronecker_preconditioner_leaves_a_number_as_it_is() -> None:
     policy = build_policy()
     layers = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
     passes = actor_head(policy, draw_observations(policy, 6), layers).passes()
-    factors = passes.factors(torch.eye(3).double().expand(6, 3, 3))
+    factors = passes.factors(DenseRoot(torch.eye(3).double().expand(6, 3, 3)))
     shifted = [factor.shifted(lambda column: column + 1) for factor in factors]  # a 0-d parameter comes first
     vector = torch.randn(1 + sum(p.numel() for p in layers), dtype=torch.float64)
     divided = KroneckerPreconditioner(shifted, 0.1)(vector)

@@ -139,8 +139,9 @@ class SpreadTargets:
     def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
         """The logs, as the KL's Hessian has them; the means are free."""
         size = len(self.wide)
-        counted = torch.cat([torch.zeros(size), torch.full((size,), math.sqrt(2.0))]).to(outputs)
-        return DiagonalRoot(counted.expand_as(outputs))
+        counted = torch.zeros_like(outputs)
+        counted[:, size:] = math.sqrt(2.0)
+        return DiagonalRoot(counted)
 
     def _missing(self, outputs: Tensor) -> Tensor:
         logs = outputs[:, len(self.wide) :]

@@ -350,7 +350,7 @@ class RetentionConstraint:
         return self.quadratic(self.train, importance, factor)
 
     def _breaking(self) -> tuple[Tensor | None, float]:
-        """Importance of each training state in a restoration, and the factor from their KL to the unit of the budget."""
+        """Importance of each training state in a restoration, and the factor that brings their KL to its unit."""
         if not self.promises.any:
             return None, 1.0
         kl, bound = self._bound()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +74,24 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
 
 #: What to do where a run's output cannot be written.
 ELSEWHERE = "; make room or choose another --out"
+#: What a full disk, a spent quota or a limit on the size of files answer.
+NO_ROOM = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+
+
+class NoRoom(NsrlError):
+    """A file could not be written for want of room; whoever knows what it belongs to says how to go on."""
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError, hint: str = "") -> NsrlError:
+    """The error to raise where a file cannot be written.
+
+    Args:
+        path: of the file.
+        error: what the system said.
+        hint: what to do, behind the reason.
+    """
+    kind = NoRoom if error.errno in NO_ROOM else NsrlError
+    return kind(f"cannot write {path}: {error.strerror or error}{hint}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,9 +142,16 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite_json(row)) + "\n")
+    """Add one object to a JSON-lines file.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite_json(row)) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def finite_json(value: Any) -> Any:
@@ -136,6 +163,10 @@ def finite_json(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+#: Names of what `written_atomically` has not finished, or of what a process that was killed has left.
+TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}(\.[^.]*)?")
 
 
 @contextmanager
@@ -156,7 +187,15 @@ def written_atomically(path: str | Path, hint: str = "") -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+        raise unwritable(path, error, hint) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder in which nobody else writes now."""
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()

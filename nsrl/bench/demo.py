@@ -69,10 +69,22 @@ def run_demo(
     pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), Path(config.cache), progress)
     agent = agents.load(pretrained.path)
     buffer = collect_buffer(finetuning, agent, tasks.old)
-    folder.prepare()
-    buffer.save(folder.buffer)
-    write_text(folder.config, to_yaml(config))
-    finetuning = replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer))
+    with folder.made():
+        buffer.save(folder.buffer)
+        write_text(folder.config, to_yaml(config))
+        return _run_both(
+            replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer)), folder, tasks, watch, on_status
+        )
+
+
+def _run_both(
+    finetuning: FinetuneConfig,
+    folder: RunFolder,
+    tasks: Tasks,
+    watch: Stopwatch,
+    on_status: Callable[[Status], Any] | None,
+) -> DemoOutcome:
+    """Both methods side by side, and their comparison."""
     jobs = [
         Job(label, "finetune", replace(finetuning, method=method), folder.path / name)
         for label, name, method in METHODS

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nsrl.errors import NsrlError
+from nsrl.runs.lock import alone_in
 
 if TYPE_CHECKING:
     from nsrl.bench.suites.jobs import Status
@@ -130,9 +131,10 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
     from nsrl.bench.suites.report import draw_tradeoff, learning_table, suite_table
 
     suite = read_suite(path)
-    with console.status(suite.name) as show:
+    out = _out(options, path.stem)
+    with alone_in(out), console.status(suite.name) as show:
         run = sequences.run_sequence_suite if suite.is_sequence else run_suite
-        content = run(suite, _out(options, path.stem), workers=options.workers, on_status=show)
+        content = run(suite, out, workers=options.workers, on_status=show)
     results, figure = (options.reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
     write_suite(content, results)
     if suite.is_sequence:
@@ -153,8 +155,9 @@ def trpo(options: Options, console: Console) -> Results:
     from nsrl.runs.machine import describe_environment
     from nsrl.runs.training import use_one_thread
 
-    with console.status("trpo") as show:
-        runs = compare_returns(_out(options, "trpo"), workers=options.workers, on_status=show)
+    out = _out(options, "trpo")
+    with alone_in(out), console.status("trpo") as show:
+        runs = compare_returns(out, workers=options.workers, on_status=show)
     use_one_thread()
     updates = [measure_trpo(case.env) for case in CASES]
     content = {
@@ -183,8 +186,9 @@ def overhead(options: Options, console: Console) -> Results:
     found = {}
     for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", 200_000)):
         suite = read_suite(options.configs / "bench" / f"{name}.yaml")
-        jobs = suite.pretraining_jobs(_out(options, "overhead").with_name(name))[:1]
-        with console.status(f"{name}, pretraining") as show:
+        out = _out(options, "overhead").with_name(name)
+        jobs = suite.pretraining_jobs(out)[:1]
+        with alone_in(out), console.status(f"{name}, pretraining") as show:
             run_jobs(jobs, on_status=show)
         config = next(
             config
@@ -220,13 +224,14 @@ def speed(options: Options, console: Console) -> Results:
     out = _out(options, "speed_quick" if options.quick else "speed")
     # The committed numbers are not overwritten by those of small sizes.
     reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
-    content = measure_speed(
-        out,
-        Settings(options.quick, threads),
-        only=options.only,
-        again=options.again,
-        on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
-    )
+    with alone_in(out):
+        content = measure_speed(
+            out,
+            Settings(options.quick, threads),
+            only=options.only,
+            again=options.again,
+            on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
+        )
     files: list[tuple[str, object]] = [("results", reference / "speed.json")]
     write_json(reference / "speed.json", content)
     if "scaling" in content:
@@ -246,7 +251,7 @@ def continual(options: Options, console: Console) -> Results:
     partial = (options.quick or options.only) and options.reference == REFERENCE
     reference = out / "results" if partial else options.reference / "continual"
     cells = plan_cells(options.configs, only=options.only, quick=options.quick)
-    with console.status("continual") as show:
+    with alone_in(out), console.status("continual") as show:
         content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
     write_json(reference / "continual.json", content)
     for name, why in content["failures"].items():

@@ -41,11 +41,11 @@ def run(arguments: Sequence[str]) -> int:
     if config.training.device == "cpu" and config.model.kind == "mlp":
         use_one_thread()
     try:
-        metrics = (
-            folder.read_metrics()
-            if folder.finished
-            else run_continual(config, folder.path, progress=options["progress"])
-        )
+        if folder.finished:
+            metrics = folder.read_metrics()
+        else:
+            with folder.made() if options["resume"] is None else folder.continued():
+                metrics = run_continual(config, folder.path, progress=options["progress"])
     except KeyboardInterrupt:
         if not folder.config.is_file():
             raise

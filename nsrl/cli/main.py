@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from nsrl import __version__
 from nsrl.errors import NsrlError, nearest
+from nsrl.files import NO_ROOM, unwritable
 
 #: Command, and what it is for. Its module in this package has the same name and a function `run(arguments)`.
 COMMANDS: dict[str, str] = {
@@ -67,16 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NsrlError as error:
         print(f"nsrl: {sentence(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output (head, less) has gone; there is nobody left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if error.errno not in NO_ROOM:
+            raise
+        told = unwritable(error.filename or "the output", error, "; make room and give the command again")
+        print(f"nsrl: {sentence(told)}", file=sys.stderr)
+        return 2
     except MemoryError:
         print("nsrl: there is not enough memory; ask for less, or use a larger machine", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nsrl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     finally:
         warnings.formatwarning = formatwarning
 

@@ -126,11 +126,12 @@ def _spectrum(options: argparse.Namespace) -> int:
 
 def _gallery(options: argparse.Namespace) -> int:
     from nsrl.bench.gallery import make_gallery
+    from nsrl.runs.lock import alone_in
 
     if options.only is not None and not options.only:
         raise NsrlError("nsrl ntk gallery: --only names no figure; leave it out to draw all")
     out = options.out or (QUICK if options.quick else GALLERY)
-    with _progress("gallery") as show:
+    with alone_in(out), _progress("gallery") as show:
         figures = make_gallery(
             out,
             only=options.only or (),

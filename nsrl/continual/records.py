@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -101,16 +102,13 @@ class Records:
         figure = draw_matrix([past["scores"] for past in history], self._names)
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
-        content = {"entry": entry, "state": state}
-        with written_atomically(self._task_file(index), ELSEWHERE) as path:
-            torch.save(content, path)
+        _save(self._task_file(index), {"entry": entry, "state": state})
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Write model.pt, the matrix as a figure and, last, metrics.json; what only a resumed run needs is removed."""
         if self.folder is None:
             return
-        with written_atomically(self.folder / MODEL, ELSEWHERE) as path:
-            torch.save(model.state_dict(), path)
+        _save(self.folder / MODEL, model.state_dict())
         figure = draw_matrix(metrics["matrix"], self._names)
         with written_atomically(self.folder / MATRIX, ELSEWHERE) as path:
             figure.savefig(path, dpi=140, format="png")
@@ -133,6 +131,14 @@ class Records:
         except (OSError, Unreadable) as error:
             raise NsrlError(f"{path} is damaged ({error}); remove it, and this task is learnt again") from error
         return content
+
+
+def _save(path: Path, content: Any) -> None:
+    # Not into the file: torch.save tells of a full disk by an error that does not say so.
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    with written_atomically(path, ELSEWHERE) as temporary:
+        temporary.write_bytes(stream.getbuffer())
 
 
 def _check_entry(entry: Any) -> None:

@@ -36,9 +36,6 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
     folder = choose_folder("collect", config.name or config.env, config.out)
     agent = agents.load(config.agent, trust=config.trust)
     buffer = collect_buffer(config, agent, config.env, progress)
-    folder.prepare()
-    buffer.save(folder.buffer)
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
     metrics = {
         "command": "collect",
         "states": len(buffer),
@@ -49,7 +46,10 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
         "wall_seconds": watch.read(),
         "environment": describe_environment(),
     }
-    write_json(folder.metrics, metrics)
+    with folder.made(folder.metrics):
+        buffer.save(folder.buffer)
+        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        write_json(folder.metrics, metrics)
     return Outcome(folder, metrics)
 
 

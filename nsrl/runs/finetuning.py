@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text
+from nsrl.files import read_lines, write_json, write_text, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
@@ -63,12 +63,12 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     check_fits(agent.model, tasks.new)
     buffer = obtain_buffer(config, agent, tasks.old)
     model = build_model(config, agent, buffer, tasks.new)
-    folder.prepare()
-    _save_agent(agent, folder.pretrained)
-    buffer.save(folder.buffer)
-    # The configuration comes last: a folder that has one can be resumed.
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
-    return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
+    with folder.made():
+        _save_agent(agent, folder.pretrained)
+        buffer.save(folder.buffer)
+        # The configuration comes last: a folder that has one can be resumed.
+        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
 
 
 def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
@@ -88,9 +88,11 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
     check_resumable(folder)
     check_trusted(folder, config, trust)
     tasks = resolve_tasks(config)
-    agent = agents.load(folder.pretrained, trust=config.trust)
-    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
-    return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
+    with folder.continued():
+        check_resumable(folder)
+        agent = agents.load(folder.pretrained, trust=config.trust)
+        model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
+        return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
 
 
 def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> Model:
@@ -205,9 +207,9 @@ def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -
 
 def _save_agent(agent: Agent, path: Path) -> None:
     """Copy the agent's zip, or save the model that was given, with the statistics beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if agent.path is not None:
-        shutil.copyfile(agent.path, path)
+        with written_atomically(path) as temporary:
+            shutil.copyfile(agent.path, temporary)
     else:
         agents.save_agent(agent.model, path)
     if agent.normalizer is not None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import ELSEWHERE, NO_ROOM, TEMPORARY, NoRoom, remove_temporaries, unwritable
 from nsrl.reading.documents import read_results
+from nsrl.reading.limits import shown
+from nsrl.runs.lock import LOCK, locked
 from nsrl.runs.settings import Config, load
 
 RUNS = Path("runs")
@@ -18,7 +25,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run's folder; nothing is there until `prepare`.
+    """Paths inside a run's folder; nothing is there until `made`.
 
     Attributes:
         path: the folder.
@@ -81,19 +88,78 @@ class RunFolder:
         """Whether the run has come to its end."""
         return self.metrics.is_file()
 
-    def prepare(self) -> None:
-        """Make the folder; call it when everything else has been validated.
+    @contextmanager
+    def made(self, worth_keeping: Path | None = None) -> Iterator[None]:
+        """Make the folder, and be alone in it; enter it when everything else has been validated.
+
+        Where the block fails before `worth_keeping` is there (a full disk), the folder is as it was.
+
+        Args:
+            worth_keeping: a file of the folder; None is `config`, from which on a run can be resumed.
 
         Raises:
             NsrlError: the folder has been taken meanwhile, or cannot be made.
         """
         check_free(self.path)
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NsrlError(
                 f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
             ) from error
+        kept = self.config if worth_keeping is None else worth_keeping
+        try:
+            with self._room_asked_for(), locked(self.path):
+                check_free(self.path)
+                self._clear()
+                try:
+                    yield
+                except BaseException:
+                    if not kept.is_file():
+                        self._clear()
+                    raise
+        finally:
+            with suppress(OSError):  # one of them is not empty
+                for path in new:
+                    path.rmdir()
+
+    @contextmanager
+    def continued(self) -> Iterator[None]:
+        """Be alone in the folder of a run that is there already.
+
+        Raises:
+            NsrlError: another process is at it, or nothing can be written there.
+        """
+        with self._room_asked_for(), locked(self.path):
+            remove_temporaries(self.path)
+            yield
+
+    @contextmanager
+    def _room_asked_for(self) -> Iterator[None]:
+        """Say in one sentence that the disk is full, and how to go on."""
+        try:
+            with _full_disk_left_to_us():
+                yield
+        except NoRoom as error:
+            reason = str(error).removesuffix(ELSEWHERE)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            reason = str(unwritable(error.filename or f"into {self.path}", error))
+        else:
+            return
+        if self.config.is_file() and not self.finished:
+            raise NsrlError(f"{reason}; what was written before is kept: make room and go on with --resume {self.path}")
+        raise NsrlError(f"{reason}{ELSEWHERE}")
+
+    def _clear(self) -> None:
+        """Remove what a run that never began has left: what is written before its configuration."""
+        remove_temporaries(self.path)
+        shutil.rmtree(self.pretrained.parent, ignore_errors=True)
+        for path in (self.buffer, self.config, self.metrics):
+            with suppress(OSError):
+                path.unlink()
 
     def read_config(self, config: type[Config]) -> Config:
         """The configuration of the run that lives here.
@@ -114,6 +180,25 @@ class RunFolder:
         return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
 
 
+@contextmanager
+def _full_disk_left_to_us() -> Iterator[None]:
+    """That the disk is full is not also told by the thread that writes TensorBoard's events.
+
+    It hands its error to whoever writes the next event, besides having its own traceback printed.
+    """
+    previous = threading.excepthook
+
+    def tell(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno not in NO_ROOM:
+            previous(arguments)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
 def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -> RunFolder:
     """The folder that a run will have: `out`, or runs/COMMAND-NAME-TIME; it is not made yet.
 
@@ -131,12 +216,24 @@ def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -
 
 def check_free(folder: Path) -> None:
     """Raise NsrlError unless `folder` is missing or empty."""
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            hint = f", or continue that run with --resume {folder}" if (folder / "config.yaml").is_file() else ""
-            raise NsrlError(f"the output folder {folder} is in use; choose another --out{hint}")
-    elif folder.exists():
-        raise NsrlError(f"the output folder {folder} is a file; choose another --out")
+    try:
+        if folder.is_dir():
+            if not is_unused(folder):
+                hint = f", or continue that run with --resume {folder}" if (folder / "config.yaml").is_file() else ""
+                raise NsrlError(f"the output folder {folder} is in use; choose another --out{hint}")
+        elif folder.exists():
+            raise NsrlError(f"the output folder {folder} is a file; choose another --out")
+    except OSError as error:
+        raise NsrlError(
+            f"cannot look into the output folder {shown(str(folder), 200)}: {error.strerror or error}; "
+            "choose another --out"
+        ) from error
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run that was killed before it began has left beside its lock."""
+    names = {path.name for path in folder.iterdir() if not TEMPORARY.fullmatch(path.name)}
+    return not names or (LOCK in names and names <= {LOCK, "pretrained", "retention.npz"})
 
 
 def slug(name: str) -> str:

@@ -76,9 +76,9 @@ def pretrain(config: PretrainConfig, out: str | Path | None = None, *, progress:
         raise NsrlError("no environment: set env, as in --env nsrl/CartPole-v0")
     folder = choose_folder("pretrain", config.name or slug(config.env), config.out if out is None else out)
     model = build_learner(config)
-    folder.prepare()
-    write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
-    return _run(config, folder, model, progress=progress, resume=False)
+    with folder.made():
+        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        return _run(config, folder, model, progress=progress, resume=False)
 
 
 def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
@@ -91,7 +91,9 @@ def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
     folder = RunFolder(Path(path))
     config = folder.read_config(PretrainConfig)
     check_resumable(folder)
-    return _run(config, folder, build_learner(config), progress=progress, resume=True)
+    with folder.continued():
+        check_resumable(folder)
+        return _run(config, folder, build_learner(config), progress=progress, resume=True)
 
 
 def build_learner(config: PretrainConfig) -> PPO:

@@ -31,6 +31,7 @@ from stable_baselines3.common.save_util import recursive_getattr
 from torch import Tensor
 
 from nsrl.errors import NsrlError
+from nsrl.files import unwritable
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
@@ -404,7 +405,7 @@ def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any])
             finally:
                 os.close(folder)
     except OSError as error:
-        raise NsrlError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+        raise unwritable(f"the checkpoint {path}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -16,11 +16,13 @@ from torch import nn
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
 from nsrl.files import ELSEWHERE, write_json, write_text, written_atomically
+from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, whole
 
 CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
+CHECKSUM = "checksum"
 CLOCKS = ("train_seconds", "train_cpu_seconds")
 
 
@@ -50,12 +52,19 @@ class Records:
         """The entries of the tasks that are finished already.
 
         Raises:
-            NsrlError: a damaged file.
+            NsrlError: a damaged file, or one that is missing before others.
         """
         entries: list[dict[str, Any]] = []
-        while self.folder is not None and self._task_file(len(entries)).exists():
-            entries.append(self._load(len(entries))["entry"])
-        return entries
+        if self.folder is None:
+            return entries
+        numbers = {int(path.stem[4:]) for path in self.folder.glob("task*.pt") if path.stem[4:].isdecimal()}
+        missing = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
+        if missing is not None:
+            raise NsrlError(
+                f"{self._task_file(missing)} is missing, but the task after it is there: put it back, or remove all "
+                f"from task{missing + 1}.pt on, and these tasks are learnt again"
+            )
+        return [self._load(number)["entry"] for number in sorted(numbers)]
 
     def state(self, index: int) -> dict[str, Any]:
         """The end of a finished task's training: "weights" of the model, "progress" of the strategy."""
@@ -102,7 +111,8 @@ class Records:
         figure = draw_matrix([past["scores"] for past in history], self._names)
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
-        _save(self._task_file(index), {"entry": entry, "state": state})
+        content = {"entry": entry, "state": state}
+        _save(self._task_file(index), {**content, CHECKSUM: checksum(content)})
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Write model.pt, the matrix as a figure and, last, metrics.json; what only a resumed run needs is removed."""
@@ -124,7 +134,10 @@ class Records:
         path = self._task_file(index)
         try:
             with opened(path) as file:
-                content = mapping(read_tensors(file), "it", ["entry", "state"], ())
+                content = mapping(read_tensors(file), "it", ["entry", "state"], [CHECKSUM])
+            if CHECKSUM in content:  # those of nsrl 0.1.0 have none
+                expected = content.pop(CHECKSUM)
+                check_checksum(content, expected)
             _check_entry(content["entry"])
             mapping(content["state"], "state", ["weights", "progress"], ())
             mapping(content["state"]["progress"], "progress")

@@ -61,6 +61,11 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
     with Records(folder, config) as records:
         untrained = evaluate(model, benchmark, "test", (), config.training.device)
         history: list[dict[str, Any]] = records.read()
+        if len(history) > len(benchmark.tasks):
+            raise NsrlError(
+                f"{folder} holds {len(history)} finished tasks, but the benchmark has {len(benchmark.tasks)}; "
+                "resume with the configuration of the run"
+            )
         for index in range(len(history)):
             _recall_task(strategy, benchmark, index, records.state(index), config)
         records.begin([data.task.name for data in benchmark.tasks], len(history))

@@ -36,6 +36,7 @@ from nsrl.runs.training import (
     check_resumable,
     check_trusted,
     describe_returns,
+    tell_beginning,
     train,
 )
 
@@ -90,6 +91,7 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
     tasks = resolve_tasks(config)
     with folder.continued():
         check_resumable(folder)
+        tell_beginning(folder)
         agent = agents.load(folder.pretrained, trust=config.trust)
         model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
         return _run(config, tasks, folder, agent, model, progress=progress, resume=True)

@@ -17,7 +17,7 @@ from nsrl.errors import NsrlError
 from nsrl.files import ELSEWHERE, NO_ROOM, TEMPORARY, NoRoom, remove_temporaries, unwritable
 from nsrl.reading.documents import read_results
 from nsrl.reading.limits import shown
-from nsrl.runs.lock import LOCK, locked
+from nsrl.runs.lock import LOCK, alone_in, locked
 from nsrl.runs.settings import Config, load
 
 RUNS = Path("runs")
@@ -101,28 +101,16 @@ class RunFolder:
             NsrlError: the folder has been taken meanwhile, or cannot be made.
         """
         check_free(self.path)
-        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NsrlError(
-                f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
-            ) from error
         kept = self.config if worth_keeping is None else worth_keeping
-        try:
-            with self._room_asked_for(), locked(self.path):
-                check_free(self.path)
-                self._clear()
-                try:
-                    yield
-                except BaseException:
-                    if not kept.is_file():
-                        self._clear()
-                    raise
-        finally:
-            with suppress(OSError):  # one of them is not empty
-                for path in new:
-                    path.rmdir()
+        with self._room_asked_for(), alone_in(self.path):
+            check_free(self.path)
+            self._clear()
+            try:
+                yield
+            except BaseException:
+                if not kept.is_file():
+                    self._clear()
+                raise
 
     @contextmanager
     def continued(self) -> Iterator[None]:

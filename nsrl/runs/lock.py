@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nsrl.errors import NsrlError
-from nsrl.files import unwritable
+from nsrl.files import ELSEWHERE, unwritable
 
 try:
     import fcntl
@@ -49,17 +49,23 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """As `locked`, for a folder that may not be there yet.
+    """As `locked`, for a folder that may not be there yet; where nothing was put into it, it goes again.
 
     Raises:
         NsrlError: as there; or it cannot be made.
     """
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NsrlError(f"cannot make the folder {folder}: {error.strerror or error}; choose another one") from error
-    with locked(folder):
-        yield
+        raise unwritable(f"the output folder {folder}", error, ELSEWHERE) from error
+    try:
+        with locked(folder):
+            yield
+    finally:
+        with suppress(OSError):  # one of them is not empty
+            for path in new:
+                path.rmdir()
 
 
 def _acquire(path: Path, deadline: float) -> int:

@@ -23,7 +23,16 @@ from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import write_pretraining_report
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import make_envs
-from nsrl.runs.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
+from nsrl.runs.training import (
+    FINAL_SEED,
+    Interrupted,
+    Outcome,
+    Stopwatch,
+    check_resumable,
+    describe_returns,
+    tell_beginning,
+    train,
+)
 
 
 class MovingNormalizer:
@@ -93,6 +102,7 @@ def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
     check_resumable(folder)
     with folder.continued():
         check_resumable(folder)
+        tell_beginning(folder)
         return _run(config, folder, build_learner(config), progress=progress, resume=True)
 
 

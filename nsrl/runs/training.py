@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -131,10 +132,12 @@ def train(
 
     Raises:
         Interrupted: a signal came; the checkpoint has been written.
-        NsrlError: the checkpoint is damaged or does not fit.
+        NsrlError: the checkpoint is damaged or does not fit, or is missing though training had gone on.
     """
     purge_step = model.num_timesteps + 1 if model.num_timesteps else None
-    if resume and folder.checkpoint.is_file():
+    if resume and not folder.checkpoint.exists():
+        check_nothing_lost(folder, model.num_timesteps)
+    elif resume:
         restored = restore(folder.checkpoint, model)
         evaluation.history[:] = restored["history"]
         purge_step = restored["purge_step"]
@@ -161,6 +164,34 @@ def train(
         if interruption.requested():
             raise Interrupted(folder.path, interruption.exit_status)
     return float(evaluation.history[-1]["seconds"]) if evaluation.history else 0.0
+
+
+def check_nothing_lost(folder: RunFolder, start: int) -> None:
+    """Raise NsrlError where there is no checkpoint and the history knows of training.
+
+    Args:
+        folder: of the run.
+        start: timestep at which its training began.
+    """
+    last = max((row["timesteps"] for row in read_lines(folder.history)), default=start)
+    if last > start and not folder.path.is_dir():  # of a sequence whose later tasks were removed
+        warnings.warn(f"{folder.path} is missing: what was learnt there is learnt again", stacklevel=3)
+    elif last > start:
+        raise NsrlError(
+            f"{folder.checkpoint} is missing, but {folder.history.name} goes on to step {last}: put the checkpoint "
+            "back, or start a new run"
+        )
+
+
+def tell_beginning(folder: RunFolder) -> None:
+    """Say so where a resumed run begins anew, for want of a checkpoint.
+
+    Raises:
+        NsrlError: its training had gone on.
+    """
+    if not folder.checkpoint.exists():
+        check_nothing_lost(folder, 0)
+        warnings.warn(f"{folder.path} has no checkpoint yet: its training begins at step 0", stacklevel=3)
 
 
 def check_resumable(folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 from nsrl.errors import NsrlError
 from nsrl.reading.arrays import read_arrays
 from nsrl.reading.documents import Results, parse_json
-from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes
+from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes, shown
 from nsrl.reading.values import mapping
 
 NUMBERS = (bool, int, float)
@@ -130,6 +131,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except Unreadable:
             break
         measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
+        # The step is what rows are compared by.
+        measured = measured and type(row.get("timesteps", 0)) is int and row.get("timesteps", 0) >= 0
         if not measured or number > ELEMENTS // 10:
             raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
         rows.append(row)
@@ -167,6 +170,28 @@ def finite_json(value: Any) -> Any:
 
 #: Names of what `written_atomically` has not finished, or of what a process that was killed has left.
 TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}(\.[^.]*)?")
+
+
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """A path that somebody gave, ~ resolved; nothing need be there.
+
+    Raises:
+        NsrlError: no file can have this name, or it may not be looked at.
+    """
+    told = shown(os.fspath(path), 200)
+    try:
+        found = Path(path).expanduser()
+        if stat.S_ISDIR(os.stat(found).st_mode):
+            os.scandir(found).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except RuntimeError as error:
+        raise NsrlError(f"{told}: there is no such user; give the folder itself instead of ~") from error
+    except ValueError as error:
+        raise NsrlError(f"{told!r} is no path: {error}") from error
+    except OSError as error:
+        raise NsrlError(f"cannot look at {told}: {error.strerror or error}") from error
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.suites.jobs import Job, Status, gather, run_jobs
-from nsrl.files import read_lines, write_text
+from nsrl.files import given_path, read_lines, write_text
 from nsrl.rl import agents
 from nsrl.runs.collecting import collect_buffer
 from nsrl.runs.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
@@ -66,7 +66,7 @@ def run_demo(
     finetuning = replace(config.finetuning, pair=config.pair)
     tasks = resolve_tasks(finetuning)
     folder = choose_folder("demo", tasks.name, config.out)
-    pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), Path(config.cache), progress)
+    pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), given_path(config.cache), progress)
     agent = agents.load(pretrained.path)
     buffer = collect_buffer(finetuning, agent, tasks.old)
     with folder.made():

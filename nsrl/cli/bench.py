@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsrl.bench.registry import REFERENCE, Options, run_benchmark
-from nsrl.cli.command import print_table
+from nsrl.cli.command import Parser, print_table
 from nsrl.cli.status_line import StatusLine
-from nsrl.errors import NsrlError
 
 if TYPE_CHECKING:
     from nsrl.bench.suites.jobs import Status
@@ -37,9 +36,7 @@ stopped. The gathered results go to --reference as NAME.json and NAME.png.
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(
-        prog="nsrl bench", description=ABOUT, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="nsrl bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed or continual"
     )
@@ -52,10 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     speed.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
     speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
-    try:
-        options = parser.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise NsrlError(f"nsrl bench: {error}") from error
+    options = parser.parse_args(list(arguments))
     only = tuple(options.only.split(",")) if options.only else ()
     chosen = Options(
         options.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def names_sequence(arguments: Sequence[str]) -> bool:
             return True
         value = value if equals else next(iter(arguments[position + 1 :]), "")
         path = {"--config": Path(value), "--resume": Path(value) / "config.yaml"}.get(name)
-        if path is not None and path.is_file():
+        if path is not None and os.path.isfile(path):
             try:
                 if "tasks" in read_yaml(path):
                     return True

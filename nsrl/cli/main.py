@@ -24,6 +24,9 @@ COMMANDS: dict[str, str] = {
     "demo": "see all of it on CartPole, in under three minutes",
 }
 
+#: How torch says that there is no memory, on the processor and on the GPU.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+
 HELP = """\
 usage: nsrl COMMAND [--config FILE.yaml] [--KEY VALUE ...]
 
@@ -78,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = unwritable(error.filename or "the output", error, "; make room and give the command again")
         print(f"nsrl: {sentence(told)}", file=sys.stderr)
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
         print("nsrl: there is not enough memory; ask for less, or use a larger machine", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, write_json, write_text, written_atomically
+from nsrl.files import ELSEWHERE, unwritable, write_json, write_text, written_atomically
 from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
@@ -83,7 +83,10 @@ class Records:
 
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
             write_text(self.folder / CONFIG, text)
-            self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
+            try:
+                self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
+            except OSError as error:
+                raise unwritable(f"logs into {self.folder / 'tb'}", error) from error
 
     def write_loss(self, epoch: int, loss: float) -> None:
         """The mean training loss of an epoch."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json, write_text
+from nsrl.files import given_path, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import check_memory, observation_bytes
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import make_envs
 from nsrl.runs.training import Outcome, Stopwatch
@@ -66,7 +66,7 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
 
 def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffer:
     """Load a buffer from its npz or from the run folder that holds it, and check it against the agent."""
-    file = Path(path).expanduser()
+    file = given_path(path)
     file = file / "retention.npz" if file.is_dir() else file
     buffer = RetentionBuffer.load(file)
     try:
@@ -81,6 +81,11 @@ def collect_buffer(
 ) -> RetentionBuffer:
     """Roll the agent out as the configuration says."""
     settings = asdict(config.states)
+    each = observation_bytes(agent.model.observation_space)
+    check_memory(
+        f"states.n_states {config.states.n_states} with states.oversample {config.states.oversample:g}",
+        config.states.n_states * max(config.states.oversample, 1.0) * each,
+    )
     envs = make_envs(env, settings.pop("n_envs"), config.seed)
     try:
         return RetentionBuffer.collect(agent, envs, seed=config.seed, task=env, progress=progress, **settings)

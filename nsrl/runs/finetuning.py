@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text, written_atomically
+from nsrl.files import given_path, read_lines, write_json, write_text, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
@@ -25,6 +25,7 @@ from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
 from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import check_rollout
 from nsrl.runs.report import describe_method, write_finetuning_report
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import Tasks, check_fits, make_envs, resolve_tasks
@@ -84,7 +85,7 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
         NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `finetune`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(FinetuneConfig)
     check_resumable(folder)
     check_trusted(folder, config, trust)
@@ -104,6 +105,8 @@ def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, n
         NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
     """
     overrides = chosen(config.algorithm, config.ppo, config.trpo)
+    n_steps = overrides.get("n_steps", agent.hyperparameters.get("n_steps"))
+    check_rollout(agent.model.observation_space, overrides["n_envs"], n_steps)
     envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
     if agent.normalizer is not None:
         gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))

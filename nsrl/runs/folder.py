@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, NO_ROOM, TEMPORARY, NoRoom, remove_temporaries, unwritable
+from nsrl.files import ELSEWHERE, NO_ROOM, TEMPORARY, NoRoom, given_path, remove_temporaries, unwritable
 from nsrl.reading.documents import read_results
 from nsrl.reading.limits import shown
 from nsrl.runs.lock import LOCK, alone_in, locked
 from nsrl.runs.settings import Config, load
 
 RUNS = Path("runs")
+#: Characters of a name in a folder's; file systems take 255 bytes with all that is added.
+LONGEST = 120
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -
         NsrlError: `out` holds something already, or is a file.
     """
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = given_path(out)
         check_free(folder)
         return RunFolder(folder)
     stem = f"{command}-{slug(name)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -226,4 +228,4 @@ def is_unused(folder: Path) -> bool:
 
 def slug(name: str) -> str:
     """A name fit for a folder: nsrl/CartPole-v0 becomes CartPole-v0."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2])[:LONGEST].strip("-.") or "run"

@@ -54,17 +54,18 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         NsrlError: as there; or it cannot be made.
     """
+    new: list[Path] = []
     try:
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(f"the output folder {folder}", error, ELSEWHERE) from error
-    try:
+        try:
+            new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(f"the output folder {folder}", error, ELSEWHERE) from error
         with locked(folder):
             yield
     finally:
-        with suppress(OSError):  # one of them is not empty
-            for path in new:
+        for path in new:
+            with suppress(OSError):  # it is not empty, or was never made
                 path.rmdir()
 
 

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text
+from nsrl.files import given_path, read_lines, write_json, write_text
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.playing.evaluation import evaluate
@@ -20,6 +20,7 @@ from nsrl.runs.config import PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves
 from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import check_rollout
 from nsrl.runs.report import write_pretraining_report
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import make_envs
@@ -97,7 +98,7 @@ def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
         NsrlError: no run there, a finished one, or a damaged one.
         Interrupted: as `pretrain`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(PretrainConfig)
     check_resumable(folder)
     with folder.continued():
@@ -114,13 +115,15 @@ def build_learner(config: PretrainConfig) -> PPO:
     """
     assert config.env is not None
     settings = asdict(config.ppo)
-    envs: Any = make_envs(config.env, settings.pop("n_envs"), config.seed)
+    n_envs = settings.pop("n_envs")
+    envs: Any = make_envs(config.env, n_envs, config.seed)
+    check_rollout(envs.observation_space, n_envs, config.ppo.n_steps)
     if config.normalize:
         envs = VecNormalize(envs, gamma=config.ppo.gamma)
     kwargs = {"net_arch": list(config.policy.hidden), "log_std_init": config.policy.log_std_init}
     try:
         return PPO(config.policy.kind, envs, policy_kwargs=kwargs, seed=config.seed, device="cpu", **settings)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, AttributeError, ValueError) as error:
         raise NsrlError(f"PPO with {config.policy.kind} cannot be built for {config.env}: {error}") from error
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nsrl.errors import NsrlError
+from nsrl.reading.limits import shown
 from nsrl.runs.config import EvaluateConfig, FinetuneConfig
+from nsrl.runs.memory import ENVIRONMENT, check_memory
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -63,6 +65,13 @@ def make_envs(env: str, count: int, seed: int) -> VecEnv:
     from stable_baselines3.common.env_util import make_vec_env
 
     register(env)
+    try:
+        gym.spec(env)
+    except (ValueError, AttributeError) as error:  # what module:Env-v0 names may hold anything
+        raise NsrlError(f"{shown(env, 100)!r} is no environment id: {error}") from error
+    except (gym.error.Error, ImportError) as error:
+        raise NsrlError(f"cannot make the environment {env}: {error}") from error
+    check_memory(f"n_envs {count}", count * ENVIRONMENT)
     try:
         return make_vec_env(env, count, seed=seed)
     except gym.error.DependencyNotInstalled as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
-from nsrl.files import append_line, read_lines, write_lines
+from nsrl.files import NO_ROOM, append_line, read_lines, write_lines
 from nsrl.rl.playing.evaluation import Returns
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
@@ -132,6 +133,7 @@ def train(
 
     Raises:
         Interrupted: a signal came; the checkpoint has been written.
+        Exception: whatever an environment or a callback raises, when the checkpoint has been written.
         NsrlError: the checkpoint is damaged or does not fit, or is missing though training had gone on.
     """
     purge_step = model.num_timesteps + 1 if model.num_timesteps else None
@@ -157,6 +159,12 @@ def train(
                 )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal
                 raise Interrupted(folder.path, interruption.exit_status or 130) from error
+            except NsrlError:
+                raise
+            except Exception as error:  # of the environment, or of a callback: whoever wrote it needs its traceback
+                if getattr(error, "errno", None) not in NO_ROOM:
+                    _save_what_is_learnt(checkpoint, folder)
+                raise
             finally:
                 if progress is not None:
                     progress.close()
@@ -164,6 +172,18 @@ def train(
         if interruption.requested():
             raise Interrupted(folder.path, interruption.exit_status)
     return float(evaluation.history[-1]["seconds"]) if evaluation.history else 0.0
+
+
+def _save_what_is_learnt(checkpoint: Checkpoint, folder: RunFolder) -> None:
+    """Write the state before a rollout that has failed, if it is one; in the middle of an update there is none."""
+    with suppress(NsrlError):
+        if checkpoint.collecting:
+            checkpoint.write()
+        if folder.checkpoint.is_file():
+            warnings.warn(
+                f"the run is saved as it was before the error; once that is mended, go on with --resume {folder.path}",
+                stacklevel=2,
+            )
 
 
 def check_nothing_lost(folder: RunFolder, start: int) -> None:

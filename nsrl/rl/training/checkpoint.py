@@ -67,6 +67,11 @@ class Checkpoint(BaseCallback):
         self._written: int | None = None
         self._collecting = False
 
+    @property
+    def collecting(self) -> bool:
+        """Whether a rollout is under way, so that `write` gives the state before it."""
+        return self._collecting
+
     def write(self) -> Path:
         """Write the state of the last rollout boundary now; to be called between environment steps."""
         history = [] if self.evaluation is None else self.evaluation.history

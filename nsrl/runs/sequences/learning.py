@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json, write_text, written_atomically
+from nsrl.files import given_path, write_json, write_text, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.playing.evaluation import evaluate
@@ -83,7 +83,7 @@ def resume_sequence(path: str | Path, *, trust: bool = False, progress: bool = F
         NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `learn_sequence`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(SequenceConfig)
     check_resumable(folder)
     check_trusted(folder, config, trust)

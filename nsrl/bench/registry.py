@@ -36,6 +36,7 @@ class Options:
         quick: small sizes, whose numbers mean nothing.
         again: measure also what is finished in `out`.
         threads: of every measurement of speed; None for all processors.
+        folder: of the agents to try.
     """
 
     out: Path | None = None
@@ -46,6 +47,7 @@ class Options:
     quick: bool = False
     again: bool = False
     threads: int | None = None
+    folder: Path | None = None
 
 
 class Console(Protocol):
@@ -90,7 +92,7 @@ def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
 
     Args:
         name: on the command line.
-        takes: which of the options "only", "quick", "again" and "threads" it knows.
+        takes: which of the options "only", "quick", "again", "threads" and "folder" it knows.
     """
 
     def register(run: Benchmark) -> Benchmark:
@@ -108,10 +110,12 @@ def run_benchmark(name: str, options: Options, console: Console) -> Results:
     """
     if options.workers < 1:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
-    given = {key for key in ("only", "quick", "again", "threads") if getattr(options, key) not in ((), False, None)}
+    keys = ("only", "quick", "again", "threads", "folder")
+    given = {key for key in keys if getattr(options, key) not in ((), False, None)}
     for key in sorted(given - TAKES.get(name, frozenset())):
         takers = " and ".join(taker for taker in TAKES if key in TAKES[taker])
-        raise NsrlError(f"--{key} is for nsrl bench {takers}, not for {name}; leave it out")
+        what = "a folder" if key == "folder" else f"--{key}"
+        raise NsrlError(f"{what} is for nsrl bench {takers}, not for {name}; leave it out")
     if name in BENCHMARKS:
         return BENCHMARKS[name](options, console)
     path = Path(name) if name.endswith(".yaml") else options.configs / "bench" / f"{name}.yaml"
@@ -262,3 +266,25 @@ def continual(options: Options, console: Console) -> Results:
         ("figure", draw_benchmarks(content, reference / "continual.png")),
     )
     return Results(benchmark_tables(content), files)
+
+
+@benchmark("agents", "folder", "only", "quick", "again")
+def agents(options: Options, console: Console) -> Results:
+    """Every agent in a folder: loaded, collected from, fine-tuned, exported, played by stock SB3."""
+    from nsrl.bench.studies.agents import agents_tables, find_agents, try_agents
+    from nsrl.files import given_path, write_json
+
+    if options.folder is None:
+        raise NsrlError("nsrl bench agents needs a folder of agents, as in nsrl bench agents rl-trained-agents")
+    found = find_agents(given_path(options.folder), options.only)
+    out = _out(options, "agents_quick" if options.quick else "agents")
+    # As for continual: the committed numbers are those of a whole folder.
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    results = (out / "results" if partial else options.reference) / "agents.json"
+    with alone_in(out), console.status("agents") as show:
+        content = try_agents(
+            found, out, workers=options.workers, again=options.again, quick=options.quick, on_status=show
+        )
+    write_json(results, content)
+    told = [f"{row['name']}: {row['reason']}" for row in content["rows"] if row["reason"]]
+    return Results(agents_tables(content), (("results", results),), told)

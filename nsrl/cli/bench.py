@@ -27,6 +27,7 @@ Run a benchmark and write its results.
   nsrl bench speed --quick --only gram_mlp,scaling
   nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
   nsrl bench continual --only permuted_digits,naive,kl_budget
+  nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 
 Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
@@ -38,14 +39,15 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, run, print."""
     parser = Parser(prog="nsrl bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed or continual"
+        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed, continual or agents"
     )
+    parser.add_argument("folder", nargs="?", type=Path, help="of the agents, for nsrl bench agents")
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configurations")
-    speed = parser.add_argument_group("speed and continual only")
-    speed.add_argument("--only", help="cases, or benchmarks and strategies, separated by commas")
+    speed = parser.add_argument_group("speed, continual and agents only")
+    speed.add_argument("--only", help="cases, benchmarks and strategies, or agents, separated by commas")
     speed.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
     speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
@@ -60,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         options.quick,
         options.again,
         options.threads,
+        options.folder,
     )
     results = run_benchmark(options.name, chosen, Terminal())
     for table in results.tables:

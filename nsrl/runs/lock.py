@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, unwritable
+from nsrl.files import NO_ROOM, NoRoom, unwritable
 
 try:
     import fcntl
@@ -60,7 +60,10 @@ def alone_in(folder: Path) -> Iterator[None]:
             new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise unwritable(f"the output folder {folder}", error, ELSEWHERE) from error
+            kind = NoRoom if error.errno in NO_ROOM else NsrlError
+            raise kind(
+                f"cannot make the output folder {folder}: {error.strerror or error}; choose another --out"
+            ) from error
         with locked(folder):
             yield
     finally:

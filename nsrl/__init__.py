@@ -3,10 +3,11 @@
 The names below load on first use, so that `import nsrl` is quick and `nsrl --help` quicker.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import nsrl_envs  # noqa: F401  gymnasium >= 1.0 reads no plugin entry points: importing registers the "nsrl/..." ids
+from nsrl.face import lazily
+from nsrl.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from nsrl.rl.algorithms.ppo import NullSpacePPO as NullSpacePPO
@@ -14,18 +15,17 @@ if TYPE_CHECKING:
     from nsrl.rl.algorithms.trpo import NullSpaceTRPO as NullSpaceTRPO
     from nsrl.rl.retention.buffer import RetentionBuffer as RetentionBuffer
 
-__version__ = "0.1.0"
-__all__ = ["NullSpacePPO", "NullSpaceTRPO", "RetentionBuffer", "__version__", "protect"]
-
-_HOMES = {
-    "NullSpacePPO": "nsrl.rl.algorithms.ppo",
-    "NullSpaceTRPO": "nsrl.rl.algorithms.trpo",
-    "RetentionBuffer": "nsrl.rl.retention.buffer",
-    "protect": "nsrl.rl.algorithms.protect",
-}
+_names, _load = lazily(
+    __name__,
+    {
+        "nsrl.rl.algorithms.ppo": "NullSpacePPO",
+        "nsrl.rl.algorithms.protect": "protect",
+        "nsrl.rl.algorithms.trpo": "NullSpaceTRPO",
+        "nsrl.rl.retention.buffer": "RetentionBuffer",
+    },
+)
+__all__ = [*_names, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nsrl' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return _load(name)

@@ -1,4 +1,4 @@
-"""The one exception that means bad input, told in a sentence; and the nearest name to a mistyped one."""
+"""The one exception that means bad input, told in a sentence; and the names nearest to a mistyped one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         known: the names that there are.
         cutoff: similarity from 0 to 1 below which a name is not close.
     """
+    return next(iter(near(name, known, 1, cutoff)), None)
+
+
+def near(name: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
+    """As `nearest`, at most `count` names, the most similar first."""
     from difflib import get_close_matches
 
-    found = get_close_matches(name, list(known), 1, cutoff)
-    return found[0] if found else None
+    return get_close_matches(name, list(known), count, cutoff)

@@ -18,9 +18,10 @@ import numpy as np
 
 from nsrl.errors import NsrlError
 from nsrl.reading.arrays import read_arrays
-from nsrl.reading.documents import Results, parse_json
+from nsrl.reading.documents import Results, parse_json, read_results
 from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes, shown
-from nsrl.reading.values import mapping
+from nsrl.reading.values import mapping, whole
+from nsrl.versions import VERSION, Format
 
 NUMBERS = (bool, int, float)
 
@@ -33,7 +34,7 @@ def write_npz(
     Raises:
         NsrlError: when the file cannot be written.
     """
-    text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    text = np.frombuffer(json.dumps({"nsrl": VERSION, **header}).encode(), dtype=np.uint8)
     content: dict[str, np.ndarray] = {"format": np.asarray(np.int64(version)), "header": text, **arrays}
     whole = sum(array.nbytes + 256 for array in content.values())  # with a header each
     with written_atomically(Path(path)) as temporary, temporary.open("wb") as file:
@@ -44,8 +45,8 @@ def write_npz(
     return Path(path)
 
 
-def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and header of a file that `write_npz` wrote, of this version or older; nothing is unpickled.
+def read_npz(path: str | os.PathLike[str], form: Format) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and header of a file that `write_npz` wrote, of this format or an older one; nothing is unpickled.
 
     Raises:
         NsrlError: naming the file, and the key where one is at fault.
@@ -59,18 +60,43 @@ def read_npz(path: str | os.PathLike[str], version: int) -> tuple[dict[str, np.n
         raise NsrlError(f"{path} cannot be read: {error.strerror or error}") from error
     except Unreadable as error:
         raise NsrlError(f"{path}: {error}; make the file again") from error
-    for key in ("format", "header"):
+    for key in ("format", "header"):  # of every version
         if key not in arrays:
             raise NsrlError(f"{path}: key {key!r} is missing; make the file again")
     found, text = arrays.pop("format"), arrays.pop("header")
     if not isinstance(found, np.ndarray) or found.shape != () or found.dtype.kind not in "iu" or found < 1:
         raise NsrlError(f"{path}: key 'format' is not a version number; make the file again")
-    if found > version:
-        raise NsrlError(f"{path}: format {found} is newer than this nsrl knows ({version}); upgrade nsrl")
     try:
-        return arrays, mapping(parse_json(text.tobytes() if text.dtype == np.uint8 else b""), "it")
+        header = mapping(parse_json(text.tobytes() if text.dtype == np.uint8 else b""), "it")
+        form.check(path, int(found), header.get("nsrl"))
+        return arrays, header
     except Unreadable as error:
         raise NsrlError(f"{path}: key 'header' is not JSON text of an object ({error}); make the file again") from error
+
+
+#: File in a folder that says which format the others have.
+STAMP = "format.json"
+
+
+def write_stamp(folder: Path, form: Format) -> None:
+    """Write into a folder which format its files have, and which nsrl writes them."""
+    write_json(folder / STAMP, {"format": form.newest, "nsrl": VERSION})
+
+
+def check_stamp(folder: Path, form: Format) -> None:
+    """Raise NsrlError where a folder is of a newer nsrl; one without a stamp has format 1.
+
+    Raises:
+        NsrlError: the sentence names the nsrl that is needed; or the stamp is damaged.
+    """
+    path = folder / STAMP
+    if path.exists():
+        stamp = read_results(path)
+        try:
+            version = whole(stamp["format"], "its format", 1)
+        except Unreadable as error:
+            raise NsrlError(f"{about(path, error)}; run it again") from error
+        form.check(folder, version, stamp.get("nsrl"))
 
 
 #: What to do where a run's output cannot be written.
@@ -195,22 +221,30 @@ def given_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def written_atomically(path: str | Path, hint: str = "") -> Iterator[Path]:
+def written_atomically(path: str | Path, hint: str = "", durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an exception.
 
     Args:
         path: of the file; its suffix is that of the temporary path, too.
         hint: what to do where it cannot be written, behind the reason.
+        durable: have it on the disk before it takes its place, so that a power cut leaves one of the two. One process
+            writes such a file, under one temporary name: what a killed one left there is overwritten by the next.
 
     Raises:
         NsrlError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    mark = "tmp" if durable else f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.stem}.{mark}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            _flush(temporary, os.O_RDWR)
         temporary.replace(path)
+        if durable:
+            with suppress(OSError):  # the new name is on the disk only once the folder is
+                _flush(path.parent, os.O_RDONLY)
     except OSError as error:
         raise unwritable(path, error, hint) from error
     finally:
@@ -224,3 +258,12 @@ def remove_temporaries(folder: Path) -> None:
         if TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
+
+
+def _flush(path: Path, mode: int) -> None:
+    """Have a file or a folder on the disk."""
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,6 +30,7 @@ HOUSE: tuple[tuple[str, ...], ...] = (
     ("nsrl.projection",),
     ("nsrl.files",),
     ("nsrl.reading",),
+    ("nsrl.versions",),
     ("nsrl.errors", "nsrl.face"),
 )
 RL = (

@@ -61,5 +61,5 @@ class ReverseActions(gym.ActionWrapper, gym.utils.RecordConstructorArgs):
             )
 
     def action(self, action: Any) -> np.ndarray:
-        """Return the base environment's action, same shape."""
+        """Return the base environment's action, same shape, () or (A,)."""
         return np.negative(action)

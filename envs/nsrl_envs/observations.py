@@ -42,5 +42,5 @@ class ReverseSensors(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
         self._sign[chosen] = -1
 
     def observation(self, observation: Any) -> np.ndarray:
-        """Return the observation with the entries negated, same shape."""
+        """Return the observation, (D,), with the entries negated, same shape."""
         return observation * self._sign

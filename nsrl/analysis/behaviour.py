@@ -40,6 +40,9 @@ class BehaviourSpectrum:
         """Directions in which a step of this norm would spend the whole budget, each counted by how much it would.
 
         That is sum s / (s + l) with l = 2 kl_budget / step^2: in a direction with s = l the step costs the budget.
+
+        Raises:
+            NsrlError: `kl_budget` or `step` is not positive.
         """
         if not kl_budget > 0.0 or not step > 0.0:
             raise NsrlError(f"kl_budget and step must be positive, not {kl_budget} and {step}")
@@ -60,7 +63,7 @@ def constraint_of(
 
 
 def some_states(constraint: RetentionConstraint, states: int | None) -> Tensor:
-    """Training states of the buffer, evenly spaced, at most so many.
+    """Indices of training states of the buffer, (states,) int64, evenly spaced, at most so many.
 
     Raises:
         NsrlError: fewer than one.

@@ -24,11 +24,12 @@ from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 
-OLD_TASK = "nsrl_envs:nsrl/CartPole-v0"
-SWAPPED = "nsrl_envs:nsrl/CartPoleSwapped-v0"
+OLD_TASK = "nsrl/CartPole-v0"
+SWAPPED = "nsrl/CartPoleSwapped-v0"
 #: New tasks: an environment id, and physical constants of the cart and pole that are changed in it. "same" is the old
 #: task itself: there is nothing new to learn, and whatever moves is noise.
 CARTPOLES: dict[str, tuple[str, dict[str, float]]] = {
@@ -79,7 +80,7 @@ class ForecastStudy:
 
 def pretrained_cartpole(steps: int = 40_000, seed: int = 0) -> PPO:
     """An agent that knows `OLD_TASK`: a quarter of a minute's training at 40,000 steps."""
-    envs = make_vec_env(OLD_TASK, 8, seed=seed)
+    envs = make_envs(OLD_TASK, 8, seed)
     return PPO(
         "MlpPolicy",
         envs,

@@ -15,7 +15,7 @@ from nsrl.runs.collecting import collect_buffer
 from nsrl.runs.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
 from nsrl.runs.folder import RunFolder, choose_folder
-from nsrl.runs.pretraining import pretrain, resume_pretraining
+from nsrl.runs.pretraining import obtain_agent
 from nsrl.runs.report import Table, comparison_table, duration
 from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import Tasks, resolve_tasks
@@ -71,7 +71,7 @@ def run_demo(
     buffer = collect_buffer(finetuning, agent, tasks.old)
     with folder.made():
         buffer.save(folder.buffer)
-        write_text(folder.config, to_yaml(config))
+        folder.write_config(config)
         return _run_both(
             replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer)), folder, tasks, watch, on_status
         )
@@ -99,13 +99,7 @@ def _run_both(
 def pretrained_agent(config: PretrainConfig, cache: Path, progress: bool) -> RunFolder:
     """The agent that this configuration makes, from the cache if it is there; an interrupted one is finished."""
     key = hashlib.sha256(to_yaml(replace(config, name=None, out=None)).encode()).hexdigest()[:16]
-    folder = RunFolder(cache / f"pretrain-{key}")
-    if not folder.finished:
-        if folder.config.is_file():
-            resume_pretraining(folder.path, progress=progress)
-        else:
-            pretrain(config, folder.path, progress=progress)
-    return folder
+    return obtain_agent(config, RunFolder(cache / f"pretrain-{key}"), progress=progress)
 
 
 def _compare(jobs: list[Job], folder: RunFolder, tasks: Tasks, config: FinetuneConfig, watch: Stopwatch) -> DemoOutcome:

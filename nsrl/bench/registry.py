@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, near
 from nsrl.runs.lock import alone_in
+from nsrl.runs.packaged import CONFIGS
 
 if TYPE_CHECKING:
     from nsrl.bench.suites.jobs import Status
@@ -30,7 +31,7 @@ class Options:
     Attributes:
         out: where the runs go; None takes runs/bench/NAME.
         reference: where the results go.
-        configs: folder of the configurations.
+        configs: folder of the configurations; those that come with nsrl.
         workers: processes at a time.
         only: cases, or benchmarks and strategies; empty for all.
         quick: small sizes, whose numbers mean nothing.
@@ -41,7 +42,7 @@ class Options:
 
     out: Path | None = None
     reference: Path = REFERENCE
-    configs: Path = Path("configs")
+    configs: Path = CONFIGS
     workers: int = 2
     only: tuple[str, ...] = ()
     quick: bool = False
@@ -85,6 +86,7 @@ Benchmark = Callable[[Options, Console], Results]
 BENCHMARKS: dict[str, Benchmark] = {}
 #: Which of them take which of the options that not all take.
 TAKES: dict[str, frozenset[str]] = {}
+SUITES_TAKE = frozenset({"quick"})
 
 
 def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
@@ -112,16 +114,18 @@ def run_benchmark(name: str, options: Options, console: Console) -> Results:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
     keys = ("only", "quick", "again", "threads", "folder")
     given = {key for key in keys if getattr(options, key) not in ((), False, None)}
-    for key in sorted(given - TAKES.get(name, frozenset())):
-        takers = " and ".join(taker for taker in TAKES if key in TAKES[taker])
+    for key in sorted(given - TAKES.get(name, SUITES_TAKE)):
+        takers = " and ".join([taker for taker in TAKES if key in TAKES[taker]] + ["suites"] * (key in SUITES_TAKE))
         what = "a folder" if key == "folder" else f"--{key}"
         raise NsrlError(f"{what} is for nsrl bench {takers}, not for {name}; leave it out")
     if name in BENCHMARKS:
         return BENCHMARKS[name](options, console)
     path = Path(name) if name.endswith(".yaml") else options.configs / "bench" / f"{name}.yaml"
     if not path.is_file():
-        suites = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml"))
-        raise NsrlError(f"there is no suite {name!r}; known: {', '.join([*suites, *BENCHMARKS])}")
+        known = sorted(file.stem for file in (options.configs / "bench").glob("*.yaml")) + list(BENCHMARKS)
+        alike = near(path.stem, known, 3)
+        hint = f"did you mean {', '.join(alike)}? " if alike else ""
+        raise NsrlError(f"there is no suite {name!r}; {hint}known: {', '.join(known)}")
     return _suite(path, options, console)
 
 
@@ -135,11 +139,16 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
     from nsrl.bench.suites.report import draw_tradeoff, learning_table, suite_table
 
     suite = read_suite(path)
-    out = _out(options, path.stem)
+    out = _out(options, f"{path.stem}_quick" if options.quick else path.stem)
+    reference = options.reference
+    if options.quick:
+        suite = suite.shortened()
+        # The committed numbers are not overwritten by those of small sizes.
+        reference = out / "results" if reference == REFERENCE else reference
     with alone_in(out), console.status(suite.name) as show:
         run = sequences.run_sequence_suite if suite.is_sequence else run_suite
         content = run(suite, out, workers=options.workers, on_status=show)
-    results, figure = (options.reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
+    results, figure = (reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
     write_suite(content, results)
     if suite.is_sequence:
         sequences.draw_sequence_suite(content, figure)
@@ -216,7 +225,11 @@ def overhead(options: Options, console: Console) -> Results:
 
 @benchmark("speed", "only", "quick", "again", "threads")
 def speed(options: Options, console: Console) -> Results:
-    """Gram matrices and projections against other libraries."""
+    """Gram matrices and projections against other libraries.
+
+    Raises:
+        NsrlError: `threads` is below 1.
+    """
     from nsrl.bench.speed.benchmark import Settings, measure_speed
     from nsrl.bench.speed.report import draw_scaling, speed_tables
     from nsrl.files import write_json
@@ -270,7 +283,11 @@ def continual(options: Options, console: Console) -> Results:
 
 @benchmark("agents", "folder", "only", "quick", "again")
 def agents(options: Options, console: Console) -> Results:
-    """Every agent in a folder: loaded, collected from, fine-tuned, exported, played by stock SB3."""
+    """Every agent in a folder: loaded, collected from, fine-tuned, exported, played by stock SB3.
+
+    Raises:
+        NsrlError: no folder is given, or there is no agent in it.
+    """
     from nsrl.bench.studies.agents import agents_tables, find_agents, try_agents
     from nsrl.files import given_path, write_json
 

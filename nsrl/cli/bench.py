@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nsrl.bench.registry import REFERENCE, Options, run_benchmark
 from nsrl.cli.command import Parser, print_table
 from nsrl.cli.status_line import StatusLine
+from nsrl.runs.packaged import CONFIGS
 
 if TYPE_CHECKING:
     from nsrl.bench.suites.jobs import Status
@@ -20,6 +21,7 @@ ABOUT = """\
 Run a benchmark and write its results.
 
   nsrl bench cartpole_swapped            all methods and seeds of configs/bench/cartpole_swapped.yaml
+  nsrl bench cartpole_swapped --quick    the same, small: to see that it runs
   nsrl bench sequence_cartpole           tasks one after the other: average performance, forgetting, forward transfer
   nsrl bench trpo                        update speed and returns against sb3_contrib.TRPO, no constraint
   nsrl bench overhead                    wall time and memory against stock PPO, interleaved
@@ -36,7 +38,11 @@ stopped. The gathered results go to --reference as NAME.json and NAME.png.
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse, run, print."""
+    """Parse, run, print.
+
+    Raises:
+        NsrlError: a bad command line, or as `run_benchmark`.
+    """
     parser = Parser(prog="nsrl bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed, continual or agents"
@@ -45,10 +51,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configurations")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configurations (default nsrl's)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed = parser.add_argument_group("speed, continual and agents only")
     speed.add_argument("--only", help="cases, benchmarks and strategies, or agents, separated by commas")
-    speed.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
     speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
     options = parser.parse_args(list(arguments))

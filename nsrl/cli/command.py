@@ -37,10 +37,11 @@ def read_arguments(
     about: str,
     examples: str,
     resumable: bool = False,
+    kind: str = "",
 ) -> tuple[Config, dict[str, Any]]:
     """Configuration and further options (`progress`, and `resume` for commands that can) of a command line.
 
-    Prints the help and exits with code 0 when asked to.
+    Prints the help and exits with code 0 when asked to; `kind` is of the packaged configurations that --config names.
 
     Raises:
         NsrlError: unknown key, wrong type, value out of range, unreadable YAML.
@@ -49,7 +50,7 @@ def read_arguments(
     parser = build_parser(
         config,
         prog=f"nsrl {command}",
-        usage=f"nsrl {command} [--config FILE.yaml] {options}[--KEY VALUE ...]",
+        usage=f"nsrl {command} [--config FILE|NAME] {options}[--KEY VALUE ...]",
         description=about,
         epilog=f"examples:\n{examples}",
     )
@@ -64,13 +65,17 @@ def read_arguments(
             help="go on with an interrupted run; everything else comes from its folder",
         )
         extra.append("resume")
-    return parse(config, arguments, parser, extra)
+    return parse(config, arguments, parser, extra, kind)
 
 
 def run_training(
     command: str, config: Any, options: dict[str, Any], start: Callable[..., Outcome], resume: Callable[..., Outcome]
 ) -> tuple[Outcome | None, int]:
-    """Start or resume a run; the outcome (None if interrupted) and the exit code."""
+    """Start or resume a run; the outcome (None if interrupted) and the exit code.
+
+    Raises:
+        NsrlError: --resume has other options beside it, or as `start` and `resume`.
+    """
     from nsrl.runs.training import Interrupted, use_one_thread
 
     use_one_thread()

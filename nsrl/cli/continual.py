@@ -10,9 +10,9 @@ from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
 
 EXAMPLES = """\
-  nsrl continual --config configs/continual/permuted_digits.yaml
-  nsrl continual --config configs/continual/permuted_digits.yaml --strategy.name gpm --seed 3
-  nsrl continual --config configs/continual/split_cifar100_10.yaml --benchmark.data data/cifar-100-binary
+  nsrl continual --config permuted_digits
+  nsrl continual --config permuted_digits --strategy.name gpm --seed 3
+  nsrl continual --config split_cifar100_10 --benchmark.data data/cifar-100-binary
   nsrl continual --resume runs/continual-permuted_digits-20250101-120000"""
 ABOUT = """\
 Learn a sequence of supervised tasks with one strategy and measure all tasks after each: accuracy matrix,
@@ -21,9 +21,19 @@ metrics.json, accuracy_matrix.png, model.pt and TensorBoard events."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Learn the tasks, and print the table."""
+    """Learn the tasks, and print the table.
+
+    Raises:
+        NsrlError: a bad command line, --resume beside other options, or as `run_continual`.
+    """
     config, options = read_arguments(
-        ContinualConfig, arguments, command="continual", about=ABOUT, examples=EXAMPLES, resumable=True
+        ContinualConfig,
+        arguments,
+        command="continual",
+        about=ABOUT,
+        examples=EXAMPLES,
+        resumable=True,
+        kind="continual",
     )
     from nsrl.bench.studies.continual_report import run_table
     from nsrl.continual.runner import run_continual

@@ -14,7 +14,7 @@ EXAMPLES = """\
 ABOUT = """\
 Pretrain PPO on CartPole (the agent is cached), collect a retention buffer, then learn CartPole with
 swapped actions twice: with plain PPO, which forgets the old task, and with NullSpacePPO, which does not.
-Takes about two minutes on two cores."""
+Takes about three minutes on two cores."""
 
 
 def run(arguments: Sequence[str]) -> int:

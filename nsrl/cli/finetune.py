@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nsrl.cli.command import print_outcome, read_arguments, run_training
 from nsrl.errors import NsrlError
 from nsrl.runs.config import FinetuneConfig
+from nsrl.runs.packaged import find_config
 from nsrl.runs.sequences.config import SequenceConfig
 from nsrl.runs.settings import read_yaml
 
 EXAMPLES = """\
-  nsrl finetune --config configs/cartpole_swapped.yaml
+  nsrl finetune --config cartpole_swapped
   nsrl finetune --agent expert.zip --old_env CartPole-v1 --new_env MyCartPole-v0 --retention.kl_budget 0.02
-  nsrl finetune --config configs/cartpole_swapped.yaml --method kl_penalty --penalty 1.0 --seed 3
-  nsrl finetune --config configs/sequence_cartpole.yaml            (its keys: add --help)
+  nsrl finetune --config cartpole_swapped --method kl_penalty --penalty 1.0 --seed 3
+  nsrl finetune --config sequence_cartpole            (its keys: add --help)
   nsrl finetune --resume runs/finetune-cartpole_swapped-20250101-120000"""
 ABOUT = """\
 Fine-tune a pretrained agent on a new task while the mean KL divergence from the pretrained policy, over a
@@ -42,13 +43,13 @@ def names_sequence(arguments: Sequence[str]) -> bool:
         if name == "--tasks":
             return True
         value = value if equals else next(iter(arguments[position + 1 :]), "")
-        path = {"--config": Path(value), "--resume": Path(value) / "config.yaml"}.get(name)
-        if path is not None and os.path.isfile(path):
-            try:
+        try:
+            if name in ("--config", "--resume"):
+                path = find_config(value) if name == "--config" else Path(value) / "config.yaml"
                 if "tasks" in read_yaml(path):
                     return True
-            except (NsrlError, TypeError):  # told when it is read in earnest
-                pass
+        except (NsrlError, TypeError):  # told when it is read in earnest
+            pass
     return False
 
 
@@ -59,10 +60,36 @@ def _run_pair(arguments: Sequence[str]) -> int:
     from nsrl.runs.finetuning import finetune, resume_finetuning
     from nsrl.runs.report import finetuning_table
 
+    if options["resume"] is None and config.agent is not None:
+        interrupted = _make_agent(config, options["progress"])
+        if interrupted:
+            return interrupted
     outcome, status = run_training("finetune", config, options, finetune, resume_finetuning)
     if outcome is not None:
         print_outcome(outcome, finetuning_table(outcome.metrics))
     return status
+
+
+def _make_agent(config: FinetuneConfig, progress: bool) -> int:
+    """Pretrain the agent of a packaged configuration where it is missing; the exit code, 0 unless interrupted."""
+    from nsrl.runs.folder import RunFolder, choose_folder
+    from nsrl.runs.pretraining import obtain_agent, packaged_maker
+    from nsrl.runs.tasks import resolve_tasks
+    from nsrl.runs.training import Interrupted, use_one_thread
+
+    agent = str(config.agent)
+    maker = packaged_maker(agent)
+    if maker is None:
+        return 0
+    choose_folder("finetune", resolve_tasks(config).name, config.out)  # bad input before the training
+    print(f"nsrl: {agent} is not there yet; pretraining on {maker.env} first", file=sys.stderr)
+    use_one_thread()
+    try:
+        obtain_agent(maker, RunFolder(Path(agent)), progress=progress)
+    except Interrupted as stop:
+        print("nsrl: interrupted; the same command goes on with the pretraining", file=sys.stderr)
+        return stop.exit_status
+    return 0
 
 
 def _run_sequence(arguments: Sequence[str]) -> int:

@@ -21,14 +21,14 @@ COMMANDS: dict[str, str] = {
     "continual": "learn a sequence of supervised tasks with one strategy, and measure what is forgotten",
     "bench": "run a benchmark: methods x seeds of a suite, or what the budget costs",
     "ntk": "tangent kernels: spectrum of a retained behaviour, gallery of figures, study of the forecast",
-    "demo": "see all of it on CartPole, in under three minutes",
+    "demo": "see all of it on CartPole, in three minutes",
 }
 
 #: How torch says that there is no memory, on the processor and on the GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 HELP = """\
-usage: nsrl COMMAND [--config FILE.yaml] [--KEY VALUE ...]
+usage: nsrl COMMAND [--config FILE|NAME] [--KEY VALUE ...]
 
 Fine-tune pretrained Stable-Baselines3 policies on a new task while their behaviour on the old one stays
 inside a KL budget.
@@ -42,8 +42,8 @@ options:
 
 examples:
   nsrl demo
-  nsrl pretrain --config configs/pretrain_cartpole.yaml
-  nsrl finetune --config configs/cartpole_swapped.yaml --retention.kl_budget 0.005
+  nsrl pretrain --config pretrain_cartpole
+  nsrl finetune --config cartpole_swapped --retention.kl_budget 0.005
   nsrl finetune --help
 """
 

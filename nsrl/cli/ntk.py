@@ -30,7 +30,11 @@ forecast   fine-tune a CartPole agent 48 times, and compare the forgetting that 
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse, run, print."""
+    """Parse, run, print.
+
+    Raises:
+        NsrlError: a bad command line, or as what it runs.
+    """
     parser = _parser()
     try:
         options = parser.parse_args(list(arguments))

@@ -8,7 +8,7 @@ from nsrl.cli.command import print_outcome, read_arguments, run_training
 from nsrl.runs.config import PretrainConfig
 
 EXAMPLES = """\
-  nsrl pretrain --config configs/pretrain_cartpole.yaml
+  nsrl pretrain --config pretrain_cartpole
   nsrl pretrain --env nsrl/Pendulum-v0 --total_timesteps 200000 --ppo.gamma 0.9
   nsrl pretrain --resume runs/pretrain-HalfCheetah-v0-20250101-120000"""
 ABOUT = """\

@@ -3,8 +3,9 @@
 The names below load on first use: `nsrl continual --help` and a mistyped key are answered without torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from nsrl.face import lazily
 
 if TYPE_CHECKING:
     from nsrl.continual.guard import Guard as Guard
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
     from nsrl.continual.tasks import Scenario as Scenario
     from nsrl.continual.tasks import Task as Task
 
-_NAMES = {
-    "guard": ("Guard", "protect"),
-    "heads": ("MultiHead", "freeze_statistics", "model_outputs", "predictions"),
-    "metrics": ("SequenceMetrics", "sequence_metrics"),
-    "optimizers": ("OptimizerConfig",),
-    "strategies": ("STRATEGIES", "Strategy", "build_strategy"),
-    "tasks": ("Batch", "Scenario", "Task"),
-}
-_HOMES = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_HOMES)
+_names, _load = lazily(
+    __name__,
+    {
+        "nsrl.continual.guard": "Guard protect",
+        "nsrl.continual.heads": "MultiHead freeze_statistics model_outputs predictions",
+        "nsrl.continual.metrics": "SequenceMetrics sequence_metrics",
+        "nsrl.continual.optimizers": "OptimizerConfig",
+        "nsrl.continual.strategies": "STRATEGIES Strategy build_strategy",
+        "nsrl.continual.tasks": "Batch Scenario Task",
+    },
+)
+__all__ = [*_names]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"nsrl.continual.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _load(name)

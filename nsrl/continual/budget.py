@@ -123,7 +123,7 @@ class KLBudget:
         return FlatParameters([p for p in self.model.parameters() if p.requires_grad])
 
     def draw(self) -> Tensor:
-        """Indices of the retained inputs of the next Lagrangian gradient."""
+        """Indices of the retained inputs of the next Lagrangian gradient, (batch,) int64."""
         return self.retained.memory.draw(self.options.batch_states)
 
     def pull(self, outputs: Tensor, indices: Tensor) -> Tensor:
@@ -178,9 +178,20 @@ class KLBudget:
         return kl if math.isfinite(kl) else math.inf
 
     def enforce(self) -> float:
-        """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`."""
+        """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`.
+
+        An exception leaves the last feasible weights.
+        """
         if not len(self):
             return 0.0
+        try:
+            return self._enforce()
+        except BaseException:
+            if self._feasible is not None:
+                self.parameters.write(self._feasible)
+            raise
+
+    def _enforce(self) -> float:
         kl = self.binding_divergence()
         kl, made = self.enforcement.restore_inside(kl)
         self.restorations += made

@@ -109,7 +109,8 @@ class TrainingSettings:
         for key in ("epochs", "batch_size", "learning_rate", "first_learning_rate", "head_learning_rate", "decay"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:  # NaN too
-                raise NsrlError(f"training.{key} must be positive and finite, not {value}")
+                finite = " and finite" if value != value or value > 0 else ""
+                raise NsrlError(f"training.{key} must be positive{finite}, not {value}")
         for key in ("momentum", "weight_decay"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise NsrlError(f"training.{key} must be finite and not negative, not {getattr(self, key)}")

@@ -75,7 +75,11 @@ class ProtectedFeatures:
         return FlatParameters([named[name] for name in self.constraint.columns])
 
     def retain(self, task: Task, loader: Loader) -> None:
-        """Project once more, then protect the features of a task that was learnt."""
+        """Project once more, then protect the features of a task that was learnt.
+
+        Raises:
+            NsrlError: the loader is empty.
+        """
         self.enforce()
         empty = True
         for batch in loader:

@@ -58,7 +58,11 @@ class MultiHead(nn.Module):
 
 
 def model_outputs(model: nn.Module, inputs: Any, head: int | Tensor | None) -> Tensor:
-    """The model's outputs for a head, one a sample, or (None) for a model with one output layer."""
+    """The model's outputs, (N, O), for a head, one a sample, or (None) for a model with one output layer.
+
+    Raises:
+        NsrlError: a head for a model without, or none for a model with heads.
+    """
     if head is None:
         if isinstance(model, MultiHead):
             raise NsrlError("the model has a head for every task: give the task one (Task(..., head=0))")
@@ -69,7 +73,7 @@ def model_outputs(model: nn.Module, inputs: Any, head: int | Tensor | None) -> T
 
 
 def only_classes(logits: Tensor, classes: Iterable[int]) -> Tensor:
-    """Logits with minus infinity for every class that is not in `classes`."""
+    """Logits, (N, O), with minus infinity for every class that is not in `classes`."""
     counted = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     counted[list(classes)] = True
     return logits.masked_fill(~counted, -torch.inf)

@@ -94,7 +94,7 @@ class Memory:
         self._queue = queue
 
     def heads_of(self, indices: Tensor) -> Tensor | None:
-        """Heads of some samples."""
+        """Heads of some samples, (n,) int64; None where tasks have none."""
         return None if self.heads is None else self.heads[indices]
 
     def nbytes(self) -> int:

@@ -71,7 +71,11 @@ def backward_transfer(matrix: ArrayLike) -> float:
 
 
 def forward_transfer(matrix: ArrayLike, untrained: ArrayLike) -> float:
-    """FWT: mean head start on a task just before it is learnt, over the untrained model; NaN for one task."""
+    """FWT: mean head start on a task just before it is learnt, over the untrained model; NaN for one task.
+
+    Raises:
+        NsrlError: not one untrained score a task, or the matrix lacks one that is needed.
+    """
     square, base = _square(matrix), np.asarray(untrained, dtype=np.float64)
     if base.shape != (len(square),):
         raise NsrlError(f"untrained accuracies must have shape ({len(square)},), one a task, not {base.shape}")

@@ -94,7 +94,7 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if changes else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Residual."""
+        """Residual, (N, C, H, W) to (N, C', H', W')."""
         active = F.relu(self.norm1(inputs))
         shortcut = inputs if self.shortcut is None else self.shortcut(active)
         return shortcut + self.conv2(F.relu(self.norm2(self.conv1(active))))

@@ -48,7 +48,11 @@ class Classification:
     tempering: float = 0.01
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Labels are integers from 0 to the number of outputs - 1."""
+        """Labels are integers from 0 to the number of outputs - 1.
+
+        Raises:
+            NsrlError: not one label a sample, or one beyond the outputs.
+        """
         if targets.ndim != 1 or len(targets) != len(outputs):
             raise NsrlError(f"labels must have shape ({len(outputs)},), one a sample, not {tuple(targets.shape)}")
         low, high = torch.aminmax(targets)
@@ -59,11 +63,11 @@ class Classification:
             )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy."""
+        """Cross-entropy, shape ()."""
         return F.cross_entropy(outputs, targets)
 
     def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Probabilities minus one at the label."""
+        """Probabilities minus one at the label, (N, O)."""
         return outputs.softmax(-1) - F.one_hot(targets, outputs.shape[1])
 
     def loss_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +86,20 @@ class Regression:
     """Mean squared error; the KL divergence of Gaussians of unit variance, |z - z_ref|^2 / 2."""
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Targets have the shape of the outputs."""
+        """Targets have the shape of the outputs.
+
+        Raises:
+            NsrlError: they have not.
+        """
         if targets.shape != outputs.shape:
             raise NsrlError(f"targets must have the outputs' shape {tuple(outputs.shape)}, not {tuple(targets.shape)}")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error."""
+        """Mean squared error, shape ()."""
         return F.mse_loss(outputs, targets)
 
     def slope(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Error, that of Gaussians of unit variance."""
+        """Error, (N, O), that of Gaussians of unit variance."""
         return outputs - targets
 
     def loss_and_slope(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,9 @@ class OptimizerConfig:
         Args:
             model: to train.
             first: whether this is the first task.
+
+        Raises:
+            NsrlError: the model has no trainable parameter.
         """
         rate = self.first_lr if first and self.first_lr is not None else self.lr
         heads = list(model.heads.parameters()) if isinstance(model, MultiHead) else []

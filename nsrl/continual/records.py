@@ -15,11 +15,20 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, unwritable, write_json, write_text, written_atomically
+from nsrl.files import (
+    ELSEWHERE,
+    check_stamp,
+    unwritable,
+    write_json,
+    write_stamp,
+    write_text,
+    written_atomically,
+)
 from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, whole
+from nsrl.versions import RUN, TASK, VERSION
 
 CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
 CHECKSUM = "checksum"
@@ -52,8 +61,11 @@ class Records:
         """The entries of the tasks that are finished already.
 
         Raises:
-            NsrlError: a damaged file, or one that is missing before others.
+            NsrlError: a damaged file, one that is missing before others, or one of a newer nsrl; the sentence says
+                which.
         """
+        if self.folder is not None:
+            check_stamp(self.folder, RUN)
         entries: list[dict[str, Any]] = []
         if self.folder is None:
             return entries
@@ -76,12 +88,16 @@ class Records:
         Args:
             names: of the tasks.
             done: tasks that are finished already; what an interrupted task wrote is hidden.
+
+        Raises:
+            NsrlError: they cannot be written.
         """
         self._names = list(names)
         if self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
+            write_stamp(self.folder, RUN)
             write_text(self.folder / CONFIG, text)
             try:
                 self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
@@ -114,7 +130,7 @@ class Records:
         figure = draw_matrix([past["scores"] for past in history], self._names)
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
-        content = {"entry": entry, "state": state}
+        content = {"format": TASK.newest, "nsrl": VERSION, "entry": entry, "state": state}
         _save(self._task_file(index), {**content, CHECKSUM: checksum(content)})
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
@@ -137,8 +153,10 @@ class Records:
         path = self._task_file(index)
         try:
             with opened(path) as file:
-                content = mapping(read_tensors(file), "it", ["entry", "state"], [CHECKSUM])
-            if CHECKSUM in content:  # those of nsrl 0.1.0 have none
+                content = mapping(read_tensors(file), "it")
+            TASK.check(path, whole(content.get("format", 1), "its format", 1), content.get("nsrl"))
+            mapping(content, "it", ["entry", "state"], ["format", "nsrl", CHECKSUM])
+            if CHECKSUM in content:  # the first ones have none
                 expected = content.pop(CHECKSUM)
                 check_checksum(content, expected)
             _check_entry(content["entry"])

@@ -56,7 +56,7 @@ class RetainedBehaviour:
         return objective_of(self.memory.targets)
 
     def outputs(self, model: nn.Module, indices: Tensor | None = None) -> Tensor:
-        """The model's outputs on some of the inputs (None: all)."""
+        """The model's outputs on some of the inputs (None: all), (n, O)."""
         if indices is None:
             return model_outputs(model, self.memory.inputs, self.memory.heads)
         return model_outputs(model, self.memory.inputs.index_select(0, indices), self.memory.heads_of(indices))

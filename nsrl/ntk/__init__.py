@@ -3,10 +3,10 @@
 The names below load on first use: scikit-learn and SciPy (extra `analysis`) are needed only by what is built on them.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nsrl.errors import NsrlError
+from nsrl.face import lazily
 
 if TYPE_CHECKING:
     from nsrl.ntk.dynamics import OutputDynamics as OutputDynamics
@@ -40,29 +40,28 @@ if TYPE_CHECKING:
     from nsrl.ntk.training import Trajectory as Trajectory
     from nsrl.ntk.training import descend as descend
 
-_HOMES = {
-    "dynamics": ("OutputDynamics", "kernel_descent"),
-    "fourier": ("FourierFeatures", "frequency_spectrum"),
-    "infinite": ("InfiniteNetwork",),
-    "kernels": ("Tile", "empirical_ntk", "ntk_tiles"),
-    "lazy": ("Laziness", "ScaledModel", "kappa", "kernel_drift", "relative_weight_change"),
-    "functions": ("LinearizedModel", "linearize"),
-    "random_functions": ("RandomFunctionModel", "fourier_functions", "random_function_kernel"),
-    "regression": ("NTKClassifier", "NTKPrincipalComponents", "NTKRegressor", "NadarayaWatson"),
-    "slopes": ("Slope", "fit_slope"),
-    "sweeps": ("ScalePoint", "WidthPoint", "scale_sweep", "width_sweep"),
-    "training": ("Trajectory", "descend"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [*_HOME_OF]
+_names, _load = lazily(
+    __name__,
+    {
+        "nsrl.ntk.dynamics": "OutputDynamics kernel_descent",
+        "nsrl.ntk.fourier": "FourierFeatures frequency_spectrum",
+        "nsrl.ntk.infinite": "InfiniteNetwork",
+        "nsrl.ntk.kernels": "Tile empirical_ntk ntk_tiles",
+        "nsrl.ntk.lazy": "Laziness ScaledModel kappa kernel_drift relative_weight_change",
+        "nsrl.ntk.functions": "LinearizedModel linearize",
+        "nsrl.ntk.random_functions": "RandomFunctionModel fourier_functions random_function_kernel",
+        "nsrl.ntk.regression": "NTKClassifier NTKPrincipalComponents NTKRegressor NadarayaWatson",
+        "nsrl.ntk.slopes": "Slope fit_slope",
+        "nsrl.ntk.sweeps": "ScalePoint WidthPoint scale_sweep width_sweep",
+        "nsrl.ntk.training": "Trajectory descend",
+    },
+)
+__all__ = [*_names]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'nsrl.ntk' has no attribute {name!r}")
     try:
-        return getattr(import_module(f"nsrl.ntk.{_HOME_OF[name]}"), name)
+        return _load(name)
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] not in ("sklearn", "scipy"):
             raise

@@ -98,6 +98,9 @@ class OutputDynamics:
             cross_kernel: `empirical_ntk(model, test_inputs, train_inputs)`, (M O, N O).
             outputs: f at time 0 on the test inputs, (M, O).
             learning_rate: as for `train_outputs`.
+
+        Raises:
+            NsrlError: the cross kernel has another shape.
         """
         if cross_kernel.shape != (outputs.numel(), self._residual.numel()):
             raise NsrlError(

@@ -187,7 +187,7 @@ class Erf(nn.Module):
     """The error function, entry by entry."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Any shape to the same shape."""
+        """Any shape, (...,), to the same shape."""
         return torch.erf(inputs)
 
 

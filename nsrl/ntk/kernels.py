@@ -113,6 +113,9 @@ def ntk_tiles(
         output: the kernel of this output alone, (n1, n2); default the full kernel (n1 * O, n2 * O).
 
     The other arguments and the errors are those of `empirical_ntk`.
+
+    Raises:
+        NsrlError: there is no such output; as `empirical_ntk`.
     """
     if x2 is not None:
         refuse_mismatch(x1, x2)

@@ -51,7 +51,7 @@ class ScaledModel(nn.Module):
         self._origin = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, inputs: Any) -> Tensor:
-        """Outputs of the model's own shape."""
+        """Outputs of the model's own shape, (N, O)."""
         return self.alpha * (self.model(inputs) - self._origin(inputs))
 
 

@@ -48,7 +48,11 @@ class NadarayaWatson(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.bandwidth = bandwidth
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> NadarayaWatson:
-        """Keep the training set: X (n, d), y (n,) or (n, targets)."""
+        """Keep the training set: X (n, d), y (n,) or (n, targets).
+
+        Raises:
+            NsrlError: the bandwidth is not positive.
+        """
         if not self.bandwidth > 0:
             raise NsrlError(f"bandwidth must be positive, not {self.bandwidth}")
         self.X_fit_, self.y_fit_ = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)

@@ -36,7 +36,11 @@ class Trajectory:
 
 
 def loss_rate(loss: Loss, entries: int) -> float:
-    """The number c in dL/df = c (f - y), for outputs with `entries` = N * O entries."""
+    """The number c in dL/df = c (f - y), for outputs with `entries` = N * O entries.
+
+    Raises:
+        NsrlError: there is no such loss.
+    """
     rates = {"half_sum": 1.0, "half_mean": 1.0 / entries, "mse": 2.0 / entries}
     if loss not in rates:
         raise NsrlError(f"loss must be one of {', '.join(rates)}, not {loss!r}")

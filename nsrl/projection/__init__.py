@@ -15,7 +15,7 @@ from nsrl.projection.jacobians.columns import parameter_columns
 from nsrl.projection.jacobians.factored import FactoredJacobian, StackedJacobian
 from nsrl.projection.jacobians.linearise import jacobian
 from nsrl.projection.jacobians.sharded import ShardedJacobian, shard_layers, sharded_jacobian
-from nsrl.projection.optimizer import attach_projection
+from nsrl.projection.optimizer import FlatParameters, StepHooks
 from nsrl.projection.precision import full_precision
 from nsrl.projection.solvers.factorise import factorise, null_projection, solve
 from nsrl.projection.solvers.plan import Plan
@@ -31,6 +31,7 @@ __all__ = [
     "FactoredJacobian",
     "FeatureConstraint",
     "Filter",
+    "FlatParameters",
     "Hard",
     "JacobianConstraint",
     "JacobianError",
@@ -47,9 +48,9 @@ __all__ = [
     "SpectralProjection",
     "Spectrum",
     "StackedJacobian",
+    "StepHooks",
     "Tikhonov",
     "attach_constraint",
-    "attach_projection",
     "factorise",
     "full_precision",
     "jacobian",

@@ -158,8 +158,8 @@ class Bernoulli:
 class Gaussian:
     """Means of a diagonal Gaussian whose standard deviations do not depend on the state.
 
-    The state-independent log standard deviation is not an output: it adds `log_std_divergence`, the same for all
-    states, and one row per dimension to the Jacobian (see `nsrl.rl.retention.constraint`).
+    The state-independent log standard deviation is not an output: it adds to `divergence`, the same for all states,
+    and one row per dimension to the Jacobian (see `nsrl.rl.retention.constraint`).
 
     Attributes:
         log_std: current log standard deviations, shape (A,).

@@ -103,33 +103,3 @@ class StepHooks:
 
 def _discard(_: Any) -> None:
     """Pre-hooks that return something replace the optimizer's arguments."""
-
-
-def attach_projection(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    project: Callable[[Tensor], Tensor],
-    every: int = 1,
-) -> StepHooks:
-    """Replace the optimizer's total displacement from now on by `project(displacement)` after every `every` steps.
-
-    Args:
-        parameters: in the order of the projector's columns.
-        project: maps the flat displacement since this call, shape (P,), to the one to make.
-
-    Returns:
-        Hooks; call `.detach()` to stop.
-    """
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step, not {every}")
-    flat = FlatParameters(parameters)
-    anchor = flat.read()
-    steps = 0
-
-    def after() -> None:
-        nonlocal steps
-        steps += 1
-        if steps % every == 0:
-            flat.write(anchor + project(flat.read() - anchor))
-
-    return StepHooks(optimizer, after=after)

@@ -57,7 +57,11 @@ class Listed(Part):
 
     @classmethod
     def made(cls, *arguments: Any) -> Any:
-        """The members."""
+        """The members.
+
+        Raises:
+            Unreadable: it is made of anything but one list or tuple.
+        """
         values = arguments[0] if arguments else []
         if len(arguments) > 1 or type(values) not in (list, tuple):
             raise Unreadable("the pickle makes a list or set of something else")
@@ -69,7 +73,11 @@ class Mapped(Part):
 
     @classmethod
     def made(cls, *arguments: Any) -> Any:
-        """An empty mapping."""
+        """An empty mapping.
+
+        Raises:
+            Unreadable: it is made of anything.
+        """
         if arguments:
             raise Unreadable("the pickle makes a mapping of something else")
         return {}
@@ -80,7 +88,11 @@ class Bytes(Part):
 
     @classmethod
     def made(cls, *arguments: Any) -> Any:
-        """A view of the bytes."""
+        """A view of the bytes.
+
+        Raises:
+            Unreadable: it is made of anything but bytes.
+        """
         if len(arguments) != 1 or type(arguments[0]) is not memoryview:
             raise Unreadable("the pickle makes bytes of something else")
         return arguments[0]
@@ -124,7 +136,11 @@ def parse_pickle(
 
 
 def plain(values: list[Any]) -> list[Any]:
-    """Keys, or members of a set, whose hash costs nothing; Unreadable for others."""
+    """Keys, or members of a set, whose hash costs nothing.
+
+    Raises:
+        Unreadable: one is of another kind.
+    """
     for value in values:
         if type(value) in CONTAINERS or isinstance(value, Part) or (type(value) is int and abs(value) >= 2**60):
             raise Unreadable(f"the pickle uses {shown(value)} as a key or a member of a set")

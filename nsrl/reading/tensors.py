@@ -62,7 +62,11 @@ class View(Part):
 
     @classmethod
     def made(cls, *arguments: Any) -> View:
-        """From the arguments of `torch._utils._rebuild_tensor_v2`."""
+        """From the arguments of `torch._utils._rebuild_tensor_v2`.
+
+        Raises:
+            Unreadable: storage or shape are none.
+        """
         if len(arguments) < 4 or type(arguments[0]) is not Storage:
             raise Unreadable("a tensor has no storage")
         storage, offset, sizes, strides = arguments[:4]
@@ -97,7 +101,11 @@ class View(Part):
             raise Unreadable(f"a tensor of shape {shown(self.sizes)} reaches beyond its storage")
 
     def tensor(self) -> Tensor:
-        """The tensor; those of one storage share memory."""
+        """The tensor, of the view's shape (...,); those of one storage share memory.
+
+        Raises:
+            Unreadable: its storage is missing.
+        """
         if self.storage.elements is None:
             raise Unreadable("a tensor's storage is missing")
         if self.count == 0:
@@ -110,7 +118,11 @@ class Parameter(Part):
 
     @classmethod
     def made(cls, *arguments: Any) -> View:
-        """From the arguments of `torch._utils._rebuild_parameter`."""
+        """From the arguments of `torch._utils._rebuild_parameter`.
+
+        Raises:
+            Unreadable: it has no tensor.
+        """
         if not arguments or type(arguments[0]) is not View:
             raise Unreadable("a parameter has no tensor")
         return arguments[0]
@@ -161,7 +173,7 @@ def read_tensors(content: BinaryIO | bytes) -> Any:
 
 
 def like(value: Any, here: Tensor, what: str) -> Tensor:
-    """A finite tensor of the shape of `here`, where that one is and of its type.
+    """A finite tensor of the shape of `here`, (...,), where that one is and of its type.
 
     Raises:
         Unreadable: it is none.

@@ -12,14 +12,22 @@ from nsrl.reading.limits import Unreadable, shown
 
 
 def whole(value: Any, what: str, low: int = 0, high: int = 2**53) -> int:
-    """A whole number from `low` to `high`."""
+    """A whole number from `low` to `high`.
+
+    Raises:
+        Unreadable: it is none.
+    """
     if type(value) is not int or not low <= value <= high:
         raise Unreadable(f"{what} is {shown(value)}, but must be a whole number from {low} to {high}")
     return value
 
 
 def finite(value: Any, what: str, low: float = -math.inf) -> float:
-    """A finite number of at least `low`."""
+    """A finite number of at least `low`.
+
+    Raises:
+        Unreadable: it is none.
+    """
     if type(value) not in (int, float) or not (abs(value) < 1e300 and value >= low):
         least = f" of at least {low}" if low > -math.inf else ""
         raise Unreadable(f"{what} is {shown(value)}, but must be a finite number{least}")
@@ -34,6 +42,9 @@ def mapping(value: Any, what: str, keys: Iterable[str] = (), optional: Iterable[
         what: it is, for the sentence.
         keys: that it must have.
         optional: further ones that it may have; None lets it have any.
+
+    Raises:
+        Unreadable: it is none, or has other keys.
     """
     if type(value) is not dict or any(type(key) is not str for key in value):
         raise Unreadable(f"{what} is {shown(value)}, but must hold names and values")
@@ -46,7 +57,11 @@ def mapping(value: Any, what: str, keys: Iterable[str] = (), optional: Iterable[
 
 
 def items(value: Any, what: str, count: int | None = None) -> list[Any]:
-    """A list, of `count` entries where that is given."""
+    """A list, of `count` entries where that is given.
+
+    Raises:
+        Unreadable: it is none, or has another length.
+    """
     if type(value) is not list or (count is not None and len(value) != count):
         length = "" if count is None else f" of {count} entries"
         raise Unreadable(f"{what} is {shown(value)}, but must be a list{length}")
@@ -54,7 +69,7 @@ def items(value: Any, what: str, count: int | None = None) -> list[Any]:
 
 
 def numbers(value: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Finite numbers in nested lists, as an array of this shape, float64."""
+    """Finite numbers in nested lists, as an array of this shape, (...,), float64."""
     flat = [value]
     for size in shape:
         flat = [entry for part in flat for entry in items(part, what, size)]

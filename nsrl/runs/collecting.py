@@ -6,16 +6,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import given_path, write_json, write_text
+from nsrl.files import given_path, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
+from nsrl.rl.playing.environments import as_vec_env
 from nsrl.rl.retention.buffer import RetentionBuffer
+from nsrl.rl.retention.collection import CollectionConfig, registered_id, visited_states
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.memory import check_memory, observation_bytes
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import make_envs
+from nsrl.runs.tasks import check_fits, fitting_envs
 from nsrl.runs.training import Outcome, Stopwatch
 
 
@@ -48,7 +49,7 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
     }
     with folder.made(folder.metrics):
         buffer.save(folder.buffer)
-        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        folder.write_config(replace(config, out=str(folder.path)))
         write_json(folder.metrics, metrics)
     return Outcome(folder, metrics)
 
@@ -57,15 +58,20 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
     """The buffer that a fine-tuning run names, or a fresh one.
 
     Raises:
-        NsrlError: missing or damaged file, other spaces, or another agent's buffer.
+        NsrlError: missing or damaged file, spaces that are not the agent's, or another agent's buffer.
     """
     if config.buffer is None:
         return collect_buffer(config, agent, old_env)
+    check_fits(agent.model, old_env)
     return read_buffer(config.buffer, agent, trust_agent=config.trust_buffer)
 
 
 def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffer:
-    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent."""
+    """Load a buffer from its npz or from the run folder that holds it, and check it against the agent.
+
+    Raises:
+        NsrlError: missing, damaged, or of another agent.
+    """
     file = given_path(path)
     file = file / "retention.npz" if file.is_dir() else file
     buffer = RetentionBuffer.load(file)
@@ -79,15 +85,20 @@ def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffe
 def collect_buffer(
     config: CollectConfig | FinetuneConfig, agent: Agent, env: str, progress: Any = None
 ) -> RetentionBuffer:
-    """Roll the agent out as the configuration says."""
-    settings = asdict(config.states)
+    """Roll the agent out as the configuration says.
+
+    Raises:
+        NsrlError: the environment cannot be made, has other spaces than the agent, or a setting is out of range.
+    """
+    wanted = CollectionConfig(**asdict(config.states), seed=config.seed, task=env)
     each = observation_bytes(agent.model.observation_space)
     check_memory(
-        f"states.n_states {config.states.n_states} with states.oversample {config.states.oversample:g}",
-        config.states.n_states * max(config.states.oversample, 1.0) * each,
+        f"states.n_states {wanted.n_states} with states.oversample {wanted.oversample:g}",
+        wanted.n_states * max(wanted.oversample, 1.0) * each,
     )
-    envs = make_envs(env, settings.pop("n_envs"), config.seed)
+    envs = as_vec_env(fitting_envs(agent.model, env, wanted.n_envs, config.seed), wanted.n_envs)
+    known = agent.model, agent.normalizer, None if agent.path is None else agent.path.name
     try:
-        return RetentionBuffer.collect(agent, envs, seed=config.seed, task=env, progress=progress, **settings)
+        return RetentionBuffer(**visited_states(known, envs, wanted, registered_id(envs), progress))
     finally:
         envs.close()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json, write_text
+from nsrl.files import write_json
 from nsrl.rl import agents
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.constraint import RetentionConstraint
@@ -14,7 +14,6 @@ from nsrl.runs.collecting import read_buffer
 from nsrl.runs.config import EvaluateConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
-from nsrl.runs.settings import to_yaml
 from nsrl.runs.tasks import check_fits, resolve_tasks
 from nsrl.runs.training import FINAL_SEED, describe_returns
 
@@ -47,7 +46,7 @@ def play(config: EvaluateConfig) -> dict[str, Any]:
     metrics["environment"] = describe_environment()
     if folder is not None:
         with folder.made(folder.metrics):
-            write_text(folder.config, to_yaml(config))
+            folder.write_config(config)
             write_json(folder.metrics, metrics)
     return metrics
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.files import written_atomically
+from nsrl.rl.budget.config import accepted
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -68,7 +69,7 @@ def draw_curves(
         curves: the runs; one colour each.
         path: the PNG.
         tasks: (name in the curves, title of the panel).
-        budget: KL budget in nats, a dashed line; 0 is drawn at the tolerance 1e-6.
+        budget: KL budget in nats, a dashed line; 0 is drawn at the KL that it accepts.
         references: per task a return to compare with (the pretrained agent's), a dotted line.
         title: of the whole figure.
 
@@ -129,7 +130,7 @@ def _draw_kl(axis: Any, curves: Sequence[Curve], budget: float | None) -> None:
             )
     if budget is not None:
         label = f"KL budget {budget:g}"
-        axis.axhline(max(budget, 1e-6), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=label)
+        axis.axhline(accepted(budget), color="black", linestyle=(0, (1, 1)), linewidth=1.4, label=label)
     axis.set_yscale("log")
     # At least one and a half decades, or small wiggles would look like jumps.
     low, high = axis.get_ylim()

@@ -7,14 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.vec_env import VecEnv
+
 from nsrl.errors import NsrlError
-from nsrl.files import given_path, read_lines, write_json, write_text, written_atomically
+from nsrl.files import given_path, read_lines, write_json, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
-from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.playing.evaluation import play
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.training.callbacks import TaskEvaluation
@@ -27,8 +29,7 @@ from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.memory import check_rollout
 from nsrl.runs.report import describe_method, write_finetuning_report
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import Tasks, check_fits, make_envs, resolve_tasks
+from nsrl.runs.tasks import Tasks, fitting_envs, resolve_tasks
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -61,15 +62,13 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     if config.agent is None:
         raise NsrlError("no agent: set agent to an SB3 zip or a run folder, as `nsrl pretrain` makes one")
     agent = agents.load(config.agent, trust=config.trust)
-    check_fits(agent.model, tasks.old)
-    check_fits(agent.model, tasks.new)
+    envs = new_task(config, agent, tasks.new)
     buffer = obtain_buffer(config, agent, tasks.old)
-    model = build_model(config, agent, buffer, tasks.new)
+    model = build_model(config, agent, buffer, envs)
     with folder.made():
         _save_agent(agent, folder.pretrained)
         buffer.save(folder.buffer)
-        # The configuration comes last: a folder that has one can be resumed.
-        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        folder.write_config(replace(config, out=str(folder.path)))
         return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
 
 
@@ -94,20 +93,37 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
         check_resumable(folder)
         tell_beginning(folder)
         agent = agents.load(folder.pretrained, trust=config.trust)
-        model = build_model(config, agent, RetentionBuffer.load(folder.buffer), tasks.new)
+        envs = new_task(config, agent, tasks.new)
+        model = build_model(config, agent, RetentionBuffer.load(folder.buffer), envs)
         return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
 
 
-def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, new_env: str) -> Model:
+def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
+    """The copies of the new task that a run learns on.
+
+    Raises:
+        NsrlError: it cannot be made, or its spaces are not the agent's.
+    """
+    settings = chosen(config.algorithm, config.ppo, config.trpo)
+    n_steps = settings.get("n_steps", agent.hyperparameters.get("n_steps"))
+    check_rollout(agent.model.observation_space, settings["n_envs"], n_steps)
+    return fitting_envs(agent.model, env, settings["n_envs"], config.seed)
+
+
+def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:
     """The model of a run before its first step.
+
+    Args:
+        config: of the run.
+        agent: that it begins with.
+        buffer: that it is held to.
+        envs: as `new_task` makes them; put inside a VecNormalize where the agent has statistics.
 
     Raises:
         NsrlError: spaces or buffer do not fit the agent, or a setting is out of range.
     """
     overrides = chosen(config.algorithm, config.ppo, config.trpo)
-    n_steps = overrides.get("n_steps", agent.hyperparameters.get("n_steps"))
-    check_rollout(agent.model.observation_space, overrides["n_envs"], n_steps)
-    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    del overrides["n_envs"]
     if agent.normalizer is not None:
         gamma = overrides.get("gamma", agent.hyperparameters.get("gamma", 0.99))
         envs = RetainingVecNormalize(envs, agent.normalizer, gamma=gamma)
@@ -197,10 +213,10 @@ def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -
     found: dict[str, Any] = {}
     for key, env in (("old_return", tasks.old), ("new_return", tasks.new)):
         found[key] = describe_returns(
-            evaluate(
+            play(
                 model,
                 env,
-                normalizer=agent.normalizer,
+                agent.normalizer,
                 episodes=settings.final_episodes,
                 seed=FINAL_SEED,
                 deterministic=settings.deterministic,

@@ -14,11 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, NO_ROOM, TEMPORARY, NoRoom, given_path, remove_temporaries, unwritable
+from nsrl.files import (
+    ELSEWHERE,
+    NO_ROOM,
+    STAMP,
+    TEMPORARY,
+    NoRoom,
+    check_stamp,
+    given_path,
+    remove_temporaries,
+    unwritable,
+    write_stamp,
+    write_text,
+)
 from nsrl.reading.documents import read_results
 from nsrl.reading.limits import shown
 from nsrl.runs.lock import LOCK, alone_in, locked
-from nsrl.runs.settings import Config, load
+from nsrl.runs.settings import Config, load, to_yaml
+from nsrl.versions import RUN
 
 RUNS = Path("runs")
 #: Characters of a name in a folder's; file systems take 255 bytes with all that is added.
@@ -147,16 +160,26 @@ class RunFolder:
         """Remove what a run that never began has left: what is written before its configuration."""
         remove_temporaries(self.path)
         shutil.rmtree(self.pretrained.parent, ignore_errors=True)
-        for path in (self.buffer, self.config, self.metrics):
+        for path in (self.buffer, self.path / STAMP, self.config, self.metrics):
             with suppress(OSError):
                 path.unlink()
+
+    def write_config(self, config: Any) -> None:
+        """Write the format and the configuration, the latter last: a folder that has one can be resumed.
+
+        Raises:
+            NsrlError: they cannot be written.
+        """
+        write_stamp(self.path, RUN)
+        write_text(self.config, to_yaml(config))
 
     def read_config(self, config: type[Config]) -> Config:
         """The configuration of the run that lives here.
 
         Raises:
-            NsrlError: no run here, or a damaged configuration.
+            NsrlError: no run here, one of a newer nsrl (the sentence says which), or a damaged configuration.
         """
+        check_stamp(self.path, RUN)
         if not self.config.is_file():
             raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the one that was printed")
         return load(config, self.config)
@@ -165,8 +188,9 @@ class RunFolder:
         """The results of a finished run.
 
         Raises:
-            NsrlError: there are none, or they are damaged.
+            NsrlError: there are none, they are damaged, or of a newer nsrl.
         """
+        check_stamp(self.path, RUN)
         return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
 
 
@@ -223,7 +247,7 @@ def check_free(folder: Path) -> None:
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds only what a run that was killed before it began has left beside its lock."""
     names = {path.name for path in folder.iterdir() if not TEMPORARY.fullmatch(path.name)}
-    return not names or (LOCK in names and names <= {LOCK, "pretrained", "retention.npz"})
+    return not names or (LOCK in names and names <= {LOCK, STAMP, "pretrained", "retention.npz"})
 
 
 def slug(name: str) -> str:

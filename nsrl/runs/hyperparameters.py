@@ -152,7 +152,9 @@ def check_ranges(settings: object, prefix: str = "") -> None:
         value = vars(settings).get(key)
         most = MOST.get(key, float("inf"))
         if value is not None and not least <= value <= most:
-            bounds = f"at least {least}" if most == float("inf") else f"between {least} and {most}"
+            bounds = f"between {least} and {most}"
+            if most == float("inf") or (key == "seed" and value < least):
+                bounds = f"at least {least}"
             raise NsrlError(f"{prefix}{key} must be {bounds}, not {value}")
         if value == float("inf") and key not in UNBOUNDED:
             raise NsrlError(f"{prefix}{key} must be finite, not {value}")

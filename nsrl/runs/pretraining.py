@@ -10,9 +10,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.errors import NsrlError
-from nsrl.files import given_path, read_lines, write_json, write_text
+from nsrl.files import given_path, read_lines, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
@@ -20,10 +21,10 @@ from nsrl.runs.config import PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves
 from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.machine import describe_environment
-from nsrl.runs.memory import check_rollout
+from nsrl.runs.memory import ENVIRONMENT, check_memory, check_rollout
+from nsrl.runs.packaged import CONFIGS, packaged_names
 from nsrl.runs.report import write_pretraining_report
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import make_envs
+from nsrl.runs.settings import load, read_yaml
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig, out: str | Path | None = None, *, progress:
     folder = choose_folder("pretrain", config.name or slug(config.env), config.out if out is None else out)
     model = build_learner(config)
     with folder.made():
-        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        folder.write_config(replace(config, out=str(folder.path)))
         return _run(config, folder, model, progress=progress, resume=False)
 
 
@@ -107,6 +108,34 @@ def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
         return _run(config, folder, build_learner(config), progress=progress, resume=True)
 
 
+def obtain_agent(config: PretrainConfig, folder: RunFolder, *, progress: bool = False) -> RunFolder:
+    """The folder, once its run is finished: a run that is missing is made, one that was interrupted is gone on with.
+
+    Raises:
+        NsrlError: as `pretrain` and `resume_pretraining`.
+        Interrupted: asking again goes on with it.
+    """
+    if not folder.finished:
+        if folder.config.is_file():
+            resume_pretraining(folder.path, progress=progress)
+        else:
+            pretrain(config, folder.path, progress=progress)
+    return folder
+
+
+def packaged_maker(agent: str) -> PretrainConfig | None:
+    """The packaged configuration whose run makes the agent in a folder, None where none does or the folder has it.
+
+    Args:
+        agent: the folder, as a fine-tuning configuration names it.
+    """
+    folder = RunFolder(given_path(agent))
+    if folder.path.exists() and (folder.agent.is_file() or not folder.config.is_file()):
+        return None
+    paths = (CONFIGS / f"{name}.yaml" for name in packaged_names())
+    return next((load(PretrainConfig, path) for path in paths if read_yaml(path).get("out") == agent), None)
+
+
 def build_learner(config: PretrainConfig) -> PPO:
     """The model of a run before its first step.
 
@@ -116,6 +145,7 @@ def build_learner(config: PretrainConfig) -> PPO:
     assert config.env is not None
     settings = asdict(config.ppo)
     n_envs = settings.pop("n_envs")
+    check_memory(f"ppo.n_envs {n_envs}", n_envs * ENVIRONMENT)
     envs: Any = make_envs(config.env, n_envs, config.seed)
     check_rollout(envs.observation_space, n_envs, config.ppo.n_steps)
     if config.normalize:

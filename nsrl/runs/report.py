@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsrl.files import write_text
+from nsrl.files import STAMP, write_text
 from nsrl.runs.folder import RunFolder
 
 
@@ -177,6 +177,7 @@ def _files(folder: RunFolder) -> str:
         folder.metrics: "all results",
         folder.history: "measurements during training",
         folder.config: "the complete configuration",
+        folder.path / STAMP: "which nsrl made the folder, and in which format",
         folder.tensorboard: "TensorBoard events",
     }
     # metrics.json is written last, after this report

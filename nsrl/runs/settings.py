@@ -16,6 +16,7 @@ from nsrl.errors import NsrlError, nearest
 from nsrl.files import given_path
 from nsrl.reading import documents
 from nsrl.reading.limits import Unreadable, about, shown
+from nsrl.runs.packaged import find_config
 
 Config = TypeVar("Config")
 #: Fields of shared dataclasses that a run sets itself: the buffer's draws follow the run's own seed.
@@ -147,15 +148,16 @@ def load(config: type[Config], path: str | Path) -> Config:
 
 
 def parse(
-    config: type[Config], arguments: Sequence[str], parser: Any, extra: Sequence[str] = ()
+    config: type[Config], arguments: Sequence[str], parser: Any, extra: Sequence[str] = (), kind: str = ""
 ) -> tuple[Config, dict[str, Any]]:
-    """A configuration from a command line: --config FILE and overrides, the later one winning.
+    """A configuration from a command line: --config FILE or NAME and overrides, the later one winning.
 
     Args:
         config: the dataclass to fill.
         arguments: the words after the command.
         parser: what `build_parser` made, perhaps with options added.
         extra: names of the added options.
+        kind: of the packaged configurations that --config may name, as for `packaged_names`.
 
     Returns:
         The configuration, and the values of the extra options.
@@ -177,7 +179,9 @@ def parse(
             raise NsrlError(f"unknown option --{name}{suggest(name, [*known, *sorted(options)], '--')}")
         path = value if equals else next(iter(words[position + 1 :]), "")
         if name == "config":
+            path = str(find_config(path, kind))
             check_keys(read_yaml(path), config, path)
+            words[position if equals else position + 1] = f"--config={path}" if equals else path
         elif name in groups and os.path.exists(path):
             check_keys(read_yaml(path), groups[name], path)
     try:
@@ -208,7 +212,11 @@ def build_parser(config: type, **texts: Any) -> Any:
 
     set_loader(MODE, load_value, (Unreadable,))
     parser = ArgumentParser(exit_on_error=False, formatter_class=Formatter, parser_mode=MODE, **texts)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file with any of the keys below, or the name of one that comes with nsrl",
+    )
     parser.add_class_arguments(config, as_group=True)
     for action in parser._actions:
         # A group's own option only takes another file; owned fields are no settings of a run.

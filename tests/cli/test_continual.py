@@ -8,6 +8,9 @@ import pytest
 from nsrl.cli.main import main
 from nsrl.continual.records import Records
 
+# imported here, as it sets environment variables, which no test may do: the digits are its
+pytest.importorskip("sklearn")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = ("--training.epochs", "1", "--benchmark.tasks", "2", "--strategy.name", "naive", "--progress", "false")
 

@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,12 @@ def test_a_sentence_is_one_line_that_a_terminal_does_not_obey(error, said, monke
     monkeypatch.setattr("nsrl.cli.main.find_command", lambda _: fail)
     assert main(["pretrain"]) == 2
     assert capsys.readouterr().err == said
+
+
+def test_the_demo_takes_three_minutes_wherever_it_is_said(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    texts = [capsys.readouterr().out, COMMANDS["demo"], *re.findall(r"make demo .*", readme)]
+    said = [re.findall(r"(\w+) minutes?\b|\b(\d+ s)\b", text) for text in texts]
+    assert said == [[("three", "")]] * 3

@@ -16,6 +16,7 @@ from nsrl.runs.settings import load
 
 FILES = {
     "config.yaml",
+    "format.json",
     "agent.zip",
     "retention.npz",
     "metrics.json",
@@ -100,7 +101,7 @@ def test_collecting_and_finetuning_on_the_buffer_is_finetuning_at_once(pretraine
     out = tmp_path / "buffer"
     words = ["collect", "--agent", str(pretrained), "--env", "nsrl/CartPole-v0", "--progress", "false"]
     assert main([*words, "--states.n_states", "64", "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.json", "retention.npz"}
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "format.json", "metrics.json", "retention.npz"}
     digests = {RetentionBuffer.load(folder / "retention.npz").digest() for folder in (out, finetuned)}
     assert len(digests) == 1
 

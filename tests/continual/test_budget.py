@@ -113,3 +113,23 @@ def test_the_certificate_is_that_of_the_dense_whitened_jacobian():
 def test_a_negative_weight_of_old_labels_is_refused():
     with pytest.raises(NsrlError, match="replay is a weight of at least 0, not -1"):
         KLBudgetOptions(replay=-1.0)
+
+
+@pytest.mark.parametrize("part", ["restoration", "binding_divergence"])
+def test_an_exception_leaves_the_last_feasible_weights(part, monkeypatch):
+    budget = _moved_budget(False, kl_budget=1e-4)
+    budget.enforce()
+    feasible, measure, measured = budget.parameters.read(), budget.binding_divergence, []
+
+    def fail():
+        measured.append(part)
+        if part == "restoration" or len(measured) > 1:
+            raise KeyboardInterrupt
+        return measure()
+
+    for parameter in budget.model.parameters():
+        parameter.data += 0.05
+    monkeypatch.setattr(budget, part, fail)
+    with pytest.raises(KeyboardInterrupt):
+        budget.enforce()
+    assert torch.equal(budget.parameters.read(), feasible)

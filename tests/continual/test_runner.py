@@ -68,6 +68,7 @@ def test_the_folder_holds_everything_and_nothing_that_only_a_resumed_run_needs(f
     assert {path.name for path in folder.iterdir()} == {
         "accuracy_matrix.png",
         "config.yaml",
+        "format.json",
         "metrics.json",
         "model.pt",
         "tb",

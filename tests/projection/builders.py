@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils._pytree import tree_map
 
-from nsrl.projection import FactoredJacobian
+from nsrl.projection import FactoredJacobian, FlatParameters, StepHooks
 from nsrl.projection.jacobians.blocks import DenseBlock
 
 
@@ -149,3 +149,12 @@ def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool =
     for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])
+
+
+def project_way(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], project: Callable[[Tensor], Tensor]
+) -> StepHooks:
+    """From now on the whole way since this call is replaced by its projection, after every step."""
+    flat = FlatParameters(parameters)
+    start = flat.read()
+    return StepHooks(optimizer, after=lambda: flat.write(start + project(flat.read() - start)))

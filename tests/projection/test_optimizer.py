@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsrl.projection import SpectralProjection, attach_projection, jacobian
-from nsrl.projection.optimizer import FlatParameters, StepHooks
-from tests.projection.builders import mlp, normal
+from nsrl.projection import FlatParameters, SpectralProjection, StepHooks, jacobian
+from tests.projection.builders import mlp, normal, project_way
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -53,7 +52,7 @@ class Problem:
 @every_optimizer
 def test_displacement_stays_in_the_null_space(name):
     problem = Problem(name)
-    attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    project_way(problem.optimizer, problem.parameters, problem.projector.null)
     for _ in range(12):
         problem.step()
         assert problem.violation() < 1e-12
@@ -63,7 +62,7 @@ def test_displacement_stays_in_the_null_space(name):
 @every_optimizer
 def test_displacement_stays_in_the_null_space_in_single_precision(name):
     problem = Problem(name, torch.float32)
-    attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    project_way(problem.optimizer, problem.parameters, problem.projector.null)
     for _ in range(12):
         problem.step()
     assert problem.violation() < 3e-6
@@ -72,7 +71,7 @@ def test_displacement_stays_in_the_null_space_in_single_precision(name):
 @every_optimizer
 def test_projection_still_learns(name):
     problem = Problem(name)
-    attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    project_way(problem.optimizer, problem.parameters, problem.projector.null)
 
     def loss() -> float:
         return float((problem.net(problem.task[0]) - problem.task[1]).square().mean().detach())
@@ -115,7 +114,7 @@ def test_old_momentum_leaves_the_subspace():
     assert problem.violation() > 1e-2
     hooks.detach()
     problem.anchor = problem.flat.read()
-    attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    project_way(problem.optimizer, problem.parameters, problem.projector.null)
     problem.step()
     assert problem.violation() < 1e-12
 
@@ -126,7 +125,7 @@ def test_hooks_leave_the_state_dict_alone(name):
     for _ in range(2):
         plain.step()
         hooked.step()
-    attach_projection(hooked.optimizer, hooked.parameters, hooked.projector.null)
+    project_way(hooked.optimizer, hooked.parameters, hooked.projector.null)
     assert repr(hooked.optimizer.state_dict()) == repr(plain.optimizer.state_dict())
     plain.step()
     hooked.step()  # from the same parameters and gradients: the moments are those of the stock optimizer
@@ -139,7 +138,7 @@ def test_hooks_leave_the_state_dict_alone(name):
 @every_optimizer
 def test_detach_restores_the_stock_optimizer(name):
     problem, stock = Problem(name), Problem(name)
-    hooks = attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    hooks = project_way(problem.optimizer, problem.parameters, problem.projector.null)
     for _ in range(3):
         problem.step()
     hooks.detach()
@@ -153,31 +152,10 @@ def test_detach_restores_the_stock_optimizer(name):
     hooks.detach()  # twice is harmless
 
 
-def test_every():
-    problem, stock = Problem("adam"), Problem("adam")
-    calls = []
-
-    def project(displacement: Tensor) -> Tensor:
-        calls.append(displacement)
-        return problem.projector.null(displacement)
-
-    attach_projection(problem.optimizer, problem.parameters, project, every=3)
-    for step in range(1, 7):
-        problem.step()
-        assert len(calls) == step // 3
-        if step < 3:
-            stock.step()
-            assert torch.equal(problem.flat.read(), stock.flat.read())
-        if step % 3 == 0:
-            assert problem.violation() < 1e-12
-        else:
-            assert problem.violation() > 1e-4
-
-
 def test_the_total_displacement_is_projected_not_the_step():
     """Half of the way, every time: a projection of single steps would move half as fast instead."""
     problem, stock = Problem("sgd"), Problem("sgd")
-    attach_projection(problem.optimizer, problem.parameters, lambda displacement: 0.5 * displacement)
+    project_way(problem.optimizer, problem.parameters, lambda displacement: 0.5 * displacement)
     seen = [problem.flat.read()]
     for _ in range(3):
         problem.step()
@@ -198,7 +176,7 @@ def test_other_parameters_of_the_optimizer_are_not_touched():
     twin = copy.deepcopy(critic)
     optimizer, stock = (torch.optim.Adam([*actor.parameters(), *c.parameters()], lr=0.1) for c in (critic, twin))
     before = [p.detach().clone() for p in actor.parameters()]
-    attach_projection(optimizer, list(actor.parameters()), torch.zeros_like)
+    project_way(optimizer, list(actor.parameters()), torch.zeros_like)
     for net, opt in ((critic, optimizer), (twin, stock)):
         (net(normal(4, 3)).square().mean() + actor(normal(4, 3)).square().mean()).backward()
         opt.step()
@@ -210,7 +188,7 @@ def test_other_parameters_of_the_optimizer_are_not_touched():
 def test_optimizers_with_a_closure():
     problem = Problem("sgd")
     problem.optimizer = torch.optim.LBFGS(problem.parameters, lr=0.1, max_iter=4)
-    attach_projection(problem.optimizer, problem.parameters, problem.projector.null)
+    project_way(problem.optimizer, problem.parameters, problem.projector.null)
 
     def closure() -> Tensor:
         problem.optimizer.zero_grad()
@@ -285,10 +263,3 @@ def test_scale_without_any_gradient_is_uniform():
         p.grad = torch.zeros_like(p)
     problem.optimizer.step()
     torch.testing.assert_close(problem.flat.scale_of(problem.optimizer), torch.ones_like(problem.anchor))
-
-
-@pytest.mark.parametrize("every", [0, -1])
-def test_every_must_be_positive(every):
-    problem = Problem("sgd")
-    with pytest.raises(ValueError, match="every"):
-        attach_projection(problem.optimizer, problem.parameters, problem.projector.null, every=every)

@@ -70,7 +70,7 @@ def within(budget: float, buffer: RetentionBuffer, least: float = 1e-6) -> float
 
     A budget of zero allows `least` (`RetentionConfig.tolerance`).
     """
-    allowed = max(budget, least)
+    allowed = budget or least
     shown = np.where(np.asarray(buffer.outputs) > RULED_OUT, buffer.outputs, 0.0)
     spread = 1.0 if buffer.log_std is None else float(np.exp(np.min(buffer.log_std)))
     return allowed + kl_excess(allowed, torch.as_tensor(shown, dtype=torch.float32), terms=WIDTHS, spread=spread)

@@ -86,7 +86,7 @@ def test_a_step_that_raises_in_the_middle_of_an_update_leaves_the_checkpoint_bef
 def test_an_environment_that_cannot_be_made_says_why(tmp_path):
     gym.register("Broken-v0", entry_point=lambda needed: None)
     try:
-        with pytest.raises(NsrlError, match=r"cannot make the environment Broken-v0.*needed"):
+        with pytest.raises(NsrlError, match=r"cannot make the environment 'Broken-v0'.*needed"):
             pretrain(config("Broken-v0"), tmp_path / "run")
     finally:
         gym.registry.pop("Broken-v0")

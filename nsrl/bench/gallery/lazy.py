@@ -31,7 +31,7 @@ class Student(nn.Module):
 
 
 def teacher(inputs: Tensor) -> Tensor:
-    """Two ReLU neurons."""
+    """Two ReLU neurons, (N, D) to (N, 1)."""
     return torch.relu(inputs[:, :1]) - torch.relu(-0.6 * inputs[:, :1] + 0.8 * inputs[:, 1:2])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
 
 from nsrl.analysis import (
     BehaviourSpectrum,
@@ -21,6 +20,7 @@ from nsrl.analysis import (
 from nsrl.analysis.study import OLD_TASK, SWAPPED, pretrained_cartpole
 from nsrl.bench.gallery.figure import COLOURS, Plate, label, panels
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.retention.buffer import RetentionBuffer
 
 MARKERS = "os^vDPX*"
@@ -37,8 +37,15 @@ def pretrained(steps: int) -> tuple[PPO, RetentionBuffer]:
 
 def _finetuner(quick: bool, method: str = "finetune") -> NullSpacePPO:
     agent, buffer = pretrained(2000 if quick else 40_000)
-    env, settings = make_vec_env(SWAPPED, 4, seed=1), dict[str, Any](SETTINGS)
-    return NullSpacePPO.from_pretrained(agent, env, retain=buffer, method=method, kl_budget=1e-3, seed=1, **settings)
+    return NullSpacePPO.from_pretrained(
+        agent,
+        make_envs(SWAPPED, 4, seed=1),
+        retain=buffer,
+        method=method,
+        kl_budget=1e-3,
+        seed=1,
+        **SETTINGS,  # type: ignore[arg-type]
+    )
 
 
 def policy_spectrum(quick: bool) -> Plate:

@@ -101,7 +101,11 @@ def measure_speed(
 
 
 def measure_case(case: Case, settings: Settings, device: str, on_progress: OnProgress) -> dict[str, Any]:
-    """First runs, one process each, for memory; then the survivors in turn, in one process, for time."""
+    """First runs, one process each, for memory; then the survivors in turn, in one process, for time.
+
+    Raises:
+        NsrlError: the process that times all methods came to no result.
+    """
     problem = case.problem(quick=settings.quick, device=device)
     methods = {name: method for name, method in METHODS.items() if method.goal == case.goal}
     found: dict[str, dict[str, Any]] = {}
@@ -134,7 +138,11 @@ def measure_case(case: Case, settings: Settings, device: str, on_progress: OnPro
 
 
 def measure_curves(settings: Settings, on_progress: OnProgress) -> dict[str, Any]:
-    """The scaling curves, in a process of their own."""
+    """The scaling curves, in a process of their own.
+
+    Raises:
+        NsrlError: their process came to no result.
+    """
     on_progress("scaling curves")
     answer = ask_worker({"kind": "scaling", "quick": settings.quick}, settings.threads)
     if isinstance(answer, Failure):

@@ -101,7 +101,7 @@ class MeanOverPositions(nn.Module):
     """(N, T, width) to (N, width)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The mean over the second axis."""
+        """The mean over the second axis, (N, T, D) to (N, D)."""
         return tokens.mean(1)
 
 

@@ -103,11 +103,11 @@ def _run(
     name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int
 ) -> dict[str, Any] | None:
     from nsrl.rl import agents
-    from nsrl.runs.finetuning import build_model
+    from nsrl.runs.finetuning import build_model, new_task
 
     loaded = agents.load(agent)
     if name == "null_space":
-        model = build_model(config, loaded, buffer, new_env)
+        model = build_model(config, loaded, buffer, new_task(config, loaded, new_env))
         model.learn(steps)
         return asdict(model.retention_report())
     _stock_model(config, loaded, new_env).learn(steps)
@@ -119,7 +119,7 @@ def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
     from stable_baselines3 import PPO
 
     from nsrl.rl.agents.normalization import RetainingVecNormalize
-    from nsrl.runs.tasks import make_envs
+    from nsrl.rl.playing.environments import make_envs
 
     overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
     envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)

@@ -103,7 +103,11 @@ def draw_subsets(rows: Sequence[dict[str, Any]], path: Path, title: str = "") ->
 
 
 def main(suite_file: str, out: str, reference: str) -> None:
-    """Sum up the finished runs of a suite into its JSON and figure, and print the table."""
+    """Sum up the finished runs of a suite into its JSON and figure, and print the table.
+
+    Raises:
+        NsrlError: the suite has not been run.
+    """
     suite = read_suite(suite_file)
     path = Path(reference) / f"{suite.name}.json"
     if not path.is_file():

@@ -272,11 +272,11 @@ def _run_apart(order: dict[str, Any]) -> dict[str, Any]:
 
 def _train(name: str, seed: int, env: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     from gymnasium import spaces
-    from stable_baselines3.common.env_util import make_vec_env
 
+    from nsrl.rl.playing.environments import make_envs
     from nsrl.rl.playing.evaluation import evaluate
 
-    model = _build(name, make_vec_env(env, ENVS, seed=seed), seed, settings)
+    model = _build(name, make_envs(env, ENVS, seed), seed, settings)
     if name == SCALED and isinstance(model.action_space, spaces.Box):
         dimensions = math.prod(model.action_space.shape)
         model.target_kl *= dimensions

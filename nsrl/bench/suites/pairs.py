@@ -23,7 +23,7 @@ from nsrl.errors import NsrlError
 from nsrl.files import read_lines, write_json
 from nsrl.reading.limits import Unreadable, about, shown
 from nsrl.reading.values import items, mapping, whole
-from nsrl.runs.config import FinetuneConfig, PretrainConfig
+from nsrl.runs.config import EvaluationSettings, FinetuneConfig, PretrainConfig
 from nsrl.runs.folder import slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.sequences.config import SequenceConfig
@@ -31,6 +31,8 @@ from nsrl.runs.settings import Config, build, check_keys, load, plain, read_yaml
 
 KEYS = ("pretraining", "finetuning", "seeds", "methods")
 SEQUENCE_KEYS = ("sequence", "seeds", "methods")
+#: Timesteps of every run of a shortened suite.
+QUICK_STEPS = 2048
 #: What of a fine-tuning run's metrics.json goes into the suite's table.
 MEASURED = ("old_return", "new_return", "kl_mean", "kl_heldout", "kl_max", "agreement")
 
@@ -57,6 +59,23 @@ class Suite:
     def is_sequence(self) -> bool:
         """Whether the methods learn a sequence of tasks, and not a pair."""
         return any(isinstance(config, SequenceConfig) for config in self.methods.values())
+
+    def shortened(self) -> Suite:
+        """One seed, two rollouts or so of every run, few states and episodes: to try a suite out."""
+        short = EvaluationSettings(every=QUICK_STEPS, episodes=2, final_episodes=2)
+
+        def shorten(config: Config) -> Config:
+            changes: dict[str, Any] = {"evaluation": short}
+            if isinstance(config, SequenceConfig):
+                changes["tasks"] = [replace(task, total_timesteps=QUICK_STEPS) for task in config.tasks]
+            else:
+                changes["total_timesteps"] = QUICK_STEPS
+            if not isinstance(config, PretrainConfig):
+                changes["states"] = replace(config.states, n_states=256)  # type: ignore[attr-defined]
+            return replace(config, **changes)  # type: ignore[type-var]
+
+        methods: Any = {name: shorten(config) for name, config in self.methods.items()}
+        return replace(self, pretraining=shorten(self.pretraining), methods=methods, seeds=self.seeds[:1])
 
     def pretraining_jobs(self, out: Path) -> list[Job]:
         """One job a seed."""

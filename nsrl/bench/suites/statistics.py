@@ -17,7 +17,7 @@ CHUNK = 4_000_000
 
 
 def mean(scores: ArrayLike, axis: int | None = None) -> np.ndarray:
-    """Arithmetic mean over all entries, or along one axis."""
+    """Arithmetic mean over all entries, shape (), or along one axis."""
     return np.asarray(np.mean(np.asarray(scores, dtype=np.float64), axis=axis))
 
 

@@ -160,7 +160,7 @@ class Minibatches:
 
 
 def augmented(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
-    """Images shifted by up to `padding` pixels each way (black comes in) and half of them mirrored; shape kept."""
+    """Images, (N, C, H, W), shifted by up to `padding` pixels each way (black comes in), half of them mirrored."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     down, right = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)

@@ -58,6 +58,6 @@ def read_cifar100(path: Path) -> Examples:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Bytes as numbers of mean 0 and deviation 1, channel by channel, as over CIFAR-100's training images."""
+    """Bytes, (N, 3, H, W), as numbers of mean 0 and deviation 1 by channel, as over CIFAR-100's training images."""
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (images.float() / 255.0 - mean) / deviation

@@ -69,7 +69,7 @@ def read_mnist(settings: BenchmarkSettings, seed: int) -> Splits:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An idx file of unsigned bytes.
+    """An idx file of unsigned bytes: labels (N,), or images (N, H, W).
 
     Args:
         path: without .gz, which is tried too.

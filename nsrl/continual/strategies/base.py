@@ -155,7 +155,7 @@ class Strategy:
 
 
 def joined_heads(head: int | None, count: int, others: Tensor | None) -> Tensor | None:
-    """Heads of `count` new samples followed by those of others."""
+    """Heads of `count` new samples followed by those of m others, (count + m,) int64; None where there are none."""
     if others is None or head is None:
         return None
     return torch.cat([torch.full((count,), head, dtype=others.dtype, device=others.device), others])

@@ -38,7 +38,7 @@ class AsGiven:
     joint: ClassVar[bool] = False
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """The values."""
+        """The values, (r,)."""
         return values
 
 
@@ -71,12 +71,12 @@ class BasisConstraint(Constraint):
         )
 
     def components(self, vector: Tensor) -> Tensor:
-        """W U in every layer."""
+        """W U in every layer, flat, (r,)."""
         pieces = [(part.layer.matrix(vector) @ part.basis).flatten() for part in self.layers]
         return torch.cat(pieces) if pieces else vector.new_zeros(0, dtype=torch.float64)
 
     def combine(self, components: Tensor) -> Tensor:
-        """C U^T in every layer, zero elsewhere."""
+        """C U^T in every layer, zero elsewhere, flat, (P,)."""
         out = components.new_zeros(self.width)
         sizes = [part.layer.width_out * part.basis.shape[1] for part in self.layers]
         for part, piece in zip(self.layers, components.split(sizes), strict=True):

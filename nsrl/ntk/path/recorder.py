@@ -129,7 +129,11 @@ class PathRecorder:
             self._watches += [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self.flat.parameters]
 
     def restart(self, samples: int | None = None) -> None:
-        """Begin a new path here, of `samples` training samples (default: as many as before)."""
+        """Begin a new path here, of `samples` training samples (default: as many as before).
+
+        Raises:
+            NsrlError: the model has no outputs on the queries.
+        """
         if samples is not None and self.samples is not None:
             self.samples = samples
         self._calls.clear()

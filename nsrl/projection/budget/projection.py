@@ -89,7 +89,7 @@ class SpectralProjection(Projector):
         return self._made(displacement, proposal, reached, self._certificate(residual, damping, passes, start))
 
     def null(self, vector: Tensor, damping: float = 0.0) -> Tensor:
-        """Remove the protected directions from a vector, without the pull to the reference.
+        """Remove the protected directions from a vector, (P,), without the pull to the reference.
 
         `damping` 0 is the hard projector I - V J^T (J V J^T)^+ J; larger values soften it.
         """

@@ -42,7 +42,11 @@ class DiagonalConstraint(Constraint):
         self._squares = squares if self._squares is None else self._squares + squares
 
     def merged(self, other: DiagonalConstraint) -> DiagonalConstraint:
-        """The sum of two diagonals."""
+        """The sum of two diagonals.
+
+        Raises:
+            ValueError: they are over other parameters.
+        """
         if other.columns != self.columns:
             raise ValueError("only constraints over the same parameters can be merged")
         result = DiagonalConstraint(self.columns)
@@ -55,11 +59,11 @@ class DiagonalConstraint(Constraint):
         return (Eigenspace(EVERYTHING, self._diagonal(), self.width),)
 
     def components(self, vector: Tensor) -> Tensor:
-        """The vector itself."""
+        """The vector itself, (P,)."""
         return vector.double()
 
     def combine(self, components: Tensor) -> Tensor:
-        """The components themselves."""
+        """The components themselves, (P,)."""
         return components
 
     def nbytes(self) -> int:

@@ -104,7 +104,6 @@ class LayerMoments:
         layer: where the layer lies in the flat vector.
         protected: span of the features of consolidated tasks.
         held: trace of the second moments on the protected subspace, over all tasks.
-        lost: share of the last consolidated task's trace that was left unprotected.
         moment: sum of x x^T of the task at hand, shape (d, d), float64; None when there is no task at hand.
         count: number of features in it.
     """
@@ -112,7 +111,6 @@ class LayerMoments:
     layer: LayerColumns
     protected: Subspace
     held: float = 0.0
-    lost: float = 0.0
     moment: Tensor | None = None
     count: int = 0
     # eigenvalues and eigenvectors (d, q) of the residual moment
@@ -173,7 +171,6 @@ class LayerMoments:
         values, mask = self.values(held)
         chosen = filter.removed(values, None, mask).bool()[self.protected.rank :]
         residual, vectors = self.residual()
-        self.lost = float(residual[~chosen].sum() / values.sum()) if values.numel() else 0.0
         self.held += held + float(residual[chosen].sum())
         self.protected = self.protected.extended(vectors[:, chosen])
         self.moment, self.count, self.eigen = None, 0, None

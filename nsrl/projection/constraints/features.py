@@ -115,10 +115,14 @@ class FeatureConstraint(Constraint):
         """Forget everything, the protected subspaces too."""
         for part in self._parts():
             part.protected = Subspace.empty(part.layer.width_in, part.protected.basis())
-            part.held, part.lost, part.moment, part.count, part.eigen = 0.0, 0.0, None, 0, None
+            part.held, part.moment, part.count, part.eigen = 0.0, None, 0, None
 
     def merged(self, other: FeatureConstraint) -> FeatureConstraint:
-        """Both tasks at hand as one, and both protected subspaces: the sum of streams that ran side by side."""
+        """Both tasks at hand as one, and both protected subspaces: the sum of streams that ran side by side.
+
+        Raises:
+            ValueError: they are over other layers.
+        """
         if self.columns != other.columns or self._layers.keys() != other._layers.keys():
             raise ValueError("only constraints over the same layers can be merged")
         result = copy.deepcopy(self)
@@ -148,11 +152,6 @@ class FeatureConstraint(Constraint):
         return {part.layer.name: part.protected.rank for part in self._parts()}
 
     @property
-    def lost_share(self) -> dict[str, float]:
-        """Share of the last consolidated task's trace that the filter left unprotected, by layer."""
-        return {part.layer.name: part.lost for part in self._parts()}
-
-    @property
     def eigenspaces(self) -> tuple[Eigenspace, ...]:
         """One a layer: protected directions, then those of the task at hand by descending value, times d_out."""
         self._refuse_empty()
@@ -163,7 +162,7 @@ class FeatureConstraint(Constraint):
         return tuple(spaces)
 
     def components(self, vector: Tensor) -> Tensor:
-        """[W Q, W V] for the part W of v in every layer, Q the protected and V the other directions."""
+        """[W Q, W V], flat, (r,), for the part W of v in every layer, Q the protected and V the other directions."""
         pieces = []
         for part in self._parts():
             matrix = part.layer.matrix(vector)
@@ -171,7 +170,7 @@ class FeatureConstraint(Constraint):
         return torch.cat(pieces)
 
     def combine(self, components: Tensor) -> Tensor:
-        """C [Q, V]^T in every layer, zero elsewhere."""
+        """C [Q, V]^T in every layer, zero elsewhere, flat, (P,)."""
         out = components.new_zeros(self.width)
         start = 0
         for part in self._parts():

@@ -65,7 +65,7 @@ class Hard:
             raise ValueError(f"the energy is a share of the trace in (0, 1], not {self.energy}")
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """Ones and zeros."""
+        """Ones and zeros, (r,)."""
         if not values.numel():
             return torch.ones_like(values)
         held = torch.zeros_like(values, dtype=torch.bool) if protected is None else protected
@@ -103,7 +103,7 @@ class Tikhonov:
             raise ValueError(f"the damping must be positive, not {self.damping}; Hard() is its limit at 0")
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """The fractions s / (s + l)."""
+        """The fractions s / (s + l), (r,)."""
         return _with(protected, values / (values + self.damping))
 
 
@@ -126,7 +126,7 @@ class ScaledGradient:
             raise ValueError(f"alpha must not be negative, but it is {self.alpha}")
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """The importances."""
+        """The importances, (r,)."""
         singular = values.sqrt()
         if not values.numel() or float(singular.max()) == 0.0:
             return _with(protected, torch.zeros_like(values))
@@ -152,7 +152,11 @@ class Budget:
             raise ValueError(f"the budget must not be negative, but it is {self.kl_budget}")
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """The fractions s / (s + l) at the damping l that spends the budget."""
+        """The fractions s / (s + l), (r,), at the damping l that spends the budget.
+
+        Raises:
+            ValueError: `components` are missing.
+        """
         if components is None:
             raise ValueError("Budget needs the components of the displacement: what it removes depends on them")
         weights = values * components.double().square()
@@ -187,7 +191,7 @@ class SmallestMultiple:
             raise ValueError(f"the multiple of the smallest eigenvalue must be at least 1, not {self.multiple}")
 
     def removed(self, values: Tensor, components: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-        """Ones and zeros."""
+        """Ones and zeros, (r,)."""
         if not values.numel():
             return torch.ones_like(values)
         return _with(protected, (values > self.multiple * values.min()).to(values))

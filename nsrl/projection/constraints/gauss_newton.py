@@ -52,11 +52,11 @@ class JacobianConstraint(Constraint):
         return self._spaces
 
     def components(self, vector: Tensor) -> Tensor:
-        """s^{-1/2} U^T J v."""
+        """s^{-1/2} U^T J v, (r,)."""
         return self._dual.T @ self.jacobian.matvec(vector).double()
 
     def combine(self, components: Tensor) -> Tensor:
-        """J^T U s^{-1/2} c."""
+        """J^T U s^{-1/2} c, (P,)."""
         return self.jacobian.rmatvec(self._dual @ components)
 
     def quadratic(self, displacement: Tensor) -> float:

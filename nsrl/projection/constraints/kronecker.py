@@ -79,7 +79,11 @@ class KroneckerConstraint(Constraint):
         self._refused |= _repeated(columns for block in jacobian.blocks for columns in block.owned)
 
     def merged(self, other: KroneckerConstraint) -> KroneckerConstraint:
-        """The sum of the factors, layer by layer: an upper bound of the sum of the two quadratic forms."""
+        """The sum of the factors, layer by layer: an upper bound of the sum of the two quadratic forms.
+
+        Raises:
+            ValueError: they are over other parameters.
+        """
         if other.columns != self.columns:
             raise ValueError("only constraints over the same parameters can be merged")
         result = KroneckerConstraint(self.columns, self.passes)
@@ -110,11 +114,11 @@ class KroneckerConstraint(Constraint):
         return tuple(Eigenspace(layer.name, values.flatten(), layer.dimension) for layer, values, _, _ in self._eigen())
 
     def components(self, vector: Tensor) -> Tensor:
-        """Q_S^T W Q_A for the part W of v in every layer."""
+        """Q_S^T W Q_A, flat, (r,), for the part W of v in every layer."""
         return torch.cat([(s.T @ layer.matrix(vector) @ a).flatten() for layer, _, a, s in self._eigen()])
 
     def combine(self, components: Tensor) -> Tensor:
-        """Q_S C Q_A^T in every layer, zero elsewhere."""
+        """Q_S C Q_A^T in every layer, zero elsewhere, flat, (P,)."""
         out = components.new_zeros(self.width)
         start = 0
         for layer, values, a, s in self._eigen():

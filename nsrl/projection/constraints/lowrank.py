@@ -105,24 +105,22 @@ class LowRankConstraint(Constraint):
         return result
 
     @property
-    def dropped_share(self) -> float:
-        """Share of the trace of F that was dropped."""
-        total = float(self._values.sum()) + self.dropped
-        return self.dropped / total if total > 0.0 else 0.0
-
-    @property
     def eigenspaces(self) -> tuple[Eigenspace, ...]:
-        """One for all parameters: the protected core, then the others by descending value."""
+        """One for all parameters: the protected core, then the others by descending value.
+
+        Raises:
+            ValueError: the constraint holds nothing yet.
+        """
         if not self._started:
             raise ValueError("the constraint holds nothing yet; call update with a Jacobian first")
         return (Eigenspace(EVERYTHING, self._values, self.width, 1, self._mask()),)
 
     def components(self, vector: Tensor) -> Tensor:
-        """Basis^T v."""
+        """Basis^T v, (r,)."""
         return self.basis.T @ vector.to(self.basis)
 
     def combine(self, components: Tensor) -> Tensor:
-        """Basis c."""
+        """Basis c, (P,)."""
         return self.basis @ components
 
     def nbytes(self) -> int:

@@ -114,7 +114,11 @@ class FactoredJacobian:
 
     @full_precision()
     def cross_gram(self, other: FactoredJacobian | StackedJacobian, precision: torch.dtype = torch.float64) -> Tensor:
-        """J J'^T against another batch of the same module, shape (k, k')."""
+        """J J'^T against another batch of the same module, shape (k, k').
+
+        Raises:
+            JacobianError: the two are over other parameters.
+        """
         if isinstance(other, StackedJacobian):
             return torch.cat([self.cross_gram(part, precision) for part in other.parts], 1)
         if self.names != other.names or self.shape[1] != other.shape[1]:

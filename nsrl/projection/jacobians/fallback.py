@@ -75,5 +75,5 @@ def row_by_row(outputs: Tensor, parameters: Sequence[Tensor], columns: Sequence[
 
 
 def flat(gradient: Tensor) -> Tensor:
-    """A gradient as a vector; that of a sparse embedding too."""
+    """A gradient as a vector, (P,); that of a sparse embedding too."""
     return (gradient.to_dense() if gradient.layout != torch.strided else gradient).flatten()

@@ -121,7 +121,7 @@ class LayerPasses:
 
     @torch.no_grad()
     def push(self, vector: Tensor) -> Tensor:
-        """See `Passes`."""
+        """J v, (N, O); see `Passes`."""
         pieces = vector.split([parameter.numel() for parameter in self._parameters])
         moved: Tensor | None = None
         for stage, inputs, out in zip(self._stages, self._values, self._values[1:], strict=False):
@@ -136,7 +136,7 @@ class LayerPasses:
         return moved.expand_as(self.outputs)
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """See `Passes`."""
+        """J^T u, (P,); see `Passes`."""
         return torch.cat([piece.flatten() for piece in self.pieces(cotangents)])
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class GraphPasses:
         self._pulled: list[tuple[int, Tensor]] = []
 
     def push(self, vector: Tensor) -> Tensor:
-        """See `Passes`."""
+        """J v, (N, O); see `Passes`."""
         if self._dual is None:
             self._dual = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -207,7 +207,7 @@ class GraphPasses:
         return torch.autograd.grad([piece for _, piece in self._pulled], self._dual, shaped, retain_graph=True)[0]
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """See `Passes`."""
+        """J^T u, (P,); see `Passes`."""
         return torch.cat([piece.flatten() for piece in self.pieces(cotangents)])
 
     def pieces(self, cotangents: Tensor) -> list[Tensor]:

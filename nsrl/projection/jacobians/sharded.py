@@ -101,7 +101,7 @@ class ShardedJacobian:
         return self._summed(self.local.gram(precision))
 
     def column_squares(self) -> Tensor:
-        """This process's columns of the diagonal of J^T J, float64. No communication."""
+        """This process's columns of the diagonal of J^T J, (own columns,) float64. No communication."""
         return self.local.column_squares()
 
     def dense(self) -> Tensor:
@@ -116,13 +116,21 @@ class ShardedJacobian:
         return scaled, fitted
 
     def own_columns(self, vector: Tensor) -> Tensor:
-        """This process's columns of a whole flat vector (P,)."""
+        """This process's columns of a whole flat vector (P,).
+
+        Raises:
+            JacobianError: it has another shape.
+        """
         if vector.shape != (self.total_columns,):
             raise JacobianError(f"the vector must have shape ({self.total_columns},), not {tuple(vector.shape)}")
         return torch.cat([vector[slice(*columns)] for columns in self.columns]) if self.columns else vector[:0]
 
     def gather_columns(self, vector: Tensor) -> Tensor:
-        """The whole flat vector (P,) on every process, from each process's columns: one all-reduce of P numbers."""
+        """The whole flat vector (P,) on every process, from each process's columns: one all-reduce of P numbers.
+
+        Raises:
+            JacobianError: the vector is not of this process's columns.
+        """
         if vector.shape != (self.shape[1],):
             raise JacobianError(f"the vector must have shape ({self.shape[1]},), not {tuple(vector.shape)}")
         whole = vector.new_zeros(self.total_columns)
@@ -131,7 +139,11 @@ class ShardedJacobian:
         return self._summed(whole)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """All rows (k,) on every process, from one entry a row of each process's own samples: one all-reduce."""
+        """All rows (k,) on every process, from one entry a row of each process's own samples: one all-reduce.
+
+        Raises:
+            JacobianError: the rows are not those of this process's samples.
+        """
         rank = own_rank(self._group)
         if rows.shape != (self.row_counts[rank],):
             raise JacobianError(f"the rows must have shape ({self.row_counts[rank]},), not {tuple(rows.shape)}")

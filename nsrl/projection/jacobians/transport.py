@@ -32,7 +32,11 @@ class Part:
 
     @classmethod
     def of(cls, jacobian: FactoredJacobian, module: nn.Module) -> Part:
-        """That of a process's own samples."""
+        """That of a process's own samples.
+
+        Raises:
+            JacobianError: the Jacobian is of another module.
+        """
         columns = tuple(parameter_columns(module, jacobian.names).values())
         if columns[-1][1] != jacobian.shape[1]:
             raise JacobianError("the Jacobian has other parameters than the module; give the module it was made from")

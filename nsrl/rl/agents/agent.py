@@ -149,6 +149,9 @@ def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
 
     A VecNormalize around its environment is written beside it, as `vecnormalize.pkl`, for stock
     `VecNormalize.load`.
+
+    Raises:
+        NsrlError: it cannot be written, or statistics of another agent lie beside the path.
     """
     path, vec_normalize = _zip_path(path), model.get_vec_normalize_env()
     if vec_normalize is None and (foreign := find_statistics(path)) is not None:

@@ -158,7 +158,11 @@ def read_archive(path: str | Path, env: Any = None) -> Archive:
 
 
 def read_members(path: Path) -> tuple[dict[str, Any], bytes, str | None]:
-    """The zip's JSON metadata, its policy weights as `torch.save` wrote them, and the SB3 version that wrote it."""
+    """The zip's JSON metadata, its policy weights as `torch.save` wrote them, and the SB3 version that wrote it.
+
+    Raises:
+        NsrlError: missing, damaged, or not saved by Stable-Baselines3.
+    """
     if path.is_dir() or not path.exists():
         raise NsrlError(f"no agent at {path}; expected the path of a zip saved by Stable-Baselines3")
     try:

@@ -145,7 +145,11 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Read a URL; raises NsrlError for any other form, and where the package huggingface_hub is missing."""
+        """Read a URL.
+
+        Raises:
+            NsrlError: it has another form, or the package huggingface_hub is missing.
+        """
         match = URL.fullmatch(url)
         if match is None or not {".", ".."}.isdisjoint(match["file"].split("/")):
             raise NsrlError(f"{url} is no address of an agent on the hub; expected hf://user/repo/file.zip")
@@ -156,7 +160,11 @@ class Address:
         return cls(url, match["repo"], match["revision"], match["file"])
 
     def fetch(self, name: str) -> Path:
-        """The local copy of one file of the repository."""
+        """The local copy of one file of the repository.
+
+        Raises:
+            NsrlError: it cannot be had; with the reason.
+        """
         from huggingface_hub import hf_hub_download
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
@@ -98,7 +100,11 @@ class ObservationNormalizer:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ObservationNormalizer:
-        """Inverse of `to_arrays`."""
+        """Inverse of `to_arrays`.
+
+        Raises:
+            NsrlError: an entry is missing or damaged.
+        """
         try:
             statistics: dict[str, Any] = {}
             for name in ("mean", "var"):
@@ -168,6 +174,25 @@ class ObservationNormalizer:
             np.savez(file, **self.to_arrays())  # type: ignore[arg-type]
 
 
+def seen_statistics(env: VecEnv | None) -> ObservationNormalizer | None:
+    """Copy of the statistics through which an environment shows its observations; None where it shows them raw.
+
+    Raises:
+        NsrlError: two VecNormalize normalise them one after the other, and a buffer has one set of statistics.
+    """
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs:
+            found.append(env)
+        env = env.venv
+    if len(found) > 1:
+        raise NsrlError(
+            "the environment is inside two VecNormalize that both normalise observations, of which nsrl could hold and "
+            "export one only; leave one of them out, or give it norm_obs=False"
+        )
+    return ObservationNormalizer.from_vec_normalize(found[0]) if found else None
+
+
 class FrozenMeanStd(RunningMeanStd):
     """Running statistics that no longer run: VecNormalize may call `update` on every step, to no effect."""
 
@@ -178,11 +203,18 @@ class FrozenMeanStd(RunningMeanStd):
         """Do nothing."""
 
 
-def freeze_observations(vec_normalize: VecNormalize) -> None:
-    """Stop the observation statistics of a VecNormalize where they are, in place; those of rewards go on."""
-    normalizer = ObservationNormalizer.from_vec_normalize(vec_normalize)
-    if normalizer is not None:
-        vec_normalize.obs_rms = running_statistics(normalizer, FrozenMeanStd)
+def freeze_observations(env: VecEnv) -> None:
+    """Stop the observation statistics around and inside an environment where they are; those of rewards go on.
+
+    They are those of a VecNormalize, and of gymnasium's `NormalizeObservation` around single environments.
+    """
+    with contextlib.suppress(NotImplementedError):  # a VecEnv of somebody else's, without single environments
+        if any(env.env_is_wrapped(NormalizeObservation)):
+            env.env_method("set_wrapper_attr", "update_running_mean", False)
+    around = unwrap_vec_normalize(env)
+    normalizer = None if around is None else ObservationNormalizer.from_vec_normalize(around)
+    if around is not None and normalizer is not None:
+        around.obs_rms = running_statistics(normalizer, FrozenMeanStd)
 
 
 class RetainingVecNormalize(VecNormalize):
@@ -228,28 +260,6 @@ class RetainingVecNormalize(VecNormalize):
         )
         if normalizer is not None:
             self.obs_rms = running_statistics(normalizer, FrozenMeanStd)
-
-    def reward_state(self) -> dict[str, np.ndarray]:
-        """Reward statistics as arrays: scalars mean, var, count, and the running returns, shape (n_envs,)."""
-        values = {name: getattr(self.ret_rms, name) for name in ("mean", "var", "count")}
-        return {k: np.array(v, dtype=np.float64) for k, v in {**values, "returns": self.returns}.items()}
-
-    def set_reward_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore what `reward_state` gave; after the environment's reset, which zeroes the running returns.
-
-        Raises:
-            NsrlError: an entry is missing or has another shape, as with another number of environments.
-        """
-        for name, current in self.reward_state().items():
-            if name not in state or np.shape(state[name]) != current.shape:
-                raise NsrlError(
-                    f"the reward statistics lack {name!r} of shape {current.shape}; resume with the "
-                    "number of environments that the run had"
-                )
-        self.ret_rms.mean = np.array(state["mean"], dtype=np.float64)
-        self.ret_rms.var = np.array(state["var"], dtype=np.float64)
-        self.ret_rms.count = float(state["count"])
-        self.returns = np.array(state["returns"], dtype=np.float64)
 
     def save_stock(self, path: str | Path) -> None:
         """Write what rl-zoo calls vecnormalize.pkl; `VecNormalize.load` reads it without nsrl installed."""

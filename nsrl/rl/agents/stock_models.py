@@ -135,7 +135,11 @@ def _fitting(archive: Archive, policy: ActorCriticPolicy) -> dict[str, Tensor]:
 
 
 def named_algorithm(name: str, path: Path) -> type[OnPolicyAlgorithm]:
-    """One of `ALGORITHMS`; NsrlError for any other, whose actions depend on memory too."""
+    """One of `ALGORITHMS`.
+
+    Raises:
+        NsrlError: any other, whose actions depend on memory too.
+    """
     if name not in ALGORITHMS:
         raise NsrlError(f"{path} is a {name} agent; only PPO, A2C, TRPO and MaskablePPO agents can be fine-tuned")
     return ALGORITHMS[name]
@@ -151,18 +155,57 @@ def stock_class(algorithm: type[BaseAlgorithm]) -> type[OnPolicyAlgorithm]:
     return next((cls for cls in algorithm.__mro__ if cls in ALGORITHMS.values()), PPO)
 
 
+#: Schedules with which, at zero throughout, no weight moves: what rl-zoo's enjoy loads agents with.
+MOVING = ("learning_rate", "clip_range")
+
+
 def hyperparameters(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> dict[str, Any]:
     """Keyword arguments of `algorithm` that fine-tuning inherits from a model: those that both classes have.
 
     Constant schedules come as plain numbers. Between TRPO and the others, those that mean something else there
-    stay behind.
+    stay behind, and those of `left_behind`.
     """
+    names = _shared(model, algorithm) - left_behind(model, algorithm).keys()
+    return {name: _plain_schedule(vars(model)[name]) for name in sorted(names)}
+
+
+def left_behind(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> dict[str, str]:
+    """Settings that `algorithm` has too and should not learn with, each with what is the matter with it."""
+    names, found = _shared(model, algorithm), {}
+    for name in MOVING:
+        if name in names and is_zero(vars(model)[name]):
+            found[name] = "0, with which no weight moves"
+    if "n_steps" in names and stock_class(type(model)) is A2C and stock_class(algorithm) is not A2C:
+        found["n_steps"] = f"{vars(model)['n_steps']}, the length of an A2C's rollouts"
+    return found
+
+
+def set_in_motion(model: BaseAlgorithm) -> dict[str, Any]:
+    """Set a model's schedules that are zero throughout to the algorithm's defaults, in place; returns those."""
+    given = inspect.signature(stock_class(type(model)).__init__).parameters
+    changed = {name: given[name].default for name in MOVING if name in vars(model) and is_zero(vars(model)[name])}
+    for name, value in changed.items():
+        setattr(model, name, value if name == "learning_rate" else FloatSchedule(value))
+    if "learning_rate" in changed:
+        model._setup_lr_schedule()
+    return changed
+
+
+def _shared(model: BaseAlgorithm, algorithm: type[BaseAlgorithm]) -> set[str]:
     names = arguments(algorithm) & arguments(type(model))
     if (stock_class(type(model)) is TRPO) != (stock_class(algorithm) is TRPO):
         names -= TRPO_ONLY
-    values = {}
-    for name in sorted(names & vars(model).keys()):
-        value = vars(model)[name]
-        value = value.value_schedule if isinstance(value, FloatSchedule) else value
-        values[name] = value.val if isinstance(value, ConstantSchedule) else value
-    return values
+    return names & vars(model).keys()
+
+
+def _plain_schedule(value: Any) -> Any:
+    value = value.value_schedule if isinstance(value, FloatSchedule) else value
+    return value.val if isinstance(value, ConstantSchedule) else value
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a number, or a schedule all along (1 is its start, 0 its end), is zero."""
+    value = _plain_schedule(value)
+    if callable(value):
+        return all(float(value(progress)) == 0.0 for progress in (1.0, 0.75, 0.5, 0.25))
+    return isinstance(value, int | float) and value == 0

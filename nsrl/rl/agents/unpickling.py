@@ -89,7 +89,11 @@ class NumberType(Part):
         return cls(*arguments[:1])
 
     def take(self, state: Any) -> None:
-        """Take the byte order; what has fields or sub-arrays is no number."""
+        """Take the byte order.
+
+        Raises:
+            Unreadable: it has fields or sub-arrays, and so is no number.
+        """
         if type(state) is not tuple or not 5 <= len(state) <= 9:
             raise Unreadable("the state of a dtype is damaged")
         plain = all(part is None for part in state[2:5])
@@ -111,14 +115,18 @@ class Array(Part):
         self.raw, self.number, self.shape, self.order = raw, number, shape, order
 
     def take(self, state: Any) -> None:
-        """Take version, shape, dtype, whether it is in Fortran's order, and bytes."""
+        """Take version, shape, dtype, whether it is in Fortran's order, and bytes.
+
+        Raises:
+            Unreadable: there are fewer, more or others.
+        """
         if type(state) is not tuple or len(state) != 5:
             raise Unreadable("the state of an array is damaged")
         _, self.shape, self.number, fortran, self.raw = state
         self.order = "F" if fortran is True else "C"
 
     def values(self) -> np.ndarray:
-        """The numbers, as numpy would have read them.
+        """The numbers, (...,), as numpy would have read them.
 
         Raises:
             Unreadable: it holds something else, or its size does not fit its shape.

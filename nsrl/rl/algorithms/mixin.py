@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +19,15 @@ from nsrl.errors import NsrlError, nearest
 from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
-from nsrl.rl.agents.stock_models import stock_class
+from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
+from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.playing.environments import training_env
-from nsrl.rl.policies.actor_critic import check_steady
+from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import is_maskable
+from nsrl.rl.policies.steadiness import ASKED, check_steady
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -31,8 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Relative difference of a measured KL that rounding may explain.
-ROUNDING = 1e-4
+#: What is this object's alone and in no zip.
+UNSAVED = ("retention", "_learning_seconds", "_terms", "_loaded")
 RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
 
 
@@ -87,6 +91,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
     updates_in_eval_mode = False
     retention: Retention | None = None
     _learning_seconds: float = 0.0
+    _terms: SavedConstraint | None = None
+    _saved_constraint: str | None = None
+    _loaded: bool = False
 
     @classmethod
     def from_pretrained(
@@ -149,6 +156,13 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 "would not apply; keep its algorithm: model = nsrl.rl.agents.attach_env(agent, env), then "
                 "protect(model, retain=buffer) and model.learn(...)"
             )
+        for name, why in left_behind(source.model, cls).items():
+            if name not in options:
+                warnings.warn(
+                    f"{name} of {source.path or 'the agent'} is {why}; {cls.__name__} takes its default instead, "
+                    f"give {name}=... for another",
+                    stacklevel=2,
+                )
         settings = cls._inherited(source, options)
         policy_kwargs = dict(settings.pop("policy_kwargs") or {})
         env = training_env(
@@ -211,20 +225,19 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
                 'retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
             )
-        if self.updates_in_eval_mode:
-            model.policy.set_training_mode(False)
-        else:
-            check_steady(model.policy, type(self).__name__)
+        model.policy.set_training_mode(False)  # it is measured as it acts
         around = model.get_vec_normalize_env()
         if around is not None and around.norm_obs and not trust_buffer:
             _check_statistics(around, retain)
-        retain.check(model, trust_agent=trust_buffer)
+        retain.check(model, trust_agent=trust_buffer or self._was_held_to(retain))
+        asked = retain.inputs(range(min(ASKED, len(retain))), model.device)
+        check_steady(model.policy, asked, type(self).__name__, self.updates_in_eval_mode)
         config = config.with_overall_budget()
         constraint = RetentionConstraint(model.policy, retain, config.preserve, config.tempering, config.task_budgets)
         retention = self._build_engine(constraint, config, method, penalty)
         kl = constraint.binding_divergence()
         # The last update of an earlier run may have ended at the budget, and other batches round otherwise.
-        if kl > config.tolerance * (1.0 + ROUNDING) and retention.enforces:
+        if retention.enforces and not retention.accepts(kl):
             raise NsrlError(
                 f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
                 f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
@@ -233,26 +246,125 @@ class ProtectedMixin(OnPolicyAlgorithm):
             model.policy.log_std.data.fill_(config.log_std_init)
         if config.critic == "reset":
             reset_critic(model.policy)
-        if around is not None:
-            freeze_observations(around)
+        if model.env is not None:
+            freeze_observations(model.env)
         self.retention = retention
+        self._terms = SavedConstraint(config, "", method, penalty, trust_buffer)
+
+    @classmethod
+    def load(cls, path: Any, env: Any = None, device: Any = "auto", *args: Any, retain: Any = None, **kw: Any) -> Self:
+        """As the algorithm's own; a model that was saved under a budget does not learn before its buffer is given.
+
+        Args:
+            path, env, device, args, kw: as in the algorithm's `load`.
+            retain: the buffer that the model was saved under, to go on under the same settings.
+
+        Raises:
+            NsrlError: another buffer; or as `constrain`.
+        """
+        model = super().load(path, env, device, *args, **kw)
+        model._loaded = True
+        if retain is not None:
+            model._resume(retain)
+        return model
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """As the algorithm's own; of the constraint, its settings and the buffer's digest are in the zip."""
+        if self.retention is not None and self._terms is not None:
+            self._saved_constraint = replace(self._terms, digest=self.retention.constraint.buffer.digest()).written()
+        # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
+        include = None if include is None else [name for name in include if name != "retention"]
+        super().save(path, exclude, include)
+
+    def _resume(self, retain: RetentionBuffer) -> None:
+        if self._saved_constraint is None:
+            raise NsrlError(
+                "the zip says nothing of a constraint to go on with (it is stock's, or nothing was protected); load it "
+                "without retain and call protect(model, retain=buffer, kl_budget=...)"
+            )
+        saved = SavedConstraint.read(self._saved_constraint)
+        if isinstance(retain, RetentionBuffer) and retain.digest() != saved.digest:
+            raise NsrlError(
+                f"the model was saved under another buffer (digest {saved.digest[:12]}, this one has "
+                f"{retain.digest()[:12]}); give that one, or load without retain and call protect(model, retain=buffer)"
+            )
+        self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
+
+    def _was_held_to(self, retain: RetentionBuffer) -> bool:
+        """Whether the model comes from a zip that was saved under this very buffer: its policy may have moved since."""
+        if self._saved_constraint is None:
+            return False
+        return SavedConstraint.read(self._saved_constraint).digest == retain.digest()
+
+    def _check_in_force(self) -> None:
+        """Raise NsrlError where a promise was made that nobody keeps any more, and say where none is made."""
+        if self.retention is not None:
+            return
+        if self._saved_constraint is not None:
+            raise NsrlError(SavedConstraint.read(self._saved_constraint).missing(type(self).__name__))
+        if self._loaded:
+            self._loaded = False
+            warnings.warn(
+                f"nothing is retained: this {type(self).__name__} was loaded without a buffer and learns as stock "
+                f"{stock_class(type(self)).__name__} does; protect(model, retain=buffer) puts a budget in force",
+                stacklevel=3,
+            )
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """As the algorithm's own; while a budget is in force, the statistics around the new environment are frozen.
+
+        Raises:
+            NsrlError: it shows observations otherwise than the last one did; the last one stays.
+        """
+        if self.retention is not None:
+            self.retention.premises.check_statistics(env)
+        super().set_env(env, force_reset)
+        if self.retention is not None and self.env is not None:
+            freeze_observations(self.env)
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
+        """As the algorithm's own; while a budget is in force, weights outside of it are refused.
+
+        Raises:
+            NsrlError: the policy would be over the budget; it stays as it was.
+        """
+        before = None if self.retention is None else copy.deepcopy(self.get_parameters())
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        try:
+            if self.retention is not None:
+                self.retention.verify()
+        except NsrlError:
+            super().set_parameters(before, device=device)  # type: ignore[arg-type]
+            raise
 
     def train(self) -> None:
         """One policy update of the algorithm, inside the budget."""
+        self._check_in_force()
         if self.retention is None:
             super().train()
             return
-        self.retention.begin()
         try:
+            self.retention.begin()
             super().train()
-        finally:
             scalars = self.retention.end()
+        except BaseException:
+            self.retention.abandon()
+            raise
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As the algorithm's own `learn`; logs the last update too, which SB3 would drop."""
+        self._check_in_force()
+        if still := [name for name in MOVING if name in vars(self) and is_zero(vars(self)[name])]:
+            warnings.warn(
+                f"{still[0]} is 0 from the start to the end, so that no weight will move; rl-zoo's enjoy leaves agents "
+                f"so: load the agent as it was trained, or give {still[0]}",
+                stacklevel=2,
+            )
+        if self.retention is not None:
+            self.retention.verify()
         start = perf_counter()
         try:
             super().learn(*args, **kwargs)
@@ -272,8 +384,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is None:
             raise NsrlError("nothing is protected: pass retain=buffer, or call protect(model, retain=buffer)")
         retention = self.retention
-        measured = retention.constraint.measure()
-        rank, dimension = retention.diagnose()
+        with evaluation_mode(self.policy):  # type: ignore[arg-type]
+            measured = retention.constraint.measure()
+            rank, dimension = retention.diagnose()
         return RetentionReport(
             kl_mean=measured.kl_mean,
             kl_max=measured.kl_max,
@@ -315,7 +428,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         return sum(self.retention.seconds.values()) / max(self._learning_seconds, 1e-9)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "retention", "_learning_seconds"]
+        return [*super()._excluded_save_params(), *UNSAVED]
 
 
 def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
@@ -329,7 +442,11 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
 
 
 def build_config(**options: Any) -> RetentionConfig:
-    """A `RetentionConfig` from keywords; unknown ones are refused with the nearest known name."""
+    """A `RetentionConfig` from keywords.
+
+    Raises:
+        NsrlError: an unknown one, with the nearest known name.
+    """
     known = [entry.name for entry in fields(RetentionConfig)]
     for key in options:
         if key not in known:

@@ -22,8 +22,9 @@ class NullSpacePPO(ProtectedMixin, PPO):
         print(model.retention_report())
         model.export("finetuned.zip")          # a stock zip: stable_baselines3.PPO.load just works
 
-    Saved zips are stock PPO zips too; the constraint is not in them (see `nsrl.rl.training.checkpoint` for resuming a
-    run).
+    Saved zips are stock PPO zips too. The buffer is not in them: `NullSpacePPO.load(path, env=env, retain=buffer)` goes
+    on under the budget, and without it the loaded model acts but refuses to learn (see `nsrl.rl.training.checkpoint`
+    for resuming a run where it was).
     """
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from nsrl.errors import NsrlError
 from nsrl.rl.agents.agent import Agent, load
 from nsrl.rl.agents.spaces import check_spaces
+from nsrl.rl.agents.stock_models import set_in_motion
 from nsrl.rl.algorithms.mixin import ProtectedMixin, build_config
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.budget.config import RetentionConfig
@@ -54,7 +56,7 @@ def protect(
     if not isinstance(model, OnPolicyAlgorithm):
         raise NsrlError(
             f"{type(model).__name__} cannot be protected: only on-policy actor-critic algorithms (PPO, A2C, "
-            "MaskablePPO) can"
+            "TRPO, MaskablePPO) can"
         )
     distribution_of(model.policy)  # type: ignore[arg-type]
     if config is None:
@@ -117,6 +119,8 @@ def attach_env(
             n_envs=model.n_envs,
             **model.rollout_buffer_kwargs,
         )
+    for name, value in set_in_motion(model).items():
+        warnings.warn(f"{name} of the agent was 0, with which no weight moves; it is {value} now", stacklevel=2)
     model.set_env(wrapped)
     if seed is not None:
         model.seed = seed

@@ -188,7 +188,8 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
     of a rollout: learning rate and minibatches there are those of the policy's loss, here the critic's. The gradient
     that method="kl_penalty" adds is exact, on all training states.
 
-    Saved zips are stock TRPO zips too, and `NullSpaceTRPO.load` reads stock ones.
+    Saved zips are stock TRPO zips too, and `NullSpaceTRPO.load` reads stock ones; `NullSpacePPO` tells of those that
+    were saved under a budget.
     """
 
     updates_in_eval_mode = True
@@ -199,7 +200,6 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
         inherited = {"policy_kwargs": model.policy_kwargs, **hyperparameters(model, cls)}
         if isinstance(model, A2C):
             inherited["policy_kwargs"] = without_optimizer(model.policy_kwargs)
-            del inherited["n_steps"]  # its five-step rollouts are not TRPO's either
         return {**inherited, **options}
 
     def _build_engine(

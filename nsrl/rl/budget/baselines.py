@@ -69,7 +69,11 @@ def build_engine(
     method: str = "null_space",
     penalty: float = 1.0,
 ) -> Retention:
-    """The engine of a method by name: "null_space", "kl_penalty" or "finetune"."""
+    """The engine of a method by name: "null_space", "kl_penalty" or "finetune".
+
+    Raises:
+        NsrlError: there is no such method.
+    """
     if method not in METHODS:
         raise NsrlError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if method == "kl_penalty":

@@ -11,6 +11,10 @@ from nsrl.errors import NsrlError
 #: Measured KL that still counts as zero for `kl_budget=0`.
 ZERO_BUDGET = 1e-6
 
+#: Smallest budget above zero, nats. Single-precision outputs of size 10 are off by some 1e-5 from one batch size or
+#: processor to the next, which is a KL of 5e-11 by itself: what is smaller cannot be measured, let alone kept.
+SMALLEST_BUDGET = 1e-10
+
 CHOICES = {
     "preserve": ("distribution", "mode"),
     "gradient": ("lagrangian", "projected", "plain"),
@@ -20,13 +24,18 @@ CHOICES = {
 }
 
 
+def accepted(budget: float) -> float:
+    """The largest measured KL that a budget accepts after an update, nats: itself, or 1e-6 for budget 0."""
+    return budget if budget > 0.0 else ZERO_BUDGET
+
+
 @dataclass(frozen=True)
 class RetentionConfig:
     """Everything that decides how the KL budget is kept.
 
     Attributes:
         kl_budget: largest mean KL(pi_ref || pi) on the buffer, in nats per state; 0 asks for the hard null space
-            (measured KL at most 1e-6).
+            (measured KL at most 1e-6). Other budgets are at least 1e-10, below which single precision cannot measure.
         task_budgets: budgets of the tasks of a merged buffer, by name, nats per state: after every update the mean KL
             of each task's states is within its own. `kl_budget` then becomes their harmonic mean, and the KL that the
             multiplier sees weighs every task by 1 / budget. None has one budget for the mean over all states.
@@ -80,6 +89,12 @@ class RetentionConfig:
             raise NsrlError(
                 f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}"
             )
+        for budget in (self.kl_budget, *(self.task_budgets or {}).values()):
+            if 0.0 < budget < SMALLEST_BUDGET:
+                raise NsrlError(
+                    f"a budget of {budget:g} nats is less than single precision can measure; take at least "
+                    f"{SMALLEST_BUDGET:g}, or kl_budget 0 for the hard null space"
+                )
         if self.task_budgets is not None and not all(0.0 < budget < math.inf for budget in self.task_budgets.values()):
             raise NsrlError(
                 f"task_budgets must be numbers of nats > 0, not {self.task_budgets}; for the hard null space of all "
@@ -111,7 +126,7 @@ class RetentionConfig:
     @property
     def tolerance(self) -> float:
         """The KL that is accepted after an update: the budget, or 1e-6 for budget 0."""
-        return max(self.kl_budget, ZERO_BUDGET)
+        return accepted(self.kl_budget)
 
     def with_overall_budget(self) -> RetentionConfig:
         """The configuration with `kl_budget` as the budgets of the tasks make it."""

@@ -5,6 +5,7 @@
     after   every optimizer step: project the realised displacement
     end     measure on the whole buffer; restore (Gauss-Newton on all states); if that fails, fall back along the
             segment to the last feasible parameters
+    abandon in place of the end, after an exception: back to the last feasible parameters
 
 It attaches to the optimizer's own step hooks, so the algorithm's `train()` is the stock one.
 """
@@ -12,6 +13,7 @@ It attaches to the optimizer's own step hooks, so the algorithm's `train()` is t
 from __future__ import annotations
 
 import math
+import warnings
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
+from nsrl.errors import NsrlError
 from nsrl.projection.budget.enforcement import Enforcement
 from nsrl.projection.budget.model import Projection
 from nsrl.projection.budget.multiplier import Multiplier
@@ -28,7 +31,11 @@ from nsrl.reading.limits import Unreadable
 from nsrl.reading.tensors import check_torch_state
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.budget.premises import Premises
 from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
+
+#: Relative difference of a measured KL that rounding may explain.
+ROUNDING = 1e-4
 
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
 ADDED = ("restored", "guess")
@@ -64,6 +71,8 @@ class Retention:
         self.restored = 0
         self.rollbacks = 0
         self.last: Measurement = constraint.measure()
+        self.premises = Premises(model, constraint)
+        self._feasible, self._still = constraint.parameters.read(), self.premises.still()
         self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
         self._coefficients: list[float] = []
         self._projections: list[Projection] = []
@@ -71,9 +80,30 @@ class Retention:
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
 
+    def verify(self) -> None:
+        """Raise NsrlError unless what the budget rests on is as it was, and the policy inside it.
+
+        Weights that somebody else has set since the last measurement are measured.
+        """
+        self.premises.check()
+        if self.enforces and not self._as_measured():
+            kl = self.constraint.binding_divergence()
+            if not self.accepts(kl):
+                raise NsrlError(
+                    f"the policy was given weights that are at a mean KL of {kl:.3g} on the buffer, over the budget of "
+                    f"{self.config.kl_budget:g}; give it weights inside the budget, or protect it anew with a buffer "
+                    "of its own or a larger kl_budget"
+                )
+        self._hold()
+
+    def accepts(self, kl: float) -> bool:
+        """Whether a KL that counts against the budget is inside it, as far as rounding lets one say."""
+        return kl <= self.config.tolerance * (1.0 + ROUNDING)
+
     def begin(self) -> None:
         """Prepare one policy update."""
-        self._feasible = self.constraint.parameters.read()
+        self.premises.check()
+        self._keep_feasible()
         self._steps = 0
         self._coefficients, self._projections = [], []
         self._frozen = self.updates < self.config.critic_warmup
@@ -84,8 +114,8 @@ class Retention:
 
     def end(self) -> dict[str, float]:
         """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
-        assert self._hooks is not None
-        self._hooks.detach()
+        self._detach()
+        self.model.policy.set_training_mode(False)  # what is measured is the policy as it acts
         proposed = self.constraint.parameters.read() - self._feasible
         restored, rolled_back = self._enforce()
         start = perf_counter()
@@ -94,7 +124,17 @@ class Retention:
         self.updates += 1
         self.rollbacks += rolled_back
         made = float((self.constraint.parameters.read() - self._feasible).norm())
+        self._hold()
         return self._scalars(made / max(float(proposed.norm()), 1e-12), restored)
+
+    def abandon(self) -> None:
+        """End an update that an exception has ended: back to the last parameters that were measured inside the budget.
+
+        A baseline, which promises nothing, stays where the exception left it.
+        """
+        self._detach()
+        if self.enforces:
+            self._go_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the run where it is (the policy's parameters are not among them)."""
@@ -152,6 +192,55 @@ class Retention:
         coefficient = self._coefficients[-1] if self._coefficients else 0.0
         rate = self.model.policy.optimizer.param_groups[0]["lr"]
         return 1.0 / (coefficient * rate) if coefficient > 0.0 and rate > 0.0 else math.inf
+
+    # -- what an update can go back to ------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Take the present parameters for the last feasible ones."""
+        self._feasible, self._still = self.constraint.parameters.read(), self.premises.still()
+
+    def _as_measured(self) -> bool:
+        still = zip(self._still, self.premises.still(), strict=True)
+        return torch.equal(self.constraint.parameters.read(), self._feasible) and all(
+            torch.equal(before, now) for before, now in still
+        )
+
+    def _keep_feasible(self) -> None:
+        """Hold the present parameters; where somebody else has set them, only if they measure inside the budget."""
+        if self.enforces and not self._as_measured():
+            kl = self.constraint.binding_divergence()
+            if not self.accepts(kl):
+                warnings.warn(
+                    f"the policy was given weights at a mean KL of {kl:.3g} on the buffer, over the budget of "
+                    f"{self.config.kl_budget:g}; this update brings it back inside",
+                    stacklevel=2,
+                )
+                return
+        self._hold()
+
+    def _go_back(self) -> None:
+        self.premises.put_back(self._still)
+        self.constraint.parameters.write(self._feasible)
+
+    def _check_kept(self) -> None:
+        """Go all the way back, or raise NsrlError, where the way back to the feasible parameters ends outside.
+
+        It does where something moved in the update that is not protected: a buffer, a parameter frozen at the time.
+        """
+        if self.accepts(self.constraint.binding_divergence()):
+            return
+        self._go_back()
+        kl = self.constraint.binding_divergence()
+        if not self.accepts(kl):
+            raise NsrlError(
+                f"the policy is at a mean KL of {kl:.3g} on the buffer with the very weights that were inside the "
+                f"budget of {self.config.kl_budget:g}: something else that it acts by has changed in this update; "
+                "check its own modules for what they remember, and protect it again"
+            )
+
+    def _detach(self) -> None:
+        if self._hooks is not None:
+            self._hooks.detach()
 
     # -- inside the update ------------------------------------------------------------------------------------------
 
@@ -227,6 +316,7 @@ class Retention:
         rolled_back = 0
         if kl > self.config.tolerance:
             self.enforcement.fall_back(self._feasible)
+            self._check_kept()
             rolled_back = 1
         self.seconds["restore"] += perf_counter() - start
         return restored, rolled_back
@@ -285,7 +375,7 @@ class StateDraw:
         self._queue = indices[:0]
 
     def draw(self, count: int) -> Tensor:
-        """The next `count` state indices (all of them when there are fewer)."""
+        """The next `count` state indices (all of them when there are fewer), (count,) int64."""
         count = min(count, len(self._indices))
         if len(self._queue) < count:
             order = torch.randperm(len(self._indices), generator=self._generator)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -11,6 +13,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_nor
 
 from nsrl.errors import NsrlError
 from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
+
+Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
+#: Module that an environment needs, and the extra of nsrl that installs it.
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "minigrid": "minigrid"}
 
 
 def training_env(
@@ -36,10 +42,7 @@ def training_env(
             statistics.
     """
     if isinstance(env, str):
-        try:
-            env = make_vec_env(env, n_envs=n_envs, seed=seed)
-        except (gym.error.Error, ImportError) as error:
-            raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
+        env = make_envs(env, n_envs, seed)
     wrapped = BaseAlgorithm._wrap_env(env)
     around = unwrap_vec_normalize(wrapped)
     if (
@@ -59,32 +62,56 @@ def training_env(
     return wrapped
 
 
-Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
+def make_envs(env: str, count: int, seed: int | None = None) -> VecEnv:
+    """Copies of an environment side by side, each inside a Monitor.
+
+    Raises:
+        NsrlError: unknown id, or a package is missing; the sentence names the extra.
+    """
+    with told(env):
+        return make_vec_env(env, count, seed=seed)
 
 
 def open_copies(env: str, count: int) -> list[gym.Env]:
     """Independent copies of an environment.
 
     Raises:
-        NsrlError: unknown id or a missing dependency.
+        NsrlError: unknown id, or a package is missing; the sentence names the extra.
     """
-    # gymnasium >= 1.0 does not look for plugins by itself; the prefix makes it import the module.
-    name = f"nsrl_envs:{env}" if env.startswith("nsrl/") else env
-    try:
-        return [gym.make(name, disable_env_checker=True) for _ in range(count)]
-    except (gym.error.Error, ImportError) as error:
-        raise NsrlError(f"cannot make the environment {env!r}: {error}") from error
+    with told(env):
+        return [gym.make(env, disable_env_checker=True) for _ in range(count)]
 
 
 def as_vec_env(env: str | gym.Env | VecEnv, n_envs: int) -> VecEnv:
-    """A VecEnv from an env id (n_envs copies), a gymnasium.Env or a VecEnv; images channels first."""
+    """A VecEnv from an env id (n_envs copies), a gymnasium.Env or a VecEnv; images channels first.
+
+    Raises:
+        NsrlError: `env` is none of these, or cannot be made.
+    """
     if isinstance(env, str):
-        # gymnasium >= 1.0 does not look for plugins by itself; the prefix makes it import the module.
-        name = f"nsrl_envs:{env}" if env.startswith("nsrl/") else env
-        try:
-            env = DummyVecEnv([lambda: gym.make(name) for _ in range(n_envs)])
-        except (gym.error.Error, ImportError) as error:
-            raise NsrlError(f"cannot make the environment {name!r}: {error}") from error
+        env = DummyVecEnv([lambda copy=copy: copy for copy in open_copies(env, n_envs)])  # type: ignore[misc]
     elif not isinstance(env, gym.Env | VecEnv):
         raise NsrlError(f"env must be an env id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
     return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
+
+
+@contextmanager
+def told(env: str) -> Iterator[None]:
+    """Around making an environment: what fails becomes a sentence, with nsrl's own extra where a package is missing.
+
+    Raises:
+        NsrlError: it cannot be made.
+    """
+    if env.count(":") > 1:
+        raise NsrlError(f"cannot make the environment {env!r}: it is no id, as in Env-v0 or module:Env-v0")
+    try:
+        if env.startswith("MiniGrid-"):  # gymnasium >= 1.0 does not look for plugins by itself
+            importlib.import_module("minigrid")
+        yield
+    except (gym.error.Error, ImportError, TypeError) as error:
+        text = " ".join(str(error).split())
+        missing = isinstance(error, gym.error.DependencyNotInstalled | ImportError)
+        extras = [extra for module, extra in EXTRAS.items() if module.lower() in text.lower()]
+        if missing and extras and "nsrl[" not in text:
+            text = f'it needs the {extras[0]} extra; install it: pip install "nsrl[{extras[0]}]"'
+        raise NsrlError(f"cannot make the environment {env!r}: {text}") from error

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
@@ -99,7 +100,25 @@ def evaluate(
     if episodes < 1 or n_envs < 1:
         raise NsrlError(f"episodes and n_envs must be at least 1, not {episodes} and {n_envs}")
     learner, own_normalizer, _ = resolve_agent(model, trust=False)
-    normalizer = own_normalizer if normalizer is None else normalizer
+    seen = own_normalizer if normalizer is None else normalizer
+    return play(learner, env, seen, episodes=episodes, seed=seed, n_envs=n_envs, deterministic=deterministic)
+
+
+def play(
+    learner: OnPolicyAlgorithm,
+    env: Environments,
+    normalizer: ObservationNormalizer | None,
+    *,
+    episodes: int,
+    seed: int,
+    n_envs: int = 20,
+    deterministic: bool = True,
+) -> Returns:
+    """As `evaluate`, for a model at hand, which sees observations under `normalizer` alone.
+
+    Raises:
+        NsrlError: as `evaluate`.
+    """
     opened = open_copies(env, min(n_envs, episodes)) if isinstance(env, str) else []
     try:
         played: Any = opened or ([env] if isinstance(env, gym.Env) else env)

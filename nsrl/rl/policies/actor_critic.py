@@ -10,30 +10,14 @@ import torch
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsrl.errors import NsrlError
 from nsrl.projection.jacobians.matrix_free import GraphPasses, LayerPasses, Passes, Stage, is_plain, linear_chain
 
 #: Where modules are that only the critic has.
 CRITIC = ("mlp_extractor.value_net", "value_net", "vf_features_extractor")
 
 Observation = Tensor | dict[str, Tensor]
-
-
-def check_steady(policy: BasePolicy, algorithm: str) -> None:
-    """Raise NsrlError where the actor computes something else in train mode than when it acts.
-
-    SB3's PPO and A2C update in train mode; no KL of a policy holds that is random or depends on the batch there, and
-    the running statistics of batch normalisation move the policy where no constraint on its parameters can see it.
-    """
-    for name, module in policy.named_modules():
-        noisy = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0
-        if name.startswith(CRITIC) or not (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            continue
-        raise NsrlError(
-            f"{name} is {type(module).__name__}, with which {algorithm} updates another policy than the one that acts; "
-            "replace it (LayerNorm will do), or fine-tune with NullSpaceTRPO, which updates in eval mode"
-        )
 
 
 def policy_outputs(policy: ActorCriticPolicy, observations: Observation) -> Tensor:
@@ -77,7 +61,8 @@ class Head:
         if self.stages is not None:
             assert isinstance(self.inputs, Tensor)
             return LayerPasses(self.stages, self.inputs, self.parameters)
-        with torch.enable_grad():
+        # The fused attention kernels cannot be differentiated twice, which products with the Jacobian take.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return GraphPasses(self.forward(self.inputs), self.parameters)
 
     def select(self, indices: Tensor | slice) -> Head:

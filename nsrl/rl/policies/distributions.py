@@ -103,12 +103,12 @@ class MaskedCategorical(Categorical):
         return super().slope(reference, self._masked(outputs))
 
     def seeds(self, outputs: Tensor) -> Tensor:
-        """As `Categorical.seeds`; the columns of invalid actions are zero."""
+        """As `Categorical.seeds`, (N, O - heads, O); the columns of invalid actions are zero."""
         assert self.valid is not None
         return super().seeds(self._masked(outputs)) * self.valid.unsqueeze(1)
 
     def residual(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """As `Categorical.residual`."""
+        """As `Categorical.residual`, (N, O)."""
         return super().residual(reference, self._masked(outputs))
 
     def agreement(self, reference: Tensor, outputs: Tensor) -> float:
@@ -187,7 +187,7 @@ class Categories(ActionDistribution):
         return (int(space.n),)
 
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-        """See `ActionDistribution`."""
+        """Actions, (N,); see `ActionDistribution`."""
         return self._draw(policy, outputs, generator)[:, 0]
 
     def metric(
@@ -220,7 +220,7 @@ class SeveralCategories(Categories):
         return tuple(int(n) for n in space.nvec.flatten())
 
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-        """See `ActionDistribution`."""
+        """Actions, (N, A); see `ActionDistribution`."""
         return self._draw(policy, outputs, generator)
 
 
@@ -236,7 +236,7 @@ class Bits(ActionDistribution):
         return (1,) * int(np.prod(space.shape or ()))
 
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-        """See `ActionDistribution`."""
+        """Actions, (N, O); see `ActionDistribution`."""
         drawn = torch.bernoulli(outputs.float().cpu().sigmoid(), generator=generator).numpy()
         return drawn.astype(policy.action_space.dtype)
 
@@ -267,7 +267,7 @@ class DiagonalGaussian(ActionDistribution):
         return (1,) * int(np.prod(space.shape or ()))
 
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-        """See `ActionDistribution`."""
+        """Actions, (N, ...) as the space has them, within its bounds; see `ActionDistribution`."""
         space: Any = policy.action_space
         outputs = outputs.float().cpu()
         noise = torch.randn(outputs.shape, generator=generator)
@@ -275,7 +275,7 @@ class DiagonalGaussian(ActionDistribution):
         return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
 
     def log_prob(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Tensor:
-        """See `ActionDistribution`."""
+        """Log density, (N,); see `ActionDistribution`."""
         distribution: Any = policy.action_dist
         return distribution.proba_distribution(outputs, policy.log_std).log_prob(actions)
 

@@ -96,7 +96,11 @@ def labelled(
     trust: bool,
     action_masks: Any = None,
 ) -> dict[str, Any]:
-    """Fields of a buffer with an agent's outputs."""
+    """Fields of a buffer with an agent's outputs.
+
+    Raises:
+        NsrlError: it acts under masks that are not given, or has other observation statistics than those given.
+    """
     model, trained, source = resolve_agent(agent, trust)
     if is_maskable(model.policy) and action_masks is None:
         raise NsrlError(
@@ -108,7 +112,7 @@ def labelled(
             "the normalizer has other observation statistics than the agent; leave it out to use the agent's"
         )
     normalizer = trained or normalizer
-    _check_shapes(observations, model.observation_space)
+    observations = fitting(observations, model.observation_space)
     if normalizer is not None:
         normalizer.check(model.observation_space)
     with evaluation_mode(model.policy):
@@ -139,7 +143,7 @@ def _recorded(
         )
     outputs = np.asarray(outputs, dtype=np.float32)
     observation_space = observation_space or _box_space(observations)
-    _check_shapes(observations, observation_space)
+    observations = fitting(observations, observation_space)
     width = sum(distribution.sizes(action_space))
     if outputs.ndim != 2 or outputs.shape[1] != width:
         raise NsrlError(f"outputs has shape {outputs.shape}, but {action_space} needs (N, {width})")
@@ -177,7 +181,11 @@ def _mean_one(weights: Any) -> Any:
 
 
 def heldout_states(n: int, heldout: float | np.ndarray, seed: int) -> np.ndarray:
-    """Which of n states are held out, (n,) bool: those given, or a random share."""
+    """Which of n states are held out, (n,) bool: those given, or a random share.
+
+    Raises:
+        NsrlError: a share outside [0, 1), or an array of another shape.
+    """
     if isinstance(heldout, np.ndarray):
         return heldout
     if not 0.0 <= heldout < 1.0:
@@ -193,16 +201,61 @@ def _as_arrays(observations: Any) -> Observations:
     return arrays
 
 
-def _check_shapes(observations: Observations, space: spaces.Space) -> None:
-    """Raise NsrlError, naming both, unless these are observations of the space."""
+def fitting(observations: Observations, space: spaces.Space) -> Observations:
+    """Observations in the number format of a space, where they can be observations of it.
+
+    Raises:
+        NsrlError: naming both, for other keys, shapes, or numbers that a policy of this space would misread.
+    """
     parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
     named = observations if isinstance(observations, dict) else {"": observations}
     if isinstance(space, spaces.Dict) != isinstance(observations, dict) or parts.keys() != named.keys():
         raise NsrlError(f"observations has the keys {sorted(named)}, but the agent reads {space}")
-    for key, array in named.items():
-        if array.shape[1:] != parts[key].shape:
-            name = f"observations[{key!r}]" if key else "observations"
-            raise NsrlError(f"{name} has shape {array.shape}, but {parts[key]} needs (N, ...) with {parts[key].shape}")
+    fitted = {
+        key: _fitting(f"observations[{key!r}]" if key else "observations", array, parts[key])
+        for key, array in named.items()
+    }
+    return fitted if isinstance(observations, dict) else fitted[""]
+
+
+def _fitting(name: str, array: np.ndarray, space: spaces.Space) -> np.ndarray:
+    if array.shape[1:] != space.shape:
+        raise NsrlError(f"{name} has shape {array.shape}, but {space} needs (N, ...) with {space.shape}")
+    if array.dtype.kind not in "biuf" or space.dtype is None:
+        return array  # the buffer's own checks name what is no number
+    whole = array.dtype.kind != "f"
+    if space.dtype.kind == "f":
+        if whole and isinstance(space, spaces.Box) and bool(((array < space.low) | (array > space.high)).any()):
+            raise NsrlError(
+                f"{name} holds whole numbers up to {array.max()}, but the policy reads numbers up to "
+                f"{space.high.max():g} ({space}); pass the observations as it was given them"
+            )
+        return array
+    if not whole and not bool((np.mod(array, 1.0) == 0.0).all()):
+        raise NsrlError(
+            f"{name} holds fractions, but the policy reads {space.dtype} ({space}); pass the observations as the "
+            "environment gives them: images from 0 to 255, which the policy divides by 255 itself"
+        )
+    if not whole and array.size and array.max() <= 1.0 and isinstance(space, spaces.Box) and space.high.max() > 1.0:
+        raise NsrlError(
+            f"{name} holds the numbers 0 and 1 only, as {array.dtype}: images scaled to [0, 1] would be scaled again; "
+            f"pass them from 0 to 255, or as {space.dtype} where 1 is meant"
+        )
+    low, high = _bounds(space)
+    if bool(((array < low) | (array > high)).any()):
+        raise NsrlError(f"{name} has values from {array.min()} to {array.max()}, which are not all in {space}")
+    return array if whole else array.astype(space.dtype)
+
+
+def _bounds(space: spaces.Space) -> tuple[Any, Any]:
+    """Smallest and largest numbers of a space of whole ones."""
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    return 0, 1
 
 
 def _box_space(observations: Observations) -> spaces.Space:

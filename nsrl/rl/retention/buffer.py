@@ -23,7 +23,8 @@ from nsrl.rl.retention import arrays as sources
 from nsrl.rl.retention import collection, merging
 from nsrl.rl.retention.constraint import RetentionConstraint
 from nsrl.rl.retention.minari import from_minari
-from nsrl.rl.retention.states import FORMAT, RetainedStates, check_content, fields_from
+from nsrl.rl.retention.states import RetainedStates, check_content, fields_from
+from nsrl.versions import BUFFER
 
 P = ParamSpec("P")
 
@@ -117,6 +118,7 @@ class RetentionBuffer(RetainedStates):
         check_described(
             agent, self.provenance["observation_space"], self.provenance["action_space"], "the buffer's task"
         )
+        sources.fitting(self.observations, agent.observation_space)  # type: ignore[arg-type]
         if env is not None:
             agents.check_spaces(agent, env)
         if not trust_agent:
@@ -127,9 +129,10 @@ class RetentionBuffer(RetainedStates):
         """Read a file that `save` wrote; nothing in it is ever unpickled.
 
         Raises:
-            NsrlError: when the file is missing, damaged, of a newer format, or its content is not valid.
+            NsrlError: when the file is missing, damaged, of a newer nsrl (the sentence says which), or its content is
+                not valid.
         """
-        arrays, header = read_npz(path, FORMAT)
+        arrays, header = read_npz(path, BUFFER)
         try:
             return cls(**fields_from(arrays, header))
         except NsrlError as error:

@@ -95,7 +95,11 @@ def collect(
     trust: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Collect the fields of a `RetentionBuffer`; see `RetentionBuffer.collect`."""
+    """Collect the fields of a `RetentionBuffer`; see `RetentionBuffer.collect`.
+
+    Raises:
+        NsrlError: as there.
+    """
     given, owner = env, getattr(agent, "model", agent)
     if given is None and isinstance(owner, BaseAlgorithm):
         given = owner.get_env()
@@ -103,32 +107,53 @@ def collect(
         raise NsrlError("the agent carries no environment; pass env, for instance the id of the task it was trained on")
     vec_env = as_vec_env(given, config.n_envs)
     try:
-        model, trained, source = resolve_agent(agent, trust, vec_env)
-        policy: Any = model.policy
-        normalizer = frozen_normalizer(trained, vec_env)
-        scaling = unwrap_vec_normalize(vec_env) or model.get_vec_normalize_env()
-        unit = reward_unit(config.reward_scale, scaling, normalizer)
-        rng = np.random.default_rng(config.seed)
-        with own_randomness(config.seed), evaluation_mode(policy):
-            with raw_observations(vec_env), masked_by(vec_env, policy) as masks:
-                rollout = roll_out(policy, vec_env, config.n_transitions(), config.seed, normalizer, progress)
-            candidates, scale = np.arange(rollout.rewards.size), None
-            if config.select == "advantage":
-                advantage, scale = advantages(policy, rollout, normalizer, model.gamma, model.gae_lambda, *unit)
-                n_best = max(config.n_states, round(config.quantile * advantage.size))
-                candidates = np.argsort(-advantage.ravel(), kind="stable")[:n_best]
-            chosen = np.sort(rng.choice(candidates, config.n_states, replace=False))
-            observations = map_arrays(lambda array: array[chosen], rollout.flat_observations())
-            outputs = reference_outputs(policy, observations, normalizer)
-            if masks:
-                outputs = np.where(np.concatenate(masks)[chosen], outputs, np.float32(INVALID))
         env_id = given if isinstance(given, str) else registered_id(vec_env)
+        return visited_states(resolve_agent(agent, trust, vec_env), vec_env, config, env_id, progress)
     finally:
         if isinstance(given, str):
             vec_env.close()
         elif isinstance(owner, BaseAlgorithm) and vec_env is owner.get_env():
             owner._last_obs = None  # the env has moved on, so SB3 has to reset it before it learns again
 
+
+def visited_states(
+    agent: tuple[OnPolicyAlgorithm, ObservationNormalizer | None, str | None],
+    env: VecEnv,
+    config: CollectionConfig,
+    env_id: str | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fields of a `RetentionBuffer`: states that an agent visits, and what it does there.
+
+    Args:
+        agent: model, observation statistics and name, as `resolve_agent` gives them.
+        env: the old task; it is left in mid-episode.
+        config: how many states, and which.
+        env_id: the task's, where it has one.
+        progress: called with (transitions so far, total) after each step.
+
+    Raises:
+        NsrlError: the statistics are not those around the environment, or do not fit it.
+    """
+    model, trained, source = agent
+    policy: Any = model.policy
+    normalizer = frozen_normalizer(trained, env)
+    scaling = unwrap_vec_normalize(env) or model.get_vec_normalize_env()
+    unit = reward_unit(config.reward_scale, scaling, normalizer)
+    rng = np.random.default_rng(config.seed)
+    with own_randomness(config.seed), evaluation_mode(policy):
+        with raw_observations(env), masked_by(env, policy) as masks:
+            rollout = roll_out(policy, env, config.n_transitions(), config.seed, normalizer, progress)
+        candidates, scale = np.arange(rollout.rewards.size), None
+        if config.select == "advantage":
+            advantage, scale = advantages(policy, rollout, normalizer, model.gamma, model.gae_lambda, *unit)
+            n_best = max(config.n_states, round(config.quantile * advantage.size))
+            candidates = np.argsort(-advantage.ravel(), kind="stable")[:n_best]
+        chosen = np.sort(rng.choice(candidates, config.n_states, replace=False))
+        observations = map_arrays(lambda array: array[chosen], rollout.flat_observations())
+        outputs = reference_outputs(policy, observations, normalizer)
+        if masks:
+            outputs = np.where(np.concatenate(masks)[chosen], outputs, np.float32(INVALID))
     return {
         "observations": observations,
         "outputs": outputs,
@@ -163,7 +188,7 @@ def frozen_normalizer(trained: ObservationNormalizer | None, env: VecEnv) -> Obs
     normalizer = trained or given
     if normalizer is not None:
         if normalizer.count < 1.0:
-            warnings.warn("the VecNormalize has seen no observations: are these the agent's statistics?", stacklevel=4)
+            warnings.warn("the VecNormalize has seen no observations: are these the agent's statistics?", stacklevel=5)
         try:
             normalizer.check(env.observation_space)
         except NsrlError as error:

@@ -124,6 +124,11 @@ class RetentionConstraint:
         self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
 
     @property
+    def skips_calls(self) -> bool:
+        """Whether outputs are made of the layers' weights without calling the modules: a chain of linear layers."""
+        return self._still is not None and self._still.stages is not None
+
+    @property
     def protects_log_std(self) -> bool:
         """Whether the state-independent standard deviation is part of the constraint, and moves."""
         return self.distribution.has_spread and self.preserve == "distribution" and self.policy.log_std.requires_grad

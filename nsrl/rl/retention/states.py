@@ -19,12 +19,10 @@ from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.policies.actor_critic import Observation
 from nsrl.rl.policies.distributions import DISTRIBUTIONS
 from nsrl.rl.policies.observations import Observations, map_arrays, policy_inputs
+from nsrl.versions import BUFFER
 
 #: Buffers that one may be merged from, and characters of a name in its provenance; a merged one's joins theirs.
 MOST_SOURCES, LONGEST_NAME = 10_000, 10_000
-
-#: 2 added the source of each state; a buffer of one source is still written as 1, which older versions read.
-FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,13 +98,8 @@ class RetainedStates:
         return self.log_std if self.log_std is None or self.log_std.ndim == 1 else self.log_std[self.source]
 
     @property
-    def train_indices(self) -> np.ndarray:
-        """Indices of the states that may be trained on, int64."""
-        return np.flatnonzero(~self.heldout)
-
-    @property
     def heldout_indices(self) -> np.ndarray:
-        """Indices of the held-out states, int64."""
+        """Indices of the H held-out states, (H,) int64."""
         return np.flatnonzero(self.heldout)
 
     def inputs(self, indices: Sequence[int] | np.ndarray | None = None, device: Any = "cpu") -> Observation:
@@ -136,7 +129,7 @@ class RetainedStates:
             NsrlError: when the file cannot be written.
         """
         header = {"family": self.family, "provenance": self.provenance}
-        return write_npz(path, arrays_of(self), header, FORMAT if self.source.any() else 1)
+        return write_npz(path, arrays_of(self), header, BUFFER.newest if self.source.any() else 1)
 
 
 #: A class of records, for functions that give back the kind that they were given.
@@ -264,7 +257,11 @@ def check_content(buffer: RetainedStates) -> None:
 
 
 def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
-    """Refuse all but a finite array of this dtype (None: any number) and shape (None: any, ...: more)."""
+    """Refuse all but a finite array of this dtype (None: any number) and shape (None: any, ...: more).
+
+    Raises:
+        NsrlError: naming the field, and what it is instead.
+    """
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise NsrlError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}, but must be an array of numbers")
     if dtype is not None and array.dtype != dtype:
@@ -279,7 +276,7 @@ def check_array(name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> No
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy of it, that cannot be written to."""
+    """The array, (...,), or a copy of it, that cannot be written to."""
     if array.flags.writeable or array.base is not None:
         array = array.copy()
         array.flags.writeable = False

@@ -41,7 +41,7 @@ class StateWeights:
         self._weights = None if bool((weights == weights[0]).all()) else weights
 
     def relative(self, indices: Tensor | None = None, importance: Tensor | None = None) -> Tensor | None:
-        """Weights of some states (None: all) times their importance, scaled to mean 1, float64; None for equal ones."""
+        """Weights of n states (None: all) times their importance, (n,) float64, of mean 1; None for equal ones."""
         weights = self._weights if self._weights is None or indices is None else self._weights[indices]
         if importance is not None:
             weights = importance.double() if weights is None else weights * importance

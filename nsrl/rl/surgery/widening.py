@@ -100,7 +100,11 @@ def widening(
 
 
 def feature_columns(old: ActorCriticPolicy, new: ActorCriticPolicy, wide: Widening) -> np.ndarray:
-    """Where the old features are among the new ones."""
+    """Where the F old features are among the new ones, (F,) int64.
+
+    Raises:
+        NsrlError: the feature extractor mixes its inputs before the first linear layer.
+    """
     extractor, wider = old.features_extractor, new.features_extractor
     if type(extractor) is FlattenExtractor:
         return wide.kept[""]

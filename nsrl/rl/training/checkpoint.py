@@ -8,7 +8,6 @@ simulators: on resuming, the environments start new episodes, and a rollout that
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
@@ -29,7 +28,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import recursive_getattr
 
 from nsrl.errors import NsrlError
-from nsrl.files import unwritable
+from nsrl.files import written_atomically
 from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
@@ -40,6 +39,7 @@ from nsrl.rl.agents.spaces import describe_space
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.fitting import COUNTERS, EPISODES, check_fits, identity_of, running_statistics
 from nsrl.rl.training.random_state import plain, read_generators, write_generators
+from nsrl.versions import CHECKPOINT, VERSION
 
 #: Relative difference of the measured KL, before and after, that another machine's arithmetic may explain.
 KL_TOLERANCE = 1e-3
@@ -221,8 +221,9 @@ def _content(
     generators = boundary["generators"]
     state = {
         **boundary,
-        "format": FORMAT,
+        "format": CHECKPOINT.newest,
         "versions": {
+            "nsrl": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "stable_baselines3": sb3_version,
@@ -246,8 +247,6 @@ def _tensors(model: OnPolicyAlgorithm, generators: dict[str, Any]) -> dict[str, 
     }
 
 
-FORMAT = 1
-
 #: The key of a checkpoint's checksum in its state.
 CHECKSUM = "checksum"
 
@@ -262,29 +261,11 @@ def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any])
     Raises:
         NsrlError: when the file cannot be written.
     """
-    # one name for all attempts, so that what a killed process leaves behind is overwritten by the next one
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("state.json", json.dumps(signed(state, tensors)))
-                stream = io.BytesIO()
-                torch.save(tensors, stream)
-                archive.writestr("tensors.pt", stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the new name survives a power cut only once the folder is synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise unwritable(f"the checkpoint {path}", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_atomically(path, durable=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr("state.json", json.dumps(signed(state, tensors)))
+        stream = io.BytesIO()
+        torch.save(tensors, stream)
+        archive.writestr("tensors.pt", stream.getvalue())
     return path
 
 
@@ -298,23 +279,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state and the tensors of a checkpoint; no object in it is ever unpickled.
 
     Raises:
-        NsrlError: missing, truncated or damaged file, or another format.
+        NsrlError: missing, truncated or damaged file, or one of a newer nsrl; the sentence says which.
     """
     try:
         with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
             text, stored = members.read("state.json", JSON), members.read("tensors.pt")
-        state = mapping(parse_json(text), "its state", PARTS)
-        version = whole(state["format"], "its format")
-        if version == FORMAT:
-            tensors = mapping(read_tensors(stored), "its tensors", TENSORS, ())
-            if CHECKSUM in state:  # those of nsrl 0.1.0 have none
-                expected = state.pop(CHECKSUM)
-                check_checksum([state, tensors], expected)
-            return state, tensors
+        state = mapping(parse_json(text), "its state", ["format"])
+        versions = mapping(state.get("versions", {}), "its versions")
+        CHECKPOINT.check(path, whole(state["format"], "its format", 1), versions.get("nsrl"))
+        mapping(state, "its state", PARTS)
+        tensors = mapping(read_tensors(stored), "its tensors", TENSORS, ())
+        if CHECKSUM in state:  # the first ones have none
+            expected = state.pop(CHECKSUM)
+            check_checksum([state, tensors], expected)
+        return state, tensors
     except FileNotFoundError as error:
         raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without") from error
     except OSError as error:
         raise NsrlError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Unreadable as error:
         raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
-    raise NsrlError(f"{path} has checkpoint format {version} and this nsrl reads {FORMAT}; use the nsrl that wrote it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import finite, items, mapping, numbers, whole
 from nsrl.rl.agents.normalization import FrozenMeanStd
 from nsrl.rl.agents.spaces import check_described
+from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.training.random_state import check_generators, plain
 
 COUNTERS = (
@@ -35,6 +36,9 @@ CLOCKS = ("_current_progress_remaining", "_learning_seconds")
 #: What a row of the history has.
 ROW = ("timesteps", "old_returns", "new_return", "kl_mean", "kl_heldout", "agreement", "seconds")
 
+#: Of retention, by name.
+SETTINGS = frozenset(item.name for item in fields(RetentionConfig))
+
 EPISODES = ("ep_info_buffer", "ep_success_buffer")
 
 
@@ -45,7 +49,7 @@ def check_fits(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAl
     identity = plain(identity_of(model))
     for key in mapping(state["run"], "run") | identity:
         saved, here = state["run"].get(key), identity.get(key)
-        if saved == here:
+        if saved == here or (key not in state["run"] and key in SETTINGS):  # an older nsrl did not have this setting
             continue
         if key == "retention buffer":
             raise NsrlError("it was made with another retention buffer; resume with the run's own")

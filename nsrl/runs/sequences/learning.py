@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import given_path, write_json, write_text, written_atomically
+from nsrl.files import given_path, write_json, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.runs.config import PretrainConfig
-from nsrl.runs.finetuning import build_model
+from nsrl.runs.finetuning import build_model, new_task
 from nsrl.runs.folder import RunFolder, choose_folder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.pretraining import pretrain, resume_pretraining
@@ -37,8 +38,7 @@ from nsrl.runs.sequences.stages import (
     reference_folder,
     stage_folders,
 )
-from nsrl.runs.settings import to_yaml
-from nsrl.runs.tasks import check_fits, make_envs
+from nsrl.runs.tasks import check_fits
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -67,7 +67,7 @@ def learn_sequence(config: SequenceConfig, out: str | Path | None = None, *, pro
     name = config.name or f"sequence-{config.labels[-1]}"
     folder = choose_folder("finetune", name, config.out if out is None else out)
     with folder.made():
-        write_text(folder.config, to_yaml(replace(config, out=str(folder.path))))
+        folder.write_config(replace(config, out=str(folder.path)))
         return _run(config, folder, progress)
 
 
@@ -147,7 +147,7 @@ def _learn(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder],
     before, stage, task = stages[number - 1], stages[number], config.tasks[number]
     settings, start = config.stage(number), before.read_metrics()
     agent = agents.load(before.agent, trust=config.trust)
-    model = build_model(settings, agent, _merged(stages[:number]), task.env)
+    model = build_model(settings, agent, _merged(stages[:number]), new_task(settings, agent, task.env))
     model.num_timesteps = start["end"]
     evaluation = TaskEvaluation(
         None,

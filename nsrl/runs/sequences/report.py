@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nsrl.files import write_text, written_atomically
+from nsrl.files import STAMP, write_text, written_atomically
 from nsrl.runs.figures import COLOURS
 from nsrl.runs.folder import RunFolder
 from nsrl.runs.report import Table, describe_method, duration, number, scientific
@@ -81,6 +81,7 @@ def _files(folder: RunFolder) -> str:
         folder.buffer: "the states of all tasks, to go on with",
         folder.history: "measurements during training",
         folder.config: "the complete configuration",
+        folder.path / STAMP: "which nsrl made the folder, and in which format",
         folder.tensorboard: "TensorBoard events",
     }
     lines = [f"* `{path.name}`: {text}" for path, text in known.items() if path.exists()]

@@ -34,7 +34,7 @@ def continual_results(
 
     Returns:
         `matrix` (mean returns; row t after task t, column i on task i), `unit`, `average_return`,
-        `average_performance`, `forgetting` and `forward_transfer` with their `_by_task`.
+        `average_performance`, `forgetting` and `forward_transfer` with the same by task (`performance_by_task`, ...).
     """
     matrix = np.array([[stage["returns"][label]["mean"] for label in config.labels] for stage in stages])
     scaled = all(task.low is not None for task in config.tasks)
@@ -77,7 +77,7 @@ def _transfer(
 
 
 def performance(returns: ArrayLike, low: float, high: float) -> np.ndarray:
-    """Returns as performance: 0 at `low` and below, 1 at `high` and above, linear between."""
+    """Returns as performance, same shape, (...,): 0 at `low` and below, 1 at `high` and above, linear between."""
     return np.clip((np.asarray(returns, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
 
 

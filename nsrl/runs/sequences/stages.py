@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.files import read_lines
-from nsrl.rl.budget.config import ZERO_BUDGET
+from nsrl.rl.budget.config import accepted
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
 from nsrl.runs.folder import RunFolder
@@ -71,9 +71,9 @@ def largest_share(history: Path, budgets: Mapping[str, float]) -> float:
 
 def budget_share(row: Mapping[str, Any], budgets: Mapping[str, float]) -> float:
     """The largest KL / budget over the tasks of a row of history.jsonl; budget 0 counts as its tolerance."""
-    spent = [row[f"kl/{label}"] / max(budget, ZERO_BUDGET) for label, budget in budgets.items() if f"kl/{label}" in row]
+    spent = [row[f"kl/{label}"] / accepted(budget) for label, budget in budgets.items() if f"kl/{label}" in row]
     # The hard null space is for all tasks together, and a single one is not named then.
-    return max(spent, default=(row.get("kl_mean") or 0.0) / max(*budgets.values(), ZERO_BUDGET))
+    return max(spent, default=(row.get("kl_mean") or 0.0) / accepted(max(budgets.values())))
 
 
 def read_reference(path: RunFolder) -> tuple[list[int], list[float]]:

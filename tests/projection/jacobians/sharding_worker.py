@@ -20,7 +20,6 @@ from nsrl.projection import (
     KrylovProjection,
     ShardedJacobian,
     SpectralProjection,
-    attach_projection,
     jacobian,
     shard_layers,
     sharded_jacobian,
@@ -28,7 +27,7 @@ from nsrl.projection import (
 from nsrl.projection.optimizer import FlatParameters
 from tests.projection.architecture import Architecture, sequences, vectors
 from tests.projection.architectures import ARCHITECTURES
-from tests.projection.builders import Net, mlp, normal
+from tests.projection.builders import Net, mlp, normal, project_way
 
 SAMPLES = (3, 5)
 BUDGET = 0.02
@@ -241,7 +240,7 @@ def data_parallel(rank: int) -> dict[str, Any]:
     sharded = sharded_jacobian(module, share(states, rank), mean=True)
     solver = SpectralProjection(sharded, torch.zeros(24, dtype=torch.float64), 0.0)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
-    attach_projection(
+    project_way(
         optimizer,
         list(module.parameters()),
         lambda d: sharded.gather_columns(solver.project(sharded.own_columns(d), BUDGET).displacement),

@@ -14,10 +14,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from nsrl.projection import SpectralProjection, attach_projection, jacobian, shard_layers, sharded_jacobian
+from nsrl.projection import SpectralProjection, jacobian, shard_layers, sharded_jacobian
 from nsrl.projection.optimizer import FlatParameters
 from tests.projection.architecture import vectors
-from tests.projection.builders import jacrev_matrix, mlp, normal
+from tests.projection.builders import jacrev_matrix, mlp, normal, project_way
 from tests.projection.jacobians import sharding_worker as worker
 from tests.projection.jacobians.sharding_worker import BUDGET, DTYPES, PROJECTIONS, SAMPLES
 from tests.tolerances import relative
@@ -171,7 +171,7 @@ def projected_steps(optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Opt
     whole = jacobian(module, vectors(sum(SAMPLES), 3), scale=sum(SAMPLES) ** -0.5)
     solver = SpectralProjection(whole, torch.zeros(ROWS, dtype=torch.float64), 0.0)
     optimizer = optimizer_of(parameters)
-    attach_projection(optimizer, parameters, lambda d: solver.project(d, BUDGET).displacement)
+    project_way(optimizer, parameters, lambda d: solver.project(d, BUDGET).displacement)
     for _ in range(steps):
         worker.step(module, optimizer, vectors(8, 4))
     return FlatParameters(parameters).read()

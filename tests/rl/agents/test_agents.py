@@ -13,10 +13,12 @@ from gymnasium import spaces
 from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from nsrl import NullSpacePPO
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
@@ -314,8 +316,6 @@ def test_hyperparameters_make_the_same_algorithm_again():
     assert found == given
     PPO("MlpPolicy", FakeEnv(), **found)
 
-
-def test_hyperparameters_of_other_algorithms_that_ppo_shares():
     assert hyperparameters(build(TRPO, gamma=0.9)) == {
         "gae_lambda": 0.95,
         "gamma": 0.9,
@@ -450,3 +450,46 @@ def test_training_environments_freeze_the_agent_s_statistics():
         training_env("NoSuchEnv-v0", None)
     with pytest.raises(NsrlError, match="shape"):
         training_env("CartPole-v1", normalizer)
+
+
+ENJOY = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+
+
+@pytest.mark.parametrize("value", [0, 0.0, lambda _: 0.0, ConstantSchedule(0.0), FloatSchedule(0.0)])
+def test_schedules_that_are_zero_throughout_are_not_handed_on(value):
+    model = build(gamma=0.9)
+    model.learning_rate = model.clip_range = value
+    found = hyperparameters(model)
+    assert "learning_rate" not in found and "clip_range" not in found and found["gamma"] == 0.9
+    model.learning_rate = LinearSchedule(1e-3, 0.0, 1.0)
+    assert hyperparameters(model)["learning_rate"] is model.learning_rate
+
+
+def test_an_agent_that_enjoy_has_saved_learns_again(tmp_path):
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    PPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").save(tmp_path / "agent")
+    PPO.load(tmp_path / "agent", device="cpu", custom_objects=ENJOY).save(tmp_path / "enjoyed")
+    path = tmp_path / "enjoyed.zip"
+    with pytest.warns(UserWarning, match=r"learning_rate of .*enjoyed.zip is 0, with which no weight moves"):
+        model = NullSpacePPO.from_pretrained(path, env)
+    assert model.learning_rate == 3e-4 and model.n_steps == 16
+    model = NullSpacePPO.from_pretrained(path, env, learning_rate=1e-4)
+    assert model.learning_rate == 1e-4
+    with pytest.warns(UserWarning, match="learning_rate of the agent was 0"):
+        model = agents.attach_env(PPO.load(path, device="cpu"), env)
+    assert model.learning_rate == 3e-4 and model.clip_range(1.0) == 0.2
+    before = model.policy.action_net.weight.detach().clone()
+    model.learn(32)
+    assert not torch.equal(before, model.policy.action_net.weight)
+    with pytest.warns(UserWarning, match="no weight will move"):
+        NullSpacePPO("MlpPolicy", env, n_steps=16, batch_size=16, learning_rate=0.0, device="cpu").learn(32)
+
+
+def test_the_length_of_a2c_s_rollouts_is_no_other_algorithm_s():
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    agent = A2C("MlpPolicy", env, gamma=0.9, device="cpu")
+    assert hyperparameters(agent, A2C)["n_steps"] == 5
+    with pytest.warns(UserWarning, match="n_steps of the agent is 5, the length of an A2C's rollouts"):
+        model = NullSpacePPO.from_pretrained(agent, env)
+    assert (model.n_steps, model.gamma) == (2048, 0.9)
+    assert NullSpacePPO.from_pretrained(agent, env, n_steps=32).n_steps == 32

@@ -327,26 +327,6 @@ def test_observation_statistics_freeze_while_reward_statistics_move(space):
     assert retaining.ret_rms.count == rewarding.ret_rms.count > 1
 
 
-def test_reward_state_restores_a_run_exactly(tmp_path):
-    first = RetainingVecNormalize(vec_env(), normalizer())
-    run(first)
-    np.savez(tmp_path / "state.npz", **first.reward_state())
-    second = RetainingVecNormalize(vec_env(), normalizer())
-    run(second, steps=12)
-    second.ret_rms = RunningMeanStd(shape=())
-    with np.load(tmp_path / "state.npz", allow_pickle=False) as state:
-        second.set_reward_state(dict(state))
-    for _ in range(5):
-        assert all(
-            same(a, b) for a, b in zip(*(env.step(np.zeros(2, dtype=int))[:2] for env in (first, second)), strict=True)
-        )
-    assert same(first.reward_state(), second.reward_state())
-    with pytest.raises(NsrlError, match="returns"):
-        RetainingVecNormalize(vec_env(n_envs=3), normalizer()).set_reward_state(first.reward_state())
-    with pytest.raises(NsrlError, match="count"):
-        second.set_reward_state({key: value for key, value in first.reward_state().items() if key != "count"})
-
-
 def test_without_statistics_observations_pass_unchanged():
     env, bare = RetainingVecNormalize(vec_env(), None), vec_env()
     for wrapped in (env, bare):

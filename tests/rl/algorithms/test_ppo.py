@@ -62,7 +62,7 @@ def test_an_inactive_constraint_changes_nothing_bit_for_bit(kind: str) -> None:
         {"gradient": "plain", "projection": "none"},
     ],
 )
-@pytest.mark.parametrize("budget", [0.0, 1e-4, 0.01])
+@pytest.mark.parametrize("budget", [0.0, 1e-9, 1e-7, 1e-4, 0.01])
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, budget: float, options: dict) -> None:
     agent, buffer = trained(kind)
@@ -84,7 +84,7 @@ def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, budg
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(budget=st.floats(1e-5, 0.3), rate=st.floats(1e-4, 0.1), seed=st.integers(0, 50))
+@given(budget=st.floats(-10.0, -0.5).map(lambda power: 10.0**power), rate=st.floats(1e-4, 0.1), seed=st.integers(0, 50))
 def test_the_invariant_holds_for_any_budget_and_learning_rate(budget: float, rate: float, seed: int) -> None:
     model, buffer = finetuned(kl_budget=budget, learning_rate=rate, seed=seed, wrapper=SpikyReward, steps=256)
     assert independent_kl(model, buffer) <= within(budget, buffer)

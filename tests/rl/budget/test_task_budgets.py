@@ -143,6 +143,10 @@ def test_bad_budgets_are_refused() -> None:
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(NsrlError, match="task_budgets must be numbers of nats > 0"):
             RetentionConfig(task_budgets={"first": value})
+    for options in ({"kl_budget": 1e-12}, {"task_budgets": {"first": 0.1, "second": 9e-11}}):
+        with pytest.raises(NsrlError, match="less than single precision can measure"):
+            RetentionConfig(**options)
+    assert RetentionConfig(kl_budget=0.0).tolerance == 1e-6 and RetentionConfig(kl_budget=1e-9).tolerance == 1e-9
 
 
 def test_a_policy_that_is_over_the_budget_of_one_task_is_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.distributions import Normal, kl_divergence
 
 from nsrl import NullSpacePPO, RetentionBuffer, protect
@@ -357,3 +358,54 @@ def test_the_environment_of_a_merged_buffer_is_checked_as_ever() -> None:
     agent, first = trained()
     with pytest.raises(NsrlError, match="the environment has the observation space"):
         RetentionBuffer.merge([first, first]).check(agent, gym.make("Pendulum-v1"))
+
+
+IMAGES = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+
+
+def image_agent(space: spaces.Space = IMAGES) -> PPO:
+    class Still(gym.Env):
+        observation_space, action_space = space, spaces.Discrete(3)
+
+    kind = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "CnnPolicy"
+    return PPO(kind, DummyVecEnv([Still]), n_steps=8, batch_size=8, seed=0, device="cpu")
+
+
+def test_images_are_taken_as_the_environment_gives_them_and_never_scaled_twice() -> None:
+    agent = image_agent()
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 36, 36), dtype=np.uint8)
+    right = RetentionBuffer.from_arrays(images, agent)
+    with torch.no_grad():
+        logits = agent.policy.get_distribution(torch.as_tensor(images)).distribution.logits
+        wanted = logits - logits.mean(1, keepdim=True)
+    found = torch.tensor(right.outputs)
+    # logits up to a common shift; float32 sums of a few thousand terms
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NsrlError, match=r"holds fractions.*0 to 255"):
+        RetentionBuffer.from_arrays(images.astype(np.float32) / 255.0, agent)
+    with pytest.raises(NsrlError, match="scaled again"):
+        RetentionBuffer.from_arrays((images > 127).astype(np.float64), agent)
+    with pytest.raises(NsrlError, match=r"values from .* to 510"):
+        RetentionBuffer.from_arrays(2 * images.astype(np.int64), agent)
+    given = {"outputs": right.outputs, "action_space": agent.action_space}
+    with pytest.raises(NsrlError, match="holds fractions"):
+        RetentionBuffer.from_arrays(images / 255.0, observation_space=IMAGES, **given)
+    assert RetentionBuffer.from_arrays(images.astype(np.float32), agent).digest() == right.digest()
+    dark = np.zeros_like(images)
+    dark[:, 0, 0, 0] = 1
+    assert len(RetentionBuffer.from_arrays(dark, agent)) == 20
+    with pytest.raises(NsrlError, match="holds fractions"):
+        protect(agent, replace(right, observations=(images / 255.0).astype(np.float32)), trust_buffer=True)
+
+
+def test_numbers_that_are_no_observations_of_their_space_are_refused() -> None:
+    agent = image_agent(spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(0.0, 1.0, (2,))}))
+    ones = np.ones((4, 2), np.float32)
+    RetentionBuffer.from_arrays({"a": np.array([0.0, 1.0, 2.0, 1.0]), "b": ones}, agent)
+    for a, b, message in (
+        (np.array([0.5, 1.0, 2.0, 1.0]), ones, r"observations\['a'\] holds fractions"),
+        (np.array([0, 1, 2, 3]), ones, "values from 0 to 3"),
+        (np.array([0, 1, 2, 1]), np.full((4, 2), 255, np.uint8), "whole numbers up to 255"),
+    ):
+        with pytest.raises(NsrlError, match=message):
+            RetentionBuffer.from_arrays({"a": a, "b": b}, agent)

@@ -54,6 +54,7 @@ TINY = SequenceConfig(
 )
 FILES = {
     "config.yaml",
+    "format.json",
     "agent.zip",
     "retention.npz",
     "metrics.json",

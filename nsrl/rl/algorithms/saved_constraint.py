@@ -1,0 +1,63 @@
+"""The constraint that a zip was saved under: what it asks for when the model learns again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+
+from nsrl.errors import NsrlError
+from nsrl.rl.budget.config import RetentionConfig
+
+
+@dataclass(frozen=True)
+class SavedConstraint:
+    """How a model was held when it was saved; the buffer itself is not in the zip, only its digest.
+
+    Attributes:
+        config: how the budget was kept.
+        digest: of the buffer (`RetainedStates.digest`).
+        method: of the engine: "null_space", "kl_penalty" or "finetune".
+        penalty: coefficient of the KL penalty.
+        trusted: whether the buffer was taken with `trust_buffer`.
+    """
+
+    config: RetentionConfig
+    digest: str
+    method: str = "null_space"
+    penalty: float = 1.0
+    trusted: bool = False
+
+    def written(self) -> str:
+        """As a line of JSON, which SB3 stores as it is."""
+        return json.dumps({**vars(self), "config": asdict(self.config)})
+
+    @classmethod
+    def read(cls, text: str) -> SavedConstraint:
+        """Inverse of `written`.
+
+        Raises:
+            NsrlError: anything that `written` cannot have given.
+        """
+        try:
+            content = json.loads(text)
+            known = {entry.name for entry in fields(RetentionConfig)}
+            if content["config"].keys() <= known:
+                return cls(**{**content, "config": RetentionConfig(**content["config"])})
+            reason = f"its settings {sorted(content['config'].keys() - known)} are unknown to this nsrl"
+        except (TypeError, ValueError, KeyError, AttributeError, NsrlError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        raise NsrlError(
+            f"the zip's record of its retention constraint cannot be read ({reason}); protect the model anew"
+        )
+
+    def resumed(self) -> RetentionConfig:
+        """The configuration to go on with: what happens once at the start of a run has happened."""
+        return replace(self.config, critic="keep", log_std_init=None)
+
+    def missing(self, name: str) -> str:
+        """The sentence for a model of class `name` that would learn without."""
+        return (
+            f"this model was saved under a KL budget of {self.config.kl_budget:g} on a retention buffer (digest "
+            f"{self.digest[:12]}) that has not been given again, and would forget what it retained: load it with "
+            f"{name}.load(path, env=env, retain=RetentionBuffer.load(...)), or call protect(model, retain=buffer)"
+        )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,7 +19,7 @@ import numpy as np
 from nsrl.errors import NsrlError
 from nsrl.reading.arrays import read_arrays
 from nsrl.reading.documents import Results, parse_json, read_results
-from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes
+from nsrl.reading.limits import ELEMENTS, JSON, OF_OBSERVATIONS, Unreadable, about, opened, read_bytes, shown
 from nsrl.reading.values import mapping, whole
 from nsrl.versions import VERSION, Format
 
@@ -98,6 +101,24 @@ def check_stamp(folder: Path, form: Format) -> None:
 
 #: What to do where a run's output cannot be written.
 ELSEWHERE = "; make room or choose another --out"
+#: What a full disk, a spent quota or a limit on the size of files answer.
+NO_ROOM = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+
+
+class NoRoom(NsrlError):
+    """A file could not be written for want of room; whoever knows what it belongs to says how to go on."""
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError, hint: str = "") -> NsrlError:
+    """The error to raise where a file cannot be written.
+
+    Args:
+        path: of the file.
+        error: what the system said.
+        hint: what to do, behind the reason.
+    """
+    kind = NoRoom if error.errno in NO_ROOM else NsrlError
+    return kind(f"cannot write {path}: {error.strerror or error}{hint}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -136,6 +157,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except Unreadable:
             break
         measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
+        # The step is what rows are compared by.
+        measured = measured and type(row.get("timesteps", 0)) is int and row.get("timesteps", 0) >= 0
         if not measured or number > ELEMENTS // 10:
             raise NsrlError(f"line {number} of {path} is no measurement; remove it from there on")
         rows.append(row)
@@ -148,9 +171,16 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one object to a JSON-lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite_json(row)) + "\n")
+    """Add one object to a JSON-lines file.
+
+    Raises:
+        NsrlError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite_json(row)) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def finite_json(value: Any) -> Any:
@@ -162,6 +192,32 @@ def finite_json(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+#: Names of what `written_atomically` has not finished, or of what a process that was killed has left.
+TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}(\.[^.]*)?")
+
+
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """A path that somebody gave, ~ resolved; nothing need be there.
+
+    Raises:
+        NsrlError: no file can have this name, or it may not be looked at.
+    """
+    told = shown(os.fspath(path), 200)
+    try:
+        found = Path(path).expanduser()
+        if stat.S_ISDIR(os.stat(found).st_mode):
+            os.scandir(found).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except RuntimeError as error:
+        raise NsrlError(f"{told}: there is no such user; give the folder itself instead of ~") from error
+    except ValueError as error:
+        raise NsrlError(f"{told!r} is no path: {error}") from error
+    except OSError as error:
+        raise NsrlError(f"cannot look at {told}: {error.strerror or error}") from error
+    return found
 
 
 @contextmanager
@@ -190,10 +246,18 @@ def written_atomically(path: str | Path, hint: str = "", durable: bool = False) 
             with suppress(OSError):  # the new name is on the disk only once the folder is
                 _flush(path.parent, os.O_RDONLY)
     except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+        raise unwritable(path, error, hint) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder in which nobody else writes now."""
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _flush(path: Path, mode: int) -> None:

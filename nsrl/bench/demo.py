@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.bench.suites.jobs import Job, Status, gather, run_jobs
-from nsrl.files import read_lines, write_text
+from nsrl.files import given_path, read_lines, write_text
 from nsrl.rl import agents
 from nsrl.runs.collecting import collect_buffer
 from nsrl.runs.config import DemoConfig, FinetuneConfig, Method, PretrainConfig
@@ -66,13 +66,25 @@ def run_demo(
     finetuning = replace(config.finetuning, pair=config.pair)
     tasks = resolve_tasks(finetuning)
     folder = choose_folder("demo", tasks.name, config.out)
-    pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), Path(config.cache), progress)
+    pretrained = pretrained_agent(replace(config.pretraining, env=tasks.old), given_path(config.cache), progress)
     agent = agents.load(pretrained.path)
     buffer = collect_buffer(finetuning, agent, tasks.old)
-    folder.prepare()
-    buffer.save(folder.buffer)
-    folder.write_config(config)
-    finetuning = replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer))
+    with folder.made():
+        buffer.save(folder.buffer)
+        folder.write_config(config)
+        return _run_both(
+            replace(finetuning, agent=str(pretrained.path), buffer=str(folder.buffer)), folder, tasks, watch, on_status
+        )
+
+
+def _run_both(
+    finetuning: FinetuneConfig,
+    folder: RunFolder,
+    tasks: Tasks,
+    watch: Stopwatch,
+    on_status: Callable[[Status], Any] | None,
+) -> DemoOutcome:
+    """Both methods side by side, and their comparison."""
     jobs = [
         Job(label, "finetune", replace(finetuning, method=method), folder.path / name)
         for label, name, method in METHODS

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nsrl.errors import NsrlError, near
+from nsrl.runs.lock import alone_in
 from nsrl.runs.packaged import CONFIGS
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Options:
         quick: small sizes, whose numbers mean nothing.
         again: measure also what is finished in `out`.
         threads: of every measurement of speed; None for all processors.
+        folder: of the agents to try.
     """
 
     out: Path | None = None
@@ -46,6 +48,7 @@ class Options:
     quick: bool = False
     again: bool = False
     threads: int | None = None
+    folder: Path | None = None
 
 
 class Console(Protocol):
@@ -91,7 +94,7 @@ def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
 
     Args:
         name: on the command line.
-        takes: which of the options "only", "quick", "again" and "threads" it knows.
+        takes: which of the options "only", "quick", "again", "threads" and "folder" it knows.
     """
 
     def register(run: Benchmark) -> Benchmark:
@@ -109,10 +112,12 @@ def run_benchmark(name: str, options: Options, console: Console) -> Results:
     """
     if options.workers < 1:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
-    given = {key for key in ("only", "quick", "again", "threads") if getattr(options, key) not in ((), False, None)}
+    keys = ("only", "quick", "again", "threads", "folder")
+    given = {key for key in keys if getattr(options, key) not in ((), False, None)}
     for key in sorted(given - TAKES.get(name, SUITES_TAKE)):
         takers = " and ".join([taker for taker in TAKES if key in TAKES[taker]] + ["suites"] * (key in SUITES_TAKE))
-        raise NsrlError(f"--{key} is for nsrl bench {takers}, not for {name}; leave it out")
+        what = "a folder" if key == "folder" else f"--{key}"
+        raise NsrlError(f"{what} is for nsrl bench {takers}, not for {name}; leave it out")
     if name in BENCHMARKS:
         return BENCHMARKS[name](options, console)
     path = Path(name) if name.endswith(".yaml") else options.configs / "bench" / f"{name}.yaml"
@@ -140,7 +145,7 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
         suite = suite.shortened()
         # The committed numbers are not overwritten by those of small sizes.
         reference = out / "results" if reference == REFERENCE else reference
-    with console.status(suite.name) as show:
+    with alone_in(out), console.status(suite.name) as show:
         run = sequences.run_sequence_suite if suite.is_sequence else run_suite
         content = run(suite, out, workers=options.workers, on_status=show)
     results, figure = (reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
@@ -163,8 +168,9 @@ def trpo(options: Options, console: Console) -> Results:
     from nsrl.runs.machine import describe_environment
     from nsrl.runs.training import use_one_thread
 
-    with console.status("trpo") as show:
-        runs = compare_returns(_out(options, "trpo"), workers=options.workers, on_status=show)
+    out = _out(options, "trpo")
+    with alone_in(out), console.status("trpo") as show:
+        runs = compare_returns(out, workers=options.workers, on_status=show)
     use_one_thread()
     updates = [measure_trpo(case.env) for case in CASES]
     content = {
@@ -193,8 +199,9 @@ def overhead(options: Options, console: Console) -> Results:
     found = {}
     for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", 200_000)):
         suite = read_suite(options.configs / "bench" / f"{name}.yaml")
-        jobs = suite.pretraining_jobs(_out(options, "overhead").with_name(name))[:1]
-        with console.status(f"{name}, pretraining") as show:
+        out = _out(options, "overhead").with_name(name)
+        jobs = suite.pretraining_jobs(out)[:1]
+        with alone_in(out), console.status(f"{name}, pretraining") as show:
             run_jobs(jobs, on_status=show)
         config = next(
             config
@@ -234,13 +241,14 @@ def speed(options: Options, console: Console) -> Results:
     out = _out(options, "speed_quick" if options.quick else "speed")
     # The committed numbers are not overwritten by those of small sizes.
     reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
-    content = measure_speed(
-        out,
-        Settings(options.quick, threads),
-        only=options.only,
-        again=options.again,
-        on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
-    )
+    with alone_in(out):
+        content = measure_speed(
+            out,
+            Settings(options.quick, threads),
+            only=options.only,
+            again=options.again,
+            on_progress=lambda text: console.note(f"nsrl bench speed: {text}"),
+        )
     files: list[tuple[str, object]] = [("results", reference / "speed.json")]
     write_json(reference / "speed.json", content)
     if "scaling" in content:
@@ -260,7 +268,7 @@ def continual(options: Options, console: Console) -> Results:
     partial = (options.quick or options.only) and options.reference == REFERENCE
     reference = out / "results" if partial else options.reference / "continual"
     cells = plan_cells(options.configs, only=options.only, quick=options.quick)
-    with console.status("continual") as show:
+    with alone_in(out), console.status("continual") as show:
         content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
     write_json(reference / "continual.json", content)
     for name, why in content["failures"].items():
@@ -289,3 +297,29 @@ def frontier(options: Options, console: Console) -> Results:
         console.note(f"nsrl: {name} came to no result: {why}")
     tables, files = write_frontier(reference)
     return Results(tables, files)
+
+
+@benchmark("agents", "folder", "only", "quick", "again")
+def agents(options: Options, console: Console) -> Results:
+    """Every agent in a folder: loaded, collected from, fine-tuned, exported, played by stock SB3.
+
+    Raises:
+        NsrlError: no folder is given, or there is no agent in it.
+    """
+    from nsrl.bench.studies.agents import agents_tables, find_agents, try_agents
+    from nsrl.files import given_path, write_json
+
+    if options.folder is None:
+        raise NsrlError("nsrl bench agents needs a folder of agents, as in nsrl bench agents rl-trained-agents")
+    found = find_agents(given_path(options.folder), options.only)
+    out = _out(options, "agents_quick" if options.quick else "agents")
+    # As for continual: the committed numbers are those of a whole folder.
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    results = (out / "results" if partial else options.reference) / "agents.json"
+    with alone_in(out), console.status("agents") as show:
+        content = try_agents(
+            found, out, workers=options.workers, again=options.again, quick=options.quick, on_status=show
+        )
+    write_json(results, content)
+    told = [f"{row['name']}: {row['reason']}" for row in content["rows"] if row["reason"]]
+    return Results(agents_tables(content), (("results", results),), told)

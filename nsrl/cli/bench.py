@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsrl.bench.registry import REFERENCE, Options, run_benchmark
-from nsrl.cli.command import print_table
+from nsrl.cli.command import Parser, print_table
 from nsrl.cli.status_line import StatusLine
-from nsrl.errors import NsrlError
 from nsrl.runs.packaged import CONFIGS
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ Run a benchmark and write its results.
   nsrl bench speed --quick --only gram_mlp,scaling
   nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
   nsrl bench continual --only permuted_digits,naive,kl_budget
+  nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 
 Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
@@ -43,25 +43,21 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         NsrlError: a bad command line, or as `run_benchmark`.
     """
-    parser = argparse.ArgumentParser(
-        prog="nsrl bench", description=ABOUT, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="nsrl bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed or continual"
+        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed, continual or agents"
     )
+    parser.add_argument("folder", nargs="?", type=Path, help="of the agents, for nsrl bench agents")
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configurations (default nsrl's)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
-    speed = parser.add_argument_group("speed and continual only")
-    speed.add_argument("--only", help="cases, or benchmarks and strategies, separated by commas")
+    speed = parser.add_argument_group("speed, continual and agents only")
+    speed.add_argument("--only", help="cases, benchmarks and strategies, or agents, separated by commas")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
     speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
-    try:
-        options = parser.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise NsrlError(f"nsrl bench: {error}") from error
+    options = parser.parse_args(list(arguments))
     only = tuple(options.only.split(",")) if options.only else ()
     chosen = Options(
         options.out,
@@ -72,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         options.quick,
         options.again,
         options.threads,
+        options.folder,
     )
     results = run_benchmark(options.name, chosen, Terminal())
     for table in results.tables:

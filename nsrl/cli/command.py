@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nsrl.errors import NsrlError
 from nsrl.runs.settings import Config, build_parser, parse
 
 if TYPE_CHECKING:
@@ -13,6 +15,18 @@ if TYPE_CHECKING:
     from nsrl.runs.training import Interrupted, Outcome
 
 WIDTH = 100
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of argparse that answers what is wrong in one sentence instead of its usage."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """As inherited.
+
+        Raises:
+            NsrlError: always.
+        """
+        raise NsrlError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def read_arguments(
@@ -62,7 +76,6 @@ def run_training(
     Raises:
         NsrlError: --resume has other options beside it, or as `start` and `resume`.
     """
-    from nsrl.errors import NsrlError
     from nsrl.runs.training import Interrupted, use_one_thread
 
     use_one_thread()

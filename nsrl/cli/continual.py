@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nsrl.cli.command import print_table, read_arguments
 from nsrl.continual.config import ContinualConfig
@@ -38,6 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     from nsrl.bench.studies.continual_report import run_table
     from nsrl.continual.runner import run_continual
+    from nsrl.files import given_path
     from nsrl.runs.folder import RunFolder, choose_folder
     from nsrl.runs.training import use_one_thread
 
@@ -46,16 +46,16 @@ def run(arguments: Sequence[str]) -> int:
     elif config != ContinualConfig():
         raise NsrlError("--resume takes everything from the run's folder; leave the other options out")
     else:
-        folder = RunFolder(Path(options["resume"]).expanduser())
+        folder = RunFolder(given_path(options["resume"]))
         config = folder.read_config(ContinualConfig)
     if config.training.device == "cpu" and config.model.kind == "mlp":
         use_one_thread()
     try:
-        metrics = (
-            folder.read_metrics()
-            if folder.finished
-            else run_continual(config, folder.path, progress=options["progress"])
-        )
+        if folder.finished:
+            metrics = folder.read_metrics()
+        else:
+            with folder.made() if options["resume"] is None else folder.continued():
+                metrics = run_continual(config, folder.path, progress=options["progress"])
     except KeyboardInterrupt:
         if not folder.config.is_file():
             raise

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from nsrl import __version__
 from nsrl.errors import NsrlError, nearest
+from nsrl.files import NO_ROOM, unwritable
 
 #: Command, and what it is for. Its module in this package has the same name and a function `run(arguments)`.
 COMMANDS: dict[str, str] = {
@@ -22,6 +23,9 @@ COMMANDS: dict[str, str] = {
     "ntk": "tangent kernels: spectrum of a retained behaviour, gallery of figures, study of the forecast",
     "demo": "see all of it on CartPole, in three minutes",
 }
+
+#: How torch says that there is no memory, on the processor and on the GPU.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 HELP = """\
 usage: nsrl COMMAND [--config FILE|NAME] [--KEY VALUE ...]
@@ -67,16 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NsrlError as error:
         print(f"nsrl: {sentence(error)}", file=sys.stderr)
         return 2
-    except MemoryError:
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output (head, less) has gone; there is nobody left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if error.errno not in NO_ROOM:
+            raise
+        told = unwritable(error.filename or "the output", error, "; make room and give the command again")
+        print(f"nsrl: {sentence(told)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
         print("nsrl: there is not enough memory; ask for less, or use a larger machine", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nsrl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     finally:
         warnings.formatwarning = formatwarning
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from nsrl.cli.command import Parser
 from nsrl.errors import NsrlError
 
 GALLERY = Path("runs/reference/ntk")
@@ -42,20 +43,15 @@ def run(arguments: Sequence[str]) -> int:
     return {"spectrum": _spectrum, "gallery": _gallery, "forecast": _forecast}[options.what](options)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise NsrlError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="nsrl ntk",
         usage="nsrl ntk [-h] {spectrum,gallery,forecast} ...",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="what", required=True, metavar="{spectrum,gallery,forecast}", parser_class=_Parser
+        dest="what", required=True, metavar="{spectrum,gallery,forecast}", parser_class=Parser
     )
     spectrum = commands.add_parser("spectrum", prog="nsrl ntk spectrum", help="of a retained behaviour")
     spectrum.add_argument("--agent", required=True, help="an SB3 zip, a run folder or a hub address")
@@ -130,11 +126,12 @@ def _spectrum(options: argparse.Namespace) -> int:
 
 def _gallery(options: argparse.Namespace) -> int:
     from nsrl.bench.gallery import make_gallery
+    from nsrl.runs.lock import alone_in
 
     if options.only is not None and not options.only:
         raise NsrlError("nsrl ntk gallery: --only names no figure; leave it out to draw all")
     out = options.out or (QUICK if options.quick else GALLERY)
-    with _progress("gallery") as show:
+    with alone_in(out), _progress("gallery") as show:
         figures = make_gallery(
             out,
             only=options.only or (),

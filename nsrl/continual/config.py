@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped key are answered
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,8 +39,10 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         if self.tasks is not None and self.tasks < 1:
             raise NsrlError(f"benchmark.tasks must be at least 1, not {self.tasks}")
-        if self.order < 0:
-            raise NsrlError(f"benchmark.order must be 0 (as they are) or a positive number, not {self.order}")
+        if not 0 <= self.order < 2**32:
+            raise NsrlError(
+                f"benchmark.order must be 0 (as they are) or a positive number of 32 bits, not {self.order}"
+            )
         for key in ("validation", "test"):
             if not 0.0 <= getattr(self, key) < 0.5:
                 raise NsrlError(f"benchmark.{key} is a share from 0 to below 0.5, not {getattr(self, key)}")
@@ -105,11 +108,12 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "learning_rate", "first_learning_rate", "head_learning_rate", "decay"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise NsrlError(f"training.{key} must be positive, not {value}")
+            if value is not None and not 0 < value < math.inf:  # NaN too
+                finite = " and finite" if value != value or value > 0 else ""
+                raise NsrlError(f"training.{key} must be positive{finite}, not {value}")
         for key in ("momentum", "weight_decay"):
-            if getattr(self, key) < 0:
-                raise NsrlError(f"training.{key} must not be negative, not {getattr(self, key)}")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise NsrlError(f"training.{key} must be finite and not negative, not {getattr(self, key)}")
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,8 @@ class ContinualConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise NsrlError(f"seed must not be negative, not {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise NsrlError(f"seed must lie between 0 and {2**32 - 1}, not {self.seed}")
         for name, options in self.presets.items():
             if not isinstance(options, dict):
                 raise NsrlError(f"presets.{name} must hold options by name (as in `{{seed: 0}}`), not {options!r}")

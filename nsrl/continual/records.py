@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +15,23 @@ from torch import nn
 
 from nsrl.continual.config import ContinualConfig
 from nsrl.errors import NsrlError
-from nsrl.files import ELSEWHERE, check_stamp, write_json, write_stamp, write_text, written_atomically
+from nsrl.files import (
+    ELSEWHERE,
+    check_stamp,
+    unwritable,
+    write_json,
+    write_stamp,
+    write_text,
+    written_atomically,
+)
+from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.limits import Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
 from nsrl.reading.values import finite, items, mapping, whole
 from nsrl.versions import RUN, TASK, VERSION
 
 CONFIG, METRICS, MODEL, MATRIX = "config.yaml", "metrics.json", "model.pt", "accuracy_matrix.png"
+CHECKSUM = "checksum"
 CLOCKS = ("train_seconds", "train_cpu_seconds")
 
 
@@ -50,14 +61,22 @@ class Records:
         """The entries of the tasks that are finished already.
 
         Raises:
-            NsrlError: a damaged file, or one of a newer nsrl; the sentence says which.
+            NsrlError: a damaged file, one that is missing before others, or one of a newer nsrl; the sentence says
+                which.
         """
         if self.folder is not None:
             check_stamp(self.folder, RUN)
         entries: list[dict[str, Any]] = []
-        while self.folder is not None and self._task_file(len(entries)).exists():
-            entries.append(self._load(len(entries))["entry"])
-        return entries
+        if self.folder is None:
+            return entries
+        numbers = {int(path.stem[4:]) for path in self.folder.glob("task*.pt") if path.stem[4:].isdecimal()}
+        missing = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
+        if missing is not None:
+            raise NsrlError(
+                f"{self._task_file(missing)} is missing, but the task after it is there: put it back, or remove all "
+                f"from task{missing + 1}.pt on, and these tasks are learnt again"
+            )
+        return [self._load(number)["entry"] for number in sorted(numbers)]
 
     def state(self, index: int) -> dict[str, Any]:
         """The end of a finished task's training: "weights" of the model, "progress" of the strategy."""
@@ -69,6 +88,9 @@ class Records:
         Args:
             names: of the tasks.
             done: tasks that are finished already; what an interrupted task wrote is hidden.
+
+        Raises:
+            NsrlError: they cannot be written.
         """
         self._names = list(names)
         if self.folder is not None:
@@ -77,7 +99,10 @@ class Records:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
             write_stamp(self.folder, RUN)
             write_text(self.folder / CONFIG, text)
-            self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
+            try:
+                self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=done * self.epochs + 1 if done else 0)
+            except OSError as error:
+                raise unwritable(f"logs into {self.folder / 'tb'}", error) from error
 
     def write_loss(self, epoch: int, loss: float) -> None:
         """The mean training loss of an epoch."""
@@ -106,15 +131,13 @@ class Records:
         self._writer.add_figure("continual/accuracy_matrix", figure, step)
         self._writer.flush()
         content = {"format": TASK.newest, "nsrl": VERSION, "entry": entry, "state": state}
-        with written_atomically(self._task_file(index), ELSEWHERE) as path:
-            torch.save(content, path)
+        _save(self._task_file(index), {**content, CHECKSUM: checksum(content)})
 
     def finish(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Write model.pt, the matrix as a figure and, last, metrics.json; what only a resumed run needs is removed."""
         if self.folder is None:
             return
-        with written_atomically(self.folder / MODEL, ELSEWHERE) as path:
-            torch.save(model.state_dict(), path)
+        _save(self.folder / MODEL, model.state_dict())
         figure = draw_matrix(metrics["matrix"], self._names)
         with written_atomically(self.folder / MATRIX, ELSEWHERE) as path:
             figure.savefig(path, dpi=140, format="png")
@@ -132,13 +155,24 @@ class Records:
             with opened(path) as file:
                 content = mapping(read_tensors(file), "it")
             TASK.check(path, whole(content.get("format", 1), "its format", 1), content.get("nsrl"))
-            mapping(content, "it", ["entry", "state"], ["format", "nsrl"])
+            mapping(content, "it", ["entry", "state"], ["format", "nsrl", CHECKSUM])
+            if CHECKSUM in content:  # the first ones have none
+                expected = content.pop(CHECKSUM)
+                check_checksum(content, expected)
             _check_entry(content["entry"])
             mapping(content["state"], "state", ["weights", "progress"], ())
             mapping(content["state"]["progress"], "progress")
         except (OSError, Unreadable) as error:
             raise NsrlError(f"{path} is damaged ({error}); remove it, and this task is learnt again") from error
         return content
+
+
+def _save(path: Path, content: Any) -> None:
+    # Not into the file: torch.save tells of a full disk by an error that does not say so.
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    with written_atomically(path, ELSEWHERE) as temporary:
+        temporary.write_bytes(stream.getbuffer())
 
 
 def _check_entry(entry: Any) -> None:

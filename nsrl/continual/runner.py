@@ -26,7 +26,7 @@ from nsrl.continual.strategies import build_strategy
 from nsrl.continual.strategies.base import Strategy
 from nsrl.continual.tasks import Task
 from nsrl.errors import NsrlError
-from nsrl.reading.limits import Unreadable
+from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import mapping
 
 
@@ -54,6 +54,7 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         NsrlError: a benchmark, network or strategy that does not exist or does not fit, missing data, a damaged folder.
     """
     start = perf_counter()
+    check_device(config.training.device)
     benchmark = build_benchmark(config.benchmark, config.seed)
     model = build_model(config.model, benchmark, config.seed).to(config.training.device)
     measure_statistics(model, (batch[0] for batch in benchmark.loader(0, device=config.training.device)))
@@ -61,6 +62,11 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
     with Records(folder, config) as records:
         untrained = evaluate(model, benchmark, "test", (), config.training.device)
         history: list[dict[str, Any]] = records.read()
+        if len(history) > len(benchmark.tasks):
+            raise NsrlError(
+                f"{folder} holds {len(history)} finished tasks, but the benchmark has {len(benchmark.tasks)}; "
+                "resume with the configuration of the run"
+            )
         for index in range(len(history)):
             _recall_task(strategy, benchmark, index, records.state(index), config)
         records.begin([data.task.name for data in benchmark.tasks], len(history))
@@ -76,6 +82,17 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
             metrics["acc_validation"] = sum(scores) / len(scores)
         records.finish(metrics, model)
     return metrics
+
+
+def check_device(name: str) -> None:
+    """Raise NsrlError unless torch has this device here."""
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise NsrlError(
+            f"training.device {shown(name)!r} is no device of this machine ({shown(reason, 120)}); take cpu"
+        ) from error
 
 
 def optimizer_config(training: TrainingSettings) -> OptimizerConfig:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json
+from nsrl.files import given_path, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.playing.environments import as_vec_env
@@ -16,6 +15,7 @@ from nsrl.rl.retention.collection import CollectionConfig, registered_id, visite
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import check_memory, observation_bytes
 from nsrl.runs.tasks import check_fits, fitting_envs
 from nsrl.runs.training import Outcome, Stopwatch
 
@@ -37,9 +37,6 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
     folder = choose_folder("collect", config.name or config.env, config.out)
     agent = agents.load(config.agent, trust=config.trust)
     buffer = collect_buffer(config, agent, config.env, progress)
-    folder.prepare()
-    buffer.save(folder.buffer)
-    folder.write_config(replace(config, out=str(folder.path)))
     metrics = {
         "command": "collect",
         "states": len(buffer),
@@ -50,7 +47,10 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
         "wall_seconds": watch.read(),
         "environment": describe_environment(),
     }
-    write_json(folder.metrics, metrics)
+    with folder.made(folder.metrics):
+        buffer.save(folder.buffer)
+        folder.write_config(replace(config, out=str(folder.path)))
+        write_json(folder.metrics, metrics)
     return Outcome(folder, metrics)
 
 
@@ -72,7 +72,7 @@ def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffe
     Raises:
         NsrlError: missing, damaged, or of another agent.
     """
-    file = Path(path).expanduser()
+    file = given_path(path)
     file = file / "retention.npz" if file.is_dir() else file
     buffer = RetentionBuffer.load(file)
     try:
@@ -91,6 +91,11 @@ def collect_buffer(
         NsrlError: the environment cannot be made, has other spaces than the agent, or a setting is out of range.
     """
     wanted = CollectionConfig(**asdict(config.states), seed=config.seed, task=env)
+    each = observation_bytes(agent.model.observation_space)
+    check_memory(
+        f"states.n_states {wanted.n_states} with states.oversample {wanted.oversample:g}",
+        wanted.n_states * max(wanted.oversample, 1.0) * each,
+    )
     envs = as_vec_env(fitting_envs(agent.model, env, wanted.n_envs, config.seed), wanted.n_envs)
     known = agent.model, agent.normalizer, None if agent.path is None else agent.path.name
     try:

@@ -5,9 +5,11 @@ Nothing heavy is imported here, so that `--help` and a mistyped key are answered
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nsrl.errors import NsrlError
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.runs.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 
@@ -27,6 +29,12 @@ class PolicySettings:
     kind: Literal["MlpPolicy", "CnnPolicy", "MultiInputPolicy"] = "MlpPolicy"
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     log_std_init: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(width < 1 for width in self.hidden):
+            raise NsrlError(f"policy.hidden must be widths of at least 1, not {self.hidden}")
+        if not math.isfinite(self.log_std_init):
+            raise NsrlError(f"policy.log_std_init must be finite, not {self.log_std_init}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,9 @@ class BufferSettings:
     heldout: float = 0.2
     oversample: float = 4.0
     n_envs: int = 8
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "states.")
 
 
 @dataclass(frozen=True)

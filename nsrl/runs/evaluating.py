@@ -45,9 +45,9 @@ def play(config: EvaluateConfig) -> dict[str, Any]:
     metrics["returns"] = {env: describe_returns(evaluate(agent, env, **how)) for env in envs}
     metrics["environment"] = describe_environment()
     if folder is not None:
-        folder.prepare()
-        folder.write_config(config)
-        write_json(folder.metrics, metrics)
+        with folder.made(folder.metrics):
+            folder.write_config(config)
+            write_json(folder.metrics, metrics)
     return metrics
 
 

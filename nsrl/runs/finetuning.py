@@ -10,7 +10,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import VecEnv
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json
+from nsrl.files import given_path, read_lines, write_json, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.normalization import RetainingVecNormalize
@@ -28,6 +28,7 @@ from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
 from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import check_rollout
 from nsrl.runs.report import describe_method, write_finetuning_report
 from nsrl.runs.tasks import Tasks, fitting_envs, resolve_tasks
 from nsrl.runs.training import (
@@ -38,6 +39,7 @@ from nsrl.runs.training import (
     check_resumable,
     check_trusted,
     describe_returns,
+    tell_beginning,
     train,
 )
 
@@ -64,11 +66,11 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     envs = new_task(config, agent, tasks.new)
     buffer = obtain_buffer(config, agent, tasks.old)
     model = build_model(config, agent, buffer, envs)
-    folder.prepare()
-    _save_agent(agent, folder.pretrained)
-    buffer.save(folder.buffer)
-    folder.write_config(replace(config, out=str(folder.path)))
-    return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
+    with folder.made():
+        _save_agent(agent, folder.pretrained)
+        buffer.save(folder.buffer)
+        folder.write_config(replace(config, out=str(folder.path)))
+        return _run(config, tasks, folder, agent, model, progress=progress, resume=False)
 
 
 def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
@@ -83,15 +85,18 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
         NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `finetune`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(FinetuneConfig)
     check_resumable(folder)
     check_trusted(folder, config, trust)
     tasks = resolve_tasks(config)
-    agent = agents.load(folder.pretrained, trust=config.trust)
-    envs = new_task(config, agent, tasks.new)
-    model = build_model(config, agent, RetentionBuffer.load(folder.buffer), envs)
-    return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
+    with folder.continued():
+        check_resumable(folder)
+        tell_beginning(folder)
+        agent = agents.load(folder.pretrained, trust=config.trust)
+        envs = new_task(config, agent, tasks.new)
+        model = build_model(config, agent, RetentionBuffer.load(folder.buffer), envs)
+        return _run(config, tasks, folder, agent, model, progress=progress, resume=True)
 
 
 def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
@@ -100,7 +105,10 @@ def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
     Raises:
         NsrlError: it cannot be made, or its spaces are not the agent's.
     """
-    return fitting_envs(agent.model, env, chosen(config.algorithm, config.ppo, config.trpo)["n_envs"], config.seed)
+    settings = chosen(config.algorithm, config.ppo, config.trpo)
+    n_steps = settings.get("n_steps", agent.hyperparameters.get("n_steps"))
+    check_rollout(agent.model.observation_space, settings["n_envs"], n_steps)
+    return fitting_envs(agent.model, env, settings["n_envs"], config.seed)
 
 
 def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:
@@ -221,9 +229,9 @@ def _measure(config: FinetuneConfig, tasks: Tasks, agent: Agent, model: Model) -
 
 def _save_agent(agent: Agent, path: Path) -> None:
     """Copy the agent's zip, or save the model that was given, with the statistics beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if agent.path is not None:
-        shutil.copyfile(agent.path, path)
+        with written_atomically(path) as temporary:
+            shutil.copyfile(agent.path, temporary)
     else:
         agents.save_agent(agent.model, path)
     if agent.normalizer is not None:

@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import check_stamp, write_stamp, write_text
+from nsrl.files import (
+    ELSEWHERE,
+    NO_ROOM,
+    STAMP,
+    TEMPORARY,
+    NoRoom,
+    check_stamp,
+    given_path,
+    remove_temporaries,
+    unwritable,
+    write_stamp,
+    write_text,
+)
 from nsrl.reading.documents import read_results
+from nsrl.reading.limits import shown
+from nsrl.runs.lock import LOCK, alone_in, locked
 from nsrl.runs.settings import Config, load, to_yaml
 from nsrl.versions import RUN
 
 RUNS = Path("runs")
+#: Characters of a name in a folder's; file systems take 255 bytes with all that is added.
+LONGEST = 120
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run's folder; nothing is there until `prepare`.
+    """Paths inside a run's folder; nothing is there until `made`.
 
     Attributes:
         path: the folder.
@@ -83,19 +103,66 @@ class RunFolder:
         """Whether the run has come to its end."""
         return self.metrics.is_file()
 
-    def prepare(self) -> None:
-        """Make the folder; call it when everything else has been validated.
+    @contextmanager
+    def made(self, worth_keeping: Path | None = None) -> Iterator[None]:
+        """Make the folder, and be alone in it; enter it when everything else has been validated.
+
+        Where the block fails before `worth_keeping` is there (a full disk), the folder is as it was.
+
+        Args:
+            worth_keeping: a file of the folder; None is `config`, from which on a run can be resumed.
 
         Raises:
             NsrlError: the folder has been taken meanwhile, or cannot be made.
         """
         check_free(self.path)
+        kept = self.config if worth_keeping is None else worth_keeping
+        with self._room_asked_for(), alone_in(self.path):
+            check_free(self.path)
+            self._clear()
+            try:
+                yield
+            except BaseException:
+                if not kept.is_file():
+                    self._clear()
+                raise
+
+    @contextmanager
+    def continued(self) -> Iterator[None]:
+        """Be alone in the folder of a run that is there already.
+
+        Raises:
+            NsrlError: another process is at it, or nothing can be written there.
+        """
+        with self._room_asked_for(), locked(self.path):
+            remove_temporaries(self.path)
+            yield
+
+    @contextmanager
+    def _room_asked_for(self) -> Iterator[None]:
+        """Say in one sentence that the disk is full, and how to go on."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with _full_disk_left_to_us():
+                yield
+        except NoRoom as error:
+            reason = str(error).removesuffix(ELSEWHERE)
         except OSError as error:
-            raise NsrlError(
-                f"cannot make the output folder {self.path}: {error.strerror or error}; choose another --out"
-            ) from error
+            if error.errno not in NO_ROOM:
+                raise
+            reason = str(unwritable(error.filename or f"into {self.path}", error))
+        else:
+            return
+        if self.config.is_file() and not self.finished:
+            raise NsrlError(f"{reason}; what was written before is kept: make room and go on with --resume {self.path}")
+        raise NsrlError(f"{reason}{ELSEWHERE}")
+
+    def _clear(self) -> None:
+        """Remove what a run that never began has left: what is written before its configuration."""
+        remove_temporaries(self.path)
+        shutil.rmtree(self.pretrained.parent, ignore_errors=True)
+        for path in (self.buffer, self.path / STAMP, self.config, self.metrics):
+            with suppress(OSError):
+                path.unlink()
 
     def write_config(self, config: Any) -> None:
         """Write the format and the configuration, the latter last: a folder that has one can be resumed.
@@ -127,6 +194,25 @@ class RunFolder:
         return read_results(self.metrics, f"{self.path} holds no finished run: it has no readable metrics.json")
 
 
+@contextmanager
+def _full_disk_left_to_us() -> Iterator[None]:
+    """That the disk is full is not also told by the thread that writes TensorBoard's events.
+
+    It hands its error to whoever writes the next event, besides having its own traceback printed.
+    """
+    previous = threading.excepthook
+
+    def tell(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError) or arguments.exc_value.errno not in NO_ROOM:
+            previous(arguments)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
 def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -> RunFolder:
     """The folder that a run will have: `out`, or runs/COMMAND-NAME-TIME; it is not made yet.
 
@@ -134,7 +220,7 @@ def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -
         NsrlError: `out` holds something already, or is a file.
     """
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = given_path(out)
         check_free(folder)
         return RunFolder(folder)
     stem = f"{command}-{slug(name)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -144,14 +230,26 @@ def choose_folder(command: str, name: str, out: str | os.PathLike[str] | None) -
 
 def check_free(folder: Path) -> None:
     """Raise NsrlError unless `folder` is missing or empty."""
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            hint = f", or continue that run with --resume {folder}" if (folder / "config.yaml").is_file() else ""
-            raise NsrlError(f"the output folder {folder} is in use; choose another --out{hint}")
-    elif folder.exists():
-        raise NsrlError(f"the output folder {folder} is a file; choose another --out")
+    try:
+        if folder.is_dir():
+            if not is_unused(folder):
+                hint = f", or continue that run with --resume {folder}" if (folder / "config.yaml").is_file() else ""
+                raise NsrlError(f"the output folder {folder} is in use; choose another --out{hint}")
+        elif folder.exists():
+            raise NsrlError(f"the output folder {folder} is a file; choose another --out")
+    except OSError as error:
+        raise NsrlError(
+            f"cannot look into the output folder {shown(str(folder), 200)}: {error.strerror or error}; "
+            "choose another --out"
+        ) from error
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run that was killed before it began has left beside its lock."""
+    names = {path.name for path in folder.iterdir() if not TEMPORARY.fullmatch(path.name)}
+    return not names or (LOCK in names and names <= {LOCK, STAMP, "pretrained", "retention.npz"})
 
 
 def slug(name: str) -> str:
     """A name fit for a folder: nsrl/CartPole-v0 becomes CartPole-v0."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2])[:LONGEST].strip("-.") or "run"

@@ -140,17 +140,24 @@ LEAST = {
     "n_critic_updates": 1,
     "sub_sampling_factor": 1,
 }
-MOST = {"gamma": 1.0, "gae_lambda": 1.0}
+#: numpy's seeds have 32 bits.
+MOST = {"gamma": 1.0, "gae_lambda": 1.0, "seed": 2**32 - 1}
+#: Bounds that are none where they are infinite.
+UNBOUNDED = ("max_grad_norm", "clip_range", "target_kl")
 
 
 def check_ranges(settings: object, prefix: str = "") -> None:
-    """Raise NsrlError, naming the key, for a number out of range; NaN is out of every range."""
+    """Raise NsrlError, naming the key, for a number out of range; NaN is out of every range, infinity out of most."""
     for key, least in LEAST.items():
         value = vars(settings).get(key)
         most = MOST.get(key, float("inf"))
         if value is not None and not least <= value <= most:
-            bounds = f"at least {least}" if most == float("inf") else f"between {least} and {most}"
+            bounds = f"between {least} and {most}"
+            if most == float("inf") or (key == "seed" and value < least):
+                bounds = f"at least {least}"
             raise NsrlError(f"{prefix}{key} must be {bounds}, not {value}")
+        if value == float("inf") and key not in UNBOUNDED:
+            raise NsrlError(f"{prefix}{key} must be finite, not {value}")
 
 
 def check_chosen(algorithm: Algorithm, ppo: PPOOverrides, trpo: TRPOOverrides) -> None:

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from nsrl.errors import NsrlError, near
+from nsrl.files import given_path
 
 #: Folder of the configurations of pretraining, fine-tuning and demo; `bench` and `continual` inside it hold theirs.
 INSTALLED = Path(str(files("nsrl").joinpath("configs")))
@@ -32,7 +33,7 @@ def find_config(name: str, kind: str = "") -> Path:
     Raises:
         NsrlError: it is neither; the names most like it are listed.
     """
-    path = Path(name)
+    path = given_path(name)
     if path.is_file():
         return path
     known = packaged_names(kind)

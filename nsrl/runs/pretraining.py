@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json
+from nsrl.files import given_path, read_lines, write_json
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.playing.environments import make_envs
@@ -21,10 +21,20 @@ from nsrl.runs.config import PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves
 from nsrl.runs.folder import RunFolder, choose_folder, slug
 from nsrl.runs.machine import describe_environment
+from nsrl.runs.memory import ENVIRONMENT, check_memory, check_rollout
 from nsrl.runs.packaged import CONFIGS, packaged_names
 from nsrl.runs.report import write_pretraining_report
 from nsrl.runs.settings import load, read_yaml
-from nsrl.runs.training import FINAL_SEED, Interrupted, Outcome, Stopwatch, check_resumable, describe_returns, train
+from nsrl.runs.training import (
+    FINAL_SEED,
+    Interrupted,
+    Outcome,
+    Stopwatch,
+    check_resumable,
+    describe_returns,
+    tell_beginning,
+    train,
+)
 
 
 class MovingNormalizer:
@@ -77,9 +87,9 @@ def pretrain(config: PretrainConfig, out: str | Path | None = None, *, progress:
         raise NsrlError("no environment: set env, as in --env nsrl/CartPole-v0")
     folder = choose_folder("pretrain", config.name or slug(config.env), config.out if out is None else out)
     model = build_learner(config)
-    folder.prepare()
-    folder.write_config(replace(config, out=str(folder.path)))
-    return _run(config, folder, model, progress=progress, resume=False)
+    with folder.made():
+        folder.write_config(replace(config, out=str(folder.path)))
+        return _run(config, folder, model, progress=progress, resume=False)
 
 
 def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
@@ -89,10 +99,13 @@ def resume_pretraining(path: str | Path, *, progress: bool = False) -> Outcome:
         NsrlError: no run there, a finished one, or a damaged one.
         Interrupted: as `pretrain`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(PretrainConfig)
     check_resumable(folder)
-    return _run(config, folder, build_learner(config), progress=progress, resume=True)
+    with folder.continued():
+        check_resumable(folder)
+        tell_beginning(folder)
+        return _run(config, folder, build_learner(config), progress=progress, resume=True)
 
 
 def obtain_agent(config: PretrainConfig, folder: RunFolder, *, progress: bool = False) -> RunFolder:
@@ -116,7 +129,7 @@ def packaged_maker(agent: str) -> PretrainConfig | None:
     Args:
         agent: the folder, as a fine-tuning configuration names it.
     """
-    folder = RunFolder(Path(agent))
+    folder = RunFolder(given_path(agent))
     if folder.path.exists() and (folder.agent.is_file() or not folder.config.is_file()):
         return None
     paths = (CONFIGS / f"{name}.yaml" for name in packaged_names())
@@ -131,13 +144,16 @@ def build_learner(config: PretrainConfig) -> PPO:
     """
     assert config.env is not None
     settings = asdict(config.ppo)
-    envs: Any = make_envs(config.env, settings.pop("n_envs"), config.seed)
+    n_envs = settings.pop("n_envs")
+    check_memory(f"ppo.n_envs {n_envs}", n_envs * ENVIRONMENT)
+    envs: Any = make_envs(config.env, n_envs, config.seed)
+    check_rollout(envs.observation_space, n_envs, config.ppo.n_steps)
     if config.normalize:
         envs = VecNormalize(envs, gamma=config.ppo.gamma)
     kwargs = {"net_arch": list(config.policy.hidden), "log_std_init": config.policy.log_std_init}
     try:
         return PPO(config.policy.kind, envs, policy_kwargs=kwargs, seed=config.seed, device="cpu", **settings)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, AttributeError, ValueError) as error:
         raise NsrlError(f"PPO with {config.policy.kind} cannot be built for {config.env}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from nsrl.errors import NsrlError, nearest
+from nsrl.files import given_path
 from nsrl.reading import documents
 from nsrl.reading.limits import Unreadable, about, shown
 from nsrl.runs.packaged import find_config
@@ -121,7 +123,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         NsrlError: missing, unreadable, not YAML, or beyond the limits of `nsrl.reading`.
     """
     try:
-        values = documents.read_yaml(path)
+        values = documents.read_yaml(given_path(path))
     except Unreadable as error:
         raise NsrlError(f"{about(path, error)}; mend it or give another configuration") from error
     except OSError as error:
@@ -180,7 +182,7 @@ def parse(
             path = str(find_config(path, kind))
             check_keys(read_yaml(path), config, path)
             words[position if equals else position + 1] = f"--config={path}" if equals else path
-        elif name in groups and Path(path).exists():
+        elif name in groups and os.path.exists(path):
             check_keys(read_yaml(path), groups[name], path)
     try:
         values = parser.parse_args(words).as_dict()
@@ -223,21 +225,28 @@ def build_parser(config: type, **texts: Any) -> Any:
     return parser
 
 
-def build(config: type[Config], values: Mapping[str, Any]) -> Config:
-    """A configuration from nested plain values of the right types; missing keys keep their defaults."""
+def build(config: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """A configuration from nested plain values of the right types; missing keys keep their defaults.
+
+    Raises:
+        NsrlError: a value out of range, or null where there has to be one (which jsonargparse lets pass).
+    """
     hints = get_type_hints(config)
     arguments = {}
     for item in fields(config):  # type: ignore[arg-type]
         if item.name in values:
-            arguments[item.name] = _built(hints[item.name], values[item.name])
+            key, kind, value = f"{prefix}{item.name}", hints[item.name], values[item.name]
+            if value is None and kind is not Any and type(None) not in get_args(kind):
+                raise NsrlError(f"{key} must be {describe_type(kind)}, not null")
+            arguments[item.name] = _built(kind, value, f"{key}.")
     return config(**arguments)
 
 
-def _built(kind: Any, value: Any) -> Any:
+def _built(kind: Any, value: Any, prefix: str) -> Any:
     entry = entry_type(kind)
     if entry is not None:
-        return [build(entry, part) for part in value]
-    return build(kind, value) if is_dataclass(kind) else value  # type: ignore[arg-type]
+        return [build(entry, part, prefix) for part in value]
+    return build(kind, value, prefix) if is_dataclass(kind) else value  # type: ignore[arg-type]
 
 
 def to_yaml(config: Any) -> str:

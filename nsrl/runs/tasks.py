@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsrl.errors import NsrlError
 from nsrl.runs.config import EvaluateConfig, FinetuneConfig
+from nsrl.runs.memory import ENVIRONMENT, check_memory
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -58,6 +59,7 @@ def fitting_envs(model: Any, env: str, count: int, seed: int) -> VecEnv:
     from nsrl.rl.agents.spaces import check_spaces
     from nsrl.rl.playing.environments import make_envs
 
+    check_memory(f"n_envs {count}", count * ENVIRONMENT)
     copies = make_envs(env, count, seed)
     try:
         check_spaces(model, copies)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
-from nsrl.files import append_line, read_lines, write_lines
+from nsrl.files import NO_ROOM, append_line, read_lines, write_lines
 from nsrl.rl.playing.evaluation import Returns
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
@@ -131,10 +133,13 @@ def train(
 
     Raises:
         Interrupted: a signal came; the checkpoint has been written.
-        NsrlError: the checkpoint is damaged or does not fit.
+        Exception: whatever an environment or a callback raises, when the checkpoint has been written.
+        NsrlError: the checkpoint is damaged or does not fit, or is missing though training had gone on.
     """
     purge_step = model.num_timesteps + 1 if model.num_timesteps else None
-    if resume and folder.checkpoint.is_file():
+    if resume and not folder.checkpoint.exists():
+        check_nothing_lost(folder, model.num_timesteps)
+    elif resume:
         restored = restore(folder.checkpoint, model)
         evaluation.history[:] = restored["history"]
         purge_step = restored["purge_step"]
@@ -154,6 +159,12 @@ def train(
                 )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal
                 raise Interrupted(folder.path, interruption.exit_status or 130) from error
+            except NsrlError:
+                raise
+            except Exception as error:  # of the environment, or of a callback: whoever wrote it needs its traceback
+                if getattr(error, "errno", None) not in NO_ROOM:
+                    _save_what_is_learnt(checkpoint, folder)
+                raise
             finally:
                 if progress is not None:
                     progress.close()
@@ -161,6 +172,46 @@ def train(
         if interruption.requested():
             raise Interrupted(folder.path, interruption.exit_status)
     return float(evaluation.history[-1]["seconds"]) if evaluation.history else 0.0
+
+
+def _save_what_is_learnt(checkpoint: Checkpoint, folder: RunFolder) -> None:
+    """Write the state before a rollout that has failed, if it is one; in the middle of an update there is none."""
+    with suppress(NsrlError):
+        if checkpoint.collecting:
+            checkpoint.write()
+        if folder.checkpoint.is_file():
+            warnings.warn(
+                f"the run is saved as it was before the error; once that is mended, go on with --resume {folder.path}",
+                stacklevel=2,
+            )
+
+
+def check_nothing_lost(folder: RunFolder, start: int) -> None:
+    """Raise NsrlError where there is no checkpoint and the history knows of training.
+
+    Args:
+        folder: of the run.
+        start: timestep at which its training began.
+    """
+    last = max((row["timesteps"] for row in read_lines(folder.history)), default=start)
+    if last > start and not folder.path.is_dir():  # of a sequence whose later tasks were removed
+        warnings.warn(f"{folder.path} is missing: what was learnt there is learnt again", stacklevel=3)
+    elif last > start:
+        raise NsrlError(
+            f"{folder.checkpoint} is missing, but {folder.history.name} goes on to step {last}: put the checkpoint "
+            "back, or start a new run"
+        )
+
+
+def tell_beginning(folder: RunFolder) -> None:
+    """Say so where a resumed run begins anew, for want of a checkpoint.
+
+    Raises:
+        NsrlError: its training had gone on.
+    """
+    if not folder.checkpoint.exists():
+        check_nothing_lost(folder, 0)
+        warnings.warn(f"{folder.path} has no checkpoint yet: its training begins at step 0", stacklevel=3)
 
 
 def check_resumable(folder: RunFolder) -> None:

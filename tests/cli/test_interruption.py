@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and kill -9: the run goes on where its checkpoint is, and its curves join."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,11 +110,23 @@ def test_sigterm_leaves_a_run_that_goes_on(finetuning, tmp_path):
     assert main(["finetune", "--out", str(folder), *long(finetuning, folder)[1:]]) == 2
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(finetuned, finetuning, tmp_path):
+def test_a_missing_checkpoint_is_no_new_beginning(finetuned, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finetuned, folder)
+    (folder / "metrics.json").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["finetune", "--resume", str(folder), "--progress", "false"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"nsrl: {folder / 'checkpoint.zip'} is missing, but history.jsonl goes on to step 512")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(finetuned, finetuning, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(finetuning("--out", str(folder))) == 0
     expected = json.loads((folder / "metrics.json").read_text())
     for name in ("metrics.json", "history.jsonl", "agent.zip", "report.md", "curves.png"):
         (folder / name).unlink()
-    assert main(["finetune", "--resume", str(folder), "--progress", "false"]) == 0
+    with pytest.warns(UserWarning, match="has no checkpoint yet: its training begins at step 0"):
+        assert main(["finetune", "--resume", str(folder), "--progress", "false"]) == 0
     assert json.loads((folder / "metrics.json").read_text())["after"] == expected["after"]

@@ -1,5 +1,6 @@
 """The runner: what it measures, what it leaves behind, and that an interrupted run comes to the same end."""
 
+import copy
 import json
 import math
 import subprocess
@@ -160,6 +161,54 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"entry": entry, "state": state}, tmp_path / "task0.pt")
     with pytest.raises(NsrlError, match="of another network"):
         run_continual(small(), tmp_path)
+
+
+def stopped_after(tasks, folder, monkeypatch):
+    """A run of three tasks that is interrupted behind some of them."""
+    config = small("permuted_digits", "naive", tasks=3, epochs=1)
+    write_task = Records.write_task
+
+    def interrupted(self, index, history, state):
+        write_task(self, index, history, state)
+        if index + 1 == tasks:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Records, "write_task", interrupted)
+        run_continual(config, folder)
+    return config
+
+
+def test_weights_that_were_written_anew_are_no_resumed_run(tmp_path, monkeypatch):
+    """torch.save's own checksums are right again: they are of the file, not of the run."""
+    config = stopped_after(2, tmp_path, monkeypatch)
+    path = tmp_path / "task1.pt"
+    whole = torch.load(path, weights_only=True)
+
+    def flip(content):
+        weights = next(iter(content["state"]["weights"].values()))
+        weights.view(-1)[:1000] *= -1.0
+
+    for change in (flip, lambda content: content["entry"]["scores"].__setitem__(0, 1.0)):
+        content = copy.deepcopy(whole)
+        change(content)
+        torch.save(content, path)
+        with pytest.raises(NsrlError, match=r"task1\.pt is damaged \(.*checksum") as told:
+            run_continual(config, tmp_path)
+        assert "this task is learnt again" in str(told.value)
+    torch.save(whole, path)
+    assert len(run_continual(config, tmp_path)["matrix"]) == 3
+
+
+def test_a_task_that_is_missing_before_others_is_told(tmp_path, monkeypatch):
+    config = stopped_after(2, tmp_path, monkeypatch)
+    (tmp_path / "task0.pt").rename(tmp_path / "elsewhere.pt")
+    with pytest.raises(NsrlError, match=r"task0\.pt is missing.*remove all from task1\.pt on"):
+        run_continual(config, tmp_path)
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "task0.pt")
+    fewer = replace(config, benchmark=replace(config.benchmark, tasks=1))
+    with pytest.raises(NsrlError, match="holds 2 finished tasks, but the benchmark has 1"):
+        run_continual(fewer, tmp_path)
 
 
 def test_learning_rates_fall_at_the_milestones(monkeypatch):

@@ -109,7 +109,7 @@ def test_folders_are_named_by_command_task_and_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = choose_folder("finetune", "nsrl/CartPole-v0", None)
     assert first.path.parts[0] == "runs" and first.path.name.startswith("finetune-CartPole-v0-2")
-    first.prepare()
+    first.path.mkdir(parents=True)
     assert choose_folder("finetune", "nsrl/CartPole-v0", None).path != first.path
     assert slug("../../etc/passwd") == "passwd" and slug("") == "run" and slug("a b/c d") == "c-d"
 

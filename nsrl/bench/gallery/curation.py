@@ -15,6 +15,7 @@ from typing import Any
 
 from nsrl.bench.gallery.page import WHOLE, write_page
 from nsrl.bench.gallery.registry import FIGURES
+from nsrl.bench.lifeline import end_with_parent
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
@@ -152,6 +153,8 @@ def _draw_all(names: list[str], out: Path, quick: bool) -> None:
 
 def _one_thread() -> None:
     import torch
+
+    end_with_parent()
 
     torch.set_num_threads(1)
 

@@ -8,6 +8,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from nsrl.files import written_atomically
 from nsrl.runs.figures import COLOURS
 from nsrl.runs.report import Table, scientific
 
@@ -79,8 +80,8 @@ def draw_scaling(sweeps: Sequence[dict[str, Any]], path: Path) -> Path:
     figure.suptitle(
         "Gram matrix of a three-layer MLP: exponents fitted over the upper half (predicted ones)", fontsize=12
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path
 
 

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from nsrl.bench.lifeline import end_with_starter, lifeline
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -33,7 +35,8 @@ def ask_worker(task: dict[str, Any], threads: int) -> dict[str, Any] | Failure:
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "nsrl.bench.speed.worker", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    with lifeline() as stdin:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=stdin)
     if done.returncode == -signal.SIGALRM:
         return Failure("too slow", f"over {task['limit']} s")
     if done.returncode == -signal.SIGKILL:
@@ -75,4 +78,5 @@ def do_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     sys.exit(main(sys.argv[1:]))

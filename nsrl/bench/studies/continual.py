@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nsrl.bench.lifeline import end_with_parent
 from nsrl.bench.suites.jobs import Status
 from nsrl.bench.suites.statistics import bootstrap, paired_difference
 from nsrl.continual.config import ContinualConfig, StrategySettings
@@ -178,6 +179,7 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def _use_one_thread() -> None:
+    end_with_parent()
     # not the function of this name in nsrl.runs.training, which brings Stable-Baselines3 into every process
     torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsrl.files import write_text
+from nsrl.files import write_text, written_atomically
 from nsrl.runs.report import Table, duration, number, scientific
 
 #: Strategies of nsrl's own.
@@ -104,8 +104,8 @@ def draw_benchmarks(content: dict[str, Any], path: Path) -> Path:
         axis.set_title(name.replace("_", " "), fontsize=10)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=140)
     return path
 
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+from nsrl.bench.lifeline import end_with_starter, lifeline
 from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.machine import describe_environment
 
@@ -92,7 +93,8 @@ def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]
                 str(buffer),
                 str(steps),
             ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            with lifeline() as stdin:
+                done = subprocess.run(command, check=True, capture_output=True, text=True, stdin=stdin)
             peaks[name] = json.loads(done.stdout.strip().splitlines()[-1])["peak_mb"]
     return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}
 
@@ -159,4 +161,5 @@ def _peak_mb() -> float:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from nsrl.bench.lifeline import end_with_starter, lifeline
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
@@ -261,7 +262,8 @@ def _run(out: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 def _run_apart(order: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "nsrl.bench.studies.trpo", json.dumps(order)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    with lifeline() as stdin:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=stdin)
     if done.returncode != 0:
         lines = (done.stderr.strip() or "nothing was printed").splitlines()
         raise NsrlError(f"the run of {order['name']} on {order['env']}, seed {order['seed']}, failed: {lines[-1]}")
@@ -335,4 +337,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     sys.exit(main(sys.argv[1:]))

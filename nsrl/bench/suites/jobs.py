@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nsrl.bench.lifeline import GRACE
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines, write_json, write_text
+from nsrl.files import ELSEWHERE, read_lines, unwritable, write_json, write_text
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
 from nsrl.runs.folder import RunFolder
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.sequences.config import SequenceConfig
 from nsrl.runs.settings import flat, plain, to_yaml
 
-#: How long a stopped run may take to write its checkpoint, seconds.
-GRACE = 60.0
+TERMINATION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "sequence": SequenceConfig}
 
 
@@ -90,6 +90,12 @@ class _Process:
     start: float = field(default_factory=time.monotonic)
     initial: float | None = None
 
+    def close(self) -> None:
+        """Let go of what belongs to a process that has ended."""
+        if self.popen.stdin is not None:
+            self.popen.stdin.close()
+        self.config.unlink(missing_ok=True)
+
     def progress(self) -> tuple[float, dict[str, Any]]:
         rows = read_lines(self.job.run.history)
         latest: dict[str, Any] = {}
@@ -110,7 +116,8 @@ def run_jobs(
     """Run jobs as separate processes, one torch thread each.
 
     A job whose metrics.json exists is skipped, one that was interrupted is resumed; so calling this again after an
-    interruption goes on where it stopped. Ctrl-C lets the running jobs write their checkpoints first.
+    interruption goes on where it stopped. Ctrl-C lets the running jobs write their checkpoints first, and so does
+    whatever else ends this process: its jobs end with it.
 
     Args:
         jobs: what to run; names and folders are unique.
@@ -157,7 +164,7 @@ def run_jobs(
 
 @contextmanager
 def _termination_raised() -> Iterator[None]:
-    """Within the block SIGTERM ends this process through an exception, as Ctrl-C does."""
+    """Within the block SIGTERM, and the end of the terminal, end this process through an exception, as Ctrl-C does."""
 
     def terminate(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
@@ -165,11 +172,13 @@ def _termination_raised() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    numbers = [number for number in TERMINATION if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    previous = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def gather(jobs: Sequence[Job], path: Path, **extra: Any) -> dict[str, Any]:
@@ -195,21 +204,24 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(job: Job) -> _Process:
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
     log, config = job.folder.with_name(f"{job.folder.name}.log"), job.folder.with_name(f"{job.folder.name}.yaml")
     write_text(config, to_yaml(job.config))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     command = [sys.executable, "-m", "nsrl.bench.suites.worker", job.command, str(config), str(job.folder)]
-    with log.open("wb") as file:
-        # An own session: Ctrl-C reaches a child once, from us, and not a second time from the terminal.
-        popen = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
+    try:
+        with log.open("wb") as file:
+            # An own session: Ctrl-C reaches a child once, from us, and not a second time from the terminal.
+            # The pipe is its lifeline.
+            popen = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
+            )
+    except OSError as error:
+        raise unwritable(log, error, ELSEWHERE) from error
     return _Process(job, popen, log, config)
 
 
 def _finish(process: _Process, done: list[str], failed: dict[str, str]) -> None:
-    process.config.unlink(missing_ok=True)
+    process.close()
     if process.popen.returncode == 0 and process.job.run.finished:
         process.log.unlink(missing_ok=True)
         done.append(process.job.name)
@@ -230,7 +242,7 @@ def _stop(running: Sequence[_Process]) -> None:
         except subprocess.TimeoutExpired:
             process.popen.kill()
             process.popen.wait()
-        process.config.unlink(missing_ok=True)
+        process.close()
 
 
 def _status(

@@ -10,7 +10,7 @@ from typing import Any
 from nsrl.bench.suites.jobs import Job
 from nsrl.bench.suites.statistics import bootstrap
 from nsrl.errors import NsrlError
-from nsrl.files import read_lines
+from nsrl.files import read_lines, written_atomically
 from nsrl.runs.report import Table, number, scientific
 
 
@@ -169,6 +169,6 @@ def draw_tradeoff(content: dict[str, Any], path: Path) -> Path:
     axes.set_title(content["suite"].replace("_", " "))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     return path

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsrl.bench.lifeline import GRACE, end_with_starter
 from nsrl.bench.suites.jobs import CONFIGS
 from nsrl.errors import NsrlError
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
 from nsrl.runs.folder import RunFolder
+from nsrl.runs.lock import locked
 from nsrl.runs.sequences.config import SequenceConfig
 from nsrl.runs.settings import load
 
@@ -41,6 +43,9 @@ def run(command: str, config: Path, folder: Path) -> None:
     from nsrl.runs.training import use_one_thread
 
     use_one_thread()
+    if folder.is_dir():  # a job that has lost its starter may still be writing its checkpoint there
+        with locked(folder, GRACE):
+            pass
     if command not in CONFIGS:
         raise NsrlError(f"no job runs the command {command!r}; expected one of {', '.join(CONFIGS)}")
     started = RunFolder(folder).config.is_file()
@@ -55,4 +60,5 @@ def run(command: str, config: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     sys.exit(main(sys.argv[1:]))

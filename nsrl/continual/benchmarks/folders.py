@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nsrl.continual.config import BenchmarkSettings
 from nsrl.errors import NsrlError
+from nsrl.files import given_path
 
 
 def find_folder(settings: BenchmarkSettings, title: str, wanted: str, inside: Sequence[str], mark: str) -> Path:
@@ -23,7 +24,7 @@ def find_folder(settings: BenchmarkSettings, title: str, wanted: str, inside: Se
         NsrlError: there is none; says what to download and where to put it.
     """
     default = f"data/{title.lower().replace('-', '')}"
-    given = Path(settings.data or default).expanduser()
+    given = given_path(settings.data or default)
     for part in inside:
         if (given / part / mark).exists() or (given / part / f"{mark}.gz").exists():
             return given / part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -173,8 +174,11 @@ def export_weights(model: OnPolicyAlgorithm, path: str | Path) -> Path:
 
 def _save(model: BaseAlgorithm, path: str | Path, exclude: Any) -> Path:
     path = _zip_path(path)
+    # Not into the file: torch.save tells of a full disk by an error that does not say so.
+    content = io.BytesIO()
+    model.save(content, exclude=exclude)
     with written_atomically(path) as temporary:
-        model.save(temporary, exclude=exclude)
+        temporary.write_bytes(content.getbuffer())
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import given_path
 from nsrl.reading.limits import shown
 
 CHECKPOINT = re.compile(r"(?P<prefix>.+)_(?P<steps>\d+)_steps")
@@ -26,7 +27,7 @@ def find_agent(source: str | Path) -> Path:
     Raises:
         NsrlError: nothing there, or several agents of equal standing, which are listed.
     """
-    path = Path(source).expanduser()
+    path = given_path(source)
     with_suffix = Path(f"{path}.zip")
     if path.is_dir():
         zips = sorted(file for file in path.glob("*.zip") if not file.name.startswith("."))

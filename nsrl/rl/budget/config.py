@@ -150,6 +150,13 @@ class RetentionConfig:
             raise NsrlError(f"opening_fade must be a share of the run in [0, 1], not {self.opening_fade}")
         if not 0.0 <= self.settle <= 1.0:
             raise NsrlError(f"settle must be a share of the run in [0, 1], not {self.settle}")
+        if not 0.0 <= self.tempering <= 1.0:
+            raise NsrlError(f"tempering is a share from 0 to 1, not {self.tempering}")
+        for key in ("rate", "damping"):
+            if not 0.0 <= getattr(self, key) < math.inf:
+                raise NsrlError(f"{key} must be a finite number >= 0, not {getattr(self, key)}")
+        if self.log_std_init is not None and not math.isfinite(self.log_std_init):
+            raise NsrlError(f"log_std_init must be finite, not {self.log_std_init}")
         if self.log_std_init is not None and self.preserve != "mode":
             raise NsrlError(
                 "log_std_init changes the action distribution, which preserve='distribution' protects; "

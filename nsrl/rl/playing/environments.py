@@ -102,6 +102,8 @@ def told(env: str) -> Iterator[None]:
     Raises:
         NsrlError: it cannot be made.
     """
+    if env.count(":") > 1:
+        raise NsrlError(f"cannot make the environment {env!r}: it is no id, as in Env-v0 or module:Env-v0")
     try:
         if env.startswith("MiniGrid-"):  # gymnasium >= 1.0 does not look for plugins by itself
             importlib.import_module("minigrid")

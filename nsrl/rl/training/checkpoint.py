@@ -8,6 +8,7 @@ simulators: on resuming, the environments start new episodes, and a rollout that
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -15,7 +16,6 @@ import platform
 import warnings
 import zipfile
 from collections import deque
-from dataclasses import asdict, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,41 +25,21 @@ import torch
 from stable_baselines3 import __version__ as sb3_version
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
-from torch import Tensor
 
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
+from nsrl.reading.checksums import check_checksum, checksum
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.tensors import read_tensors
-from nsrl.reading.values import finite, items, mapping, numbers, whole
+from nsrl.reading.values import mapping, whole
 from nsrl.reading.zips import opened_zip
-from nsrl.rl.agents.normalization import FrozenMeanStd
-from nsrl.rl.agents.spaces import check_described, describe_space
-from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.agents.spaces import describe_space
 from nsrl.rl.training.callbacks import TaskEvaluation
-from nsrl.rl.training.random_state import check_generators, plain, read_generators, write_generators
+from nsrl.rl.training.fitting import COUNTERS, EPISODES, check_fits, identity_of, running_statistics
+from nsrl.rl.training.random_state import plain, read_generators, write_generators
 from nsrl.versions import CHECKPOINT, VERSION
-
-COUNTERS = (
-    "num_timesteps",
-    "_total_timesteps",
-    "_num_timesteps_at_start",
-    "_n_updates",
-    "_episode_num",
-    "_current_progress_remaining",
-    "_learning_seconds",
-)
-
-#: Those of the counters that are no whole numbers.
-CLOCKS = ("_current_progress_remaining", "_learning_seconds")
-
-#: Of retention, by name.
-SETTINGS = frozenset(item.name for item in fields(RetentionConfig))
-
-EPISODES = ("ep_info_buffer", "ep_success_buffer")
 
 #: Relative difference of the measured KL, before and after, that another machine's arithmetic may explain.
 KL_TOLERANCE = 1e-3
@@ -86,6 +66,11 @@ class Checkpoint(BaseCallback):
         self.evaluation = evaluation
         self._written: int | None = None
         self._collecting = False
+
+    @property
+    def collecting(self) -> bool:
+        """Whether a rollout is under way, so that `write` gives the state before it."""
+        return self._collecting
 
     def write(self) -> Path:
         """Write the state of the last rollout boundary now; to be called between environment steps."""
@@ -138,7 +123,7 @@ def restore(path: str | os.PathLike[str], model: OnPolicyAlgorithm) -> dict[str,
 
     Continue with `model.learn(remaining(model, total), reset_num_timesteps=False)`: learning rate and clip
     range go on as if nothing had happened. The environments begin new episodes. Nothing is touched unless
-    everything fits.
+    everything fits; and what fails nevertheless leaves the model, and all generators, as they were.
 
     Returns:
         `timesteps`, `total_timesteps`, `history` (for `TaskEvaluation`), `kl_mean` (None where nothing is
@@ -150,35 +135,31 @@ def restore(path: str | os.PathLike[str], model: OnPolicyAlgorithm) -> dict[str,
     path = Path(path)
     state, tensors = read_checkpoint(path)
     try:
-        _check(state, tensors, model)
+        check_fits(state, tensors, model)
     except Unreadable as error:
         raise NsrlError(f"{path} is truncated or damaged ({error}); start the run anew") from error
     except NsrlError as error:
         raise NsrlError(f"{path} does not fit this run: {error}") from error
-    for name, saved in tensors["modules"].items():
-        recursive_getattr(model, name).load_state_dict(saved)
-    for name in COUNTERS:
-        if name in state["counters"]:
-            setattr(model, name, state["counters"][name])
-    for name in EPISODES:
-        entries = state["episodes"][name]
-        setattr(model, name, None if entries is None else deque(entries, maxlen=model._stats_window_size))
-    for name, part in _running(model).items():
-        for key, value in state["statistics"][name].items():
-            setattr(part, key, value if key == "count" else np.array(value))
     retention = getattr(model, "retention", None)
-    if retention is not None:
-        retention.load_state_dict(tensors["retention"])
-        kl, expected = retention.last.kl_mean, state["retention"]["kl_mean"]
-        if not abs(kl - expected) <= KL_TOLERANCE * expected + 1e-7:  # NaN too
-            raise NsrlError(
-                f"{path} says that the policy's KL is {expected:.6g}, but it is {kl:.6g}; start the run anew"
-            )
+    # Copies: a module's state is a view of its parameters.
+    before = _boundary(model), copy.deepcopy(_tensors(model, read_generators(model)))
+    try:
+        _put_back(state, tensors, model)
+        if retention is not None:
+            kl, expected = retention.last.kl_mean, state["retention"]["kl_mean"]
+            if not abs(kl - expected) <= KL_TOLERANCE * expected + 1e-7:  # NaN too
+                raise NsrlError(
+                    f"{path} says that the policy's KL is {expected:.6g}, but it is {kl:.6g}; start the run anew"
+                )
+    except BaseException as error:
+        _put_back(*before, model)
+        if isinstance(error, NsrlError) or not isinstance(error, Exception):
+            raise
+        raise NsrlError(f"{path} does not fit this run ({shown(str(error), 200)}); start the run anew") from error
     model._last_obs = None
     if model.env is not None:
         # seeds that wait for the next reset would start the run's first episodes over again
         model.env.unwrapped._reset_seeds()
-    write_generators(model, {**state["generators"], **tensors["generators"]})
     timesteps = state["counters"]["num_timesteps"]
     return {
         "timesteps": timesteps,
@@ -192,6 +173,25 @@ def restore(path: str | os.PathLike[str], model: OnPolicyAlgorithm) -> dict[str,
 def remaining(model: OnPolicyAlgorithm, total: int) -> int:
     """Timesteps left of `total`: what `learn(..., reset_num_timesteps=False)` is to be given."""
     return max(total - model.num_timesteps, 0)
+
+
+def _put_back(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgorithm) -> None:
+    """Write what `_boundary` and `_tensors` have read."""
+    for name, saved in tensors["modules"].items():
+        recursive_getattr(model, name).load_state_dict(saved)
+    for name in COUNTERS:
+        if name in state["counters"]:
+            setattr(model, name, state["counters"][name])
+    for name in EPISODES:
+        entries = state["episodes"][name]
+        setattr(model, name, None if entries is None else deque(entries, maxlen=model._stats_window_size))
+    for name, part in running_statistics(model).items():
+        for key, value in state["statistics"][name].items():
+            setattr(part, key, value if key == "count" else np.array(value))
+    retention = getattr(model, "retention", None)
+    if retention is not None:
+        retention.load_state_dict(tensors["retention"])
+    write_generators(model, {**state["generators"], **tensors["generators"]})
 
 
 # -- content -------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _boundary(model: OnPolicyAlgorithm, learning: float = 0.0) -> dict[str, Any]
         "generators": read_generators(model),
         "statistics": {
             name: plain({key: getattr(part, key) for key in ("mean", "var", "count")})
-            for name, part in _running(model).items()
+            for name, part in running_statistics(model).items()
         },
     }
 
@@ -228,154 +228,27 @@ def _content(
             "torch": torch.__version__,
             "stable_baselines3": sb3_version,
         },
-        "run": _identity(model),
+        "run": identity_of(model),
         "spaces": [describe_space(model.observation_space), describe_space(model.action_space)],
         "generators": {name: part for name, part in generators.items() if name not in ("torch", "cuda")},
         "retention": None if retention is None else {"kl_mean": retention.constraint.divergence()},
         "history": history,
     }
-    tensors = {
+    return plain(state), _tensors(model, generators)
+
+
+def _tensors(model: OnPolicyAlgorithm, generators: dict[str, Any]) -> dict[str, Any]:
+    """Policy, optimizer, retention engine, and those generators whose states are tensors."""
+    retention = getattr(model, "retention", None)
+    return {
         "modules": {name: recursive_getattr(model, name).state_dict() for name in model._get_torch_save_params()[0]},
         "retention": None if retention is None else retention.state_dict(),
         "generators": {name: generators[name] for name in ("torch", "cuda")},
     }
-    return plain(state), tensors
 
 
-def _identity(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """What must be the same for a run to go on, each with the words for it."""
-    retention = getattr(model, "retention", None)
-    identity: dict[str, Any] = {"algorithm": type(model).__name__, "number of environments": model.n_envs}
-    identity["retention"] = None if retention is None else type(retention).__name__
-    if retention is not None:
-        # not the seed: where its generators stand is in the checkpoint
-        identity |= {key: value for key, value in asdict(retention.config).items() if key != "seed"}
-        identity["penalty"] = getattr(retention, "coefficient", None)
-        identity["retention buffer"] = retention.constraint.buffer.digest()
-    return identity
-
-
-def _running(model: OnPolicyAlgorithm) -> dict[str, RunningMeanStd]:
-    """Reward and observation statistics of the VecNormalize around the environment, by name.
-
-    Its discounted returns are left out: they begin anew with the episodes.
-    """
-    normalize = model.get_vec_normalize_env()
-    if normalize is None:
-        return {}
-    parts: Any = normalize.obs_rms if normalize.norm_obs else {}
-    if not isinstance(parts, dict):
-        parts = {"": parts}
-    return {"rewards": normalize.ret_rms} | {f"observations {key}".strip(): part for key, part in parts.items()}
-
-
-# -- fitting -------------------------------------------------------------------------------------------
-
-
-def _check(state: dict[str, Any], tensors: dict[str, Any], model: OnPolicyAlgorithm) -> None:
-    """Raise Unreadable for what no run writes, NsrlError for what another run wrote."""
-    observations, actions = items(state["spaces"], "spaces", 2)
-    check_described(model, observations, actions, "its run")
-    identity = plain(_identity(model))
-    for key in mapping(state["run"], "run") | identity:
-        saved, here = state["run"].get(key), identity.get(key)
-        if saved == here or (key not in state["run"] and key in SETTINGS):  # an older nsrl did not have this setting
-            continue
-        if key == "retention buffer":
-            raise NsrlError("it was made with another retention buffer; resume with the run's own")
-        raise NsrlError(
-            f"{shown(key)} was {shown(saved)} in its run and is {here} now; resume with the settings of the run"
-        )
-    _check_modules(mapping(tensors["modules"], "modules"), model)
-    _check_counters(state)
-    _check_statistics(mapping(state["statistics"], "statistics"), _running(model))
-    parts = [mapping(part["generators"], "generators") for part in (state, tensors)]
-    check_generators(model, {**parts[0], **parts[1]})
-    retention = getattr(model, "retention", None)
-    if retention is not None:
-        finite(mapping(state["retention"], "retention", ["kl_mean"])["kl_mean"], "kl_mean")
-        retention.check_state(tensors["retention"])
-
-
-def _check_modules(saved: dict[str, Any], model: OnPolicyAlgorithm) -> None:
-    # The names are the model's: a file that names attributes could reach any object.
-    mapping(saved, "modules", model._get_torch_save_params()[0], ())
-    for name, content in saved.items():
-        module = recursive_getattr(model, name)
-        if isinstance(module, torch.nn.Module):
-            _check_architecture(mapping(content, name), module.state_dict())
-        else:
-            _check_optimizer(mapping(content, name, ["state", "param_groups"], ()), module)
-
-
-def _check_architecture(saved: dict[str, Any], here: dict[str, Tensor]) -> None:
-    for name in saved | here:
-        weights = [part.get(name) for part in (saved, here)]
-        shapes = [tuple(part.shape) if isinstance(part, Tensor) else None for part in weights]
-        if shapes[0] != shapes[1]:
-            raise NsrlError(
-                f"{shown(name)} has shape {shapes[0]} in its run and {shapes[1]} in this policy; resume with the "
-                "architecture of the run"
-            )
-        if saved[name].dtype != here[name].dtype or not bool(torch.isfinite(saved[name]).all()):
-            raise Unreadable(f"{name} is not finite or of another type")
-
-
-def _check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Groups of the same settings, and state of the shapes of the parameters: the next step would take it as it is."""
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for theirs, ours in zip(items(saved["param_groups"], "param_groups", len(groups)), groups, strict=True):
-        for key, value in mapping(theirs, "a parameter group", ["params", "lr"], ours).items():
-            plain_kinds = (bool, int, float, type(None), tuple)
-            if (value != ours[key]) if key == "params" else not isinstance(value, plain_kinds):
-                raise Unreadable(f"{key} of a parameter group is {shown(value)}")
-    if type(saved["state"]) is not dict:
-        raise Unreadable("the optimizer's state is no mapping")
-    for index, entries in saved["state"].items():
-        shape = parameters[whole(index, "a parameter's number", 0, len(parameters) - 1)].shape
-        for name, value in mapping(entries, "a parameter's state").items():
-            fits = value.shape in (shape, ()) if isinstance(value, Tensor) else type(value) in (bool, int, float)
-            if not fits:
-                raise Unreadable(f"{shown(name)} of a parameter does not have its shape")
-
-
-def _check_counters(state: dict[str, Any]) -> None:
-    for name, value in mapping(state["counters"], "counters", ["num_timesteps", "_total_timesteps"], COUNTERS).items():
-        if name in CLOCKS:
-            finite(value, name)
-        else:
-            whole(value, name)
-    for name in EPISODES:
-        for entry in items(mapping(state["episodes"], "episodes", EPISODES)[name] or [], name):
-            if name == "ep_info_buffer":
-                finite(mapping(entry, name, ["r", "l"])["r"], "a return")
-                finite(entry["l"], "a length")
-            elif type(entry) not in (bool, int, float):
-                raise Unreadable(f"{name} holds {shown(entry)}")
-    for row in items(state["history"], "history"):
-        for key, value in mapping(row, "a row of the history").items():
-            for entry in mapping(value, key).values() if key == "old_returns" else [value]:
-                if entry is not None and type(entry) not in (bool, int, float):
-                    raise Unreadable(f"{shown(key)} of the history is {shown(entry)}, not a number")
-
-
-def _check_statistics(saved: dict[str, Any], running: dict[str, RunningMeanStd]) -> None:
-    if saved.keys() != running.keys():
-        raise NsrlError(
-            f"it holds the statistics {shown(sorted(saved))}, the environment has {sorted(running)}; "
-            "wrap the environment as in the run"
-        )
-    for name, part in running.items():
-        values = mapping(saved[name], name, ["mean", "var", "count"], ())
-        finite(values["count"], "count", 0.0)
-        arrays = {key: numbers(values[key], key, np.shape(getattr(part, key))) for key in ("mean", "var")}
-        same = all(np.array_equal(arrays[key], getattr(part, key)) for key in arrays)
-        if isinstance(part, FrozenMeanStd) and not same:
-            raise NsrlError("its frozen observation statistics are others; resume with the agent of the run")
-        if (arrays["var"] < 0).any():
-            raise Unreadable(f"a variance of the statistics {name} is negative")
-
+#: The key of a checkpoint's checksum in its state.
+CHECKSUM = "checksum"
 
 PARTS = ("format", "run", "spaces", "counters", "episodes", "generators", "statistics", "retention", "history")
 
@@ -389,11 +262,17 @@ def write_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Any])
         NsrlError: when the file cannot be written.
     """
     with written_atomically(path, durable=True) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr("state.json", json.dumps(state))
+        archive.writestr("state.json", json.dumps(signed(state, tensors)))
         stream = io.BytesIO()
         torch.save(tensors, stream)
         archive.writestr("tensors.pt", stream.getvalue())
     return path
+
+
+def signed(state: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The state with the checksum of all of it: a file that was written anew with other weights is no checkpoint."""
+    content = {key: value for key, value in state.items() if key != CHECKSUM}
+    return {**content, CHECKSUM: checksum([json.loads(json.dumps(content)), tensors])}
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -409,7 +288,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         versions = mapping(state.get("versions", {}), "its versions")
         CHECKPOINT.check(path, whole(state["format"], "its format", 1), versions.get("nsrl"))
         mapping(state, "its state", PARTS)
-        return state, mapping(read_tensors(stored), "its tensors", TENSORS, ())
+        tensors = mapping(read_tensors(stored), "its tensors", TENSORS, ())
+        if CHECKSUM in state:  # the first ones have none
+            expected = state.pop(CHECKSUM)
+            check_checksum([state, tensors], expected)
+        return state, tensors
     except FileNotFoundError as error:
         raise NsrlError(f"no checkpoint at {path}; there is nothing to resume, start the run without") from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a clean stop: training ends at the next step and leaves a checkpoint."""
+"""Ctrl-C, SIGTERM and a closed terminal as a clean stop: training ends at the next step and leaves a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interruption(BaseCallback):
@@ -40,14 +40,15 @@ class Interruption(BaseCallback):
 
 @contextmanager
 def graceful_interrupts() -> Iterator[Interruption]:
-    """Within the block, the first SIGINT or SIGTERM asks for a clean stop and the second aborts at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP asks for a clean stop and the second aborts at once.
 
         with graceful_interrupts() as interruption:
             model.learn(total, callback=[evaluation, Checkpoint(path), interruption])
         sys.exit(interruption.exit_status)
 
-    The second one raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM); the last checkpoint on disk
-    stays whole. Where handlers cannot be set (not the main thread) signals keep their meaning.
+    The second one raises KeyboardInterrupt (SIGINT) or SystemExit (the others); the last checkpoint on disk
+    stays whole. Where handlers cannot be set (not the main thread) signals keep their meaning, and SIGHUP where it
+    is ignored, as under nohup.
 
     Yields:
         A callback that belongs in the list given to `learn`.
@@ -62,11 +63,13 @@ def graceful_interrupts() -> Iterator[Interruption]:
         interruption.signal = number
         # not print: its buffer may be in use by the very code that the signal interrupts
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping at the next environment step; once more aborts at once\n".encode())
+        with suppress(OSError):  # the terminal may be what has gone
+            os.write(2, f"\n{name}: stopping at the next environment step; once more aborts at once\n".encode())
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, handle) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield interruption
     finally:

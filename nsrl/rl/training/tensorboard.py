@@ -11,6 +11,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from torch.utils.tensorboard import SummaryWriter
 
 from nsrl.errors import NsrlError
+from nsrl.files import unwritable
 
 FORMATS = ("stdout", "log", "json", "csv", "tensorboard")
 
@@ -68,18 +69,21 @@ def open_logger(
             ("progress_from_STEP.csv"), since SB3 would overwrite those of the interrupted run.
 
     Raises:
-        NsrlError: unknown format.
+        NsrlError: unknown format, or a folder that cannot be written.
     """
     suffix = "" if purge_step is None else f"_from_{purge_step}"
     outputs: list[KVWriter] = []
     for name in formats:
         if name not in FORMATS:
             raise NsrlError(f"unknown log format {name!r}; known: {', '.join(FORMATS)}")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if name == "tensorboard":
-            outputs.append(RetentionTensorBoard(folder, purge_step))
-        else:
-            outputs.append(make_output_format(name, os.fspath(folder), suffix))
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if name == "tensorboard":
+                outputs.append(RetentionTensorBoard(folder, purge_step))
+            else:
+                outputs.append(make_output_format(name, os.fspath(folder), suffix))
+        except OSError as error:
+            raise unwritable(f"logs into {folder}", error) from error
     return Logger(os.fspath(folder), outputs)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl.files import write_json
+from nsrl.files import given_path, write_json, written_atomically
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.budget.baselines import PENALISED
@@ -67,9 +67,9 @@ def learn_sequence(config: SequenceConfig, out: str | Path | None = None, *, pro
     _check(config)
     name = config.name or f"sequence-{config.labels[-1]}"
     folder = choose_folder("finetune", name, config.out if out is None else out)
-    folder.prepare()
-    folder.write_config(replace(config, out=str(folder.path)))
-    return _run(config, folder, progress)
+    with folder.made():
+        folder.write_config(replace(config, out=str(folder.path)))
+        return _run(config, folder, progress)
 
 
 def resume_sequence(path: str | Path, *, trust: bool = False, progress: bool = False) -> Outcome:
@@ -84,11 +84,13 @@ def resume_sequence(path: str | Path, *, trust: bool = False, progress: bool = F
         NsrlError: no run there, a finished one, a damaged one, or one that asks for trust.
         Interrupted: as `learn_sequence`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     config = folder.read_config(SequenceConfig)
     check_resumable(folder)
     check_trusted(folder, config, trust)
-    return _run(config, folder, progress)
+    with folder.continued():
+        check_resumable(folder)
+        return _run(config, folder, progress)
 
 
 def _check(config: SequenceConfig) -> None:
@@ -213,7 +215,8 @@ def _gather(config: SequenceConfig, folder: RunFolder, stages: list[StageFolder]
     """Agent, states and results of the whole sequence, from its stages."""
     for file in (stages[-1].agent, stages[-1].agent.with_name("vecnormalize.pkl")):
         if file.is_file():
-            shutil.copyfile(file, folder.path / file.name)
+            with written_atomically(folder.path / file.name) as temporary:
+                shutil.copyfile(file, temporary)
     buffer = _merged(stages)
     buffer.save(folder.buffer)
     found = [stage.read_metrics() for stage in stages]

@@ -9,19 +9,8 @@ import pytest
 from nsrl.bench.suites import worker
 from nsrl.bench.suites.jobs import Job, Status, _status, gather, run_jobs
 from nsrl.errors import NsrlError
-from nsrl.runs.config import EvaluationSettings, FinetuneConfig, PretrainConfig
-from nsrl.runs.hyperparameters import PPOSettings
-
-TINY = PretrainConfig(
-    env="nsrl/CartPole-v0",
-    total_timesteps=128,
-    ppo=PPOSettings(n_envs=1, n_steps=64, batch_size=64, n_epochs=1),
-    evaluation=EvaluationSettings(every=128, episodes=1, final_episodes=1),
-)
-
-
-def jobs(root: Path, *seeds: int) -> list[Job]:
-    return [Job(f"seed {seed}", "pretrain", replace(TINY, seed=seed), root / str(seed)) for seed in seeds]
+from nsrl.runs.config import FinetuneConfig
+from tests.bench.suites.builders import TINY, jobs, long
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +75,16 @@ def test_two_jobs_cannot_share_a_folder(tmp_path):
 @pytest.mark.slow
 def test_an_interruption_stops_the_runs_and_a_second_call_goes_on(tmp_path):
     [job] = jobs(tmp_path, 3)
-    long = [replace(job, config=replace(job.config, total_timesteps=3200, checkpoint_every=640))]
 
     def interrupt(status: Status) -> None:
         if status.running and status.running[0][1] > 0.01:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_jobs(long, on_status=interrupt, poll=0.05)
+        run_jobs([long(job)], on_status=interrupt, poll=0.05)
     assert (tmp_path / "3" / "checkpoint.zip").is_file() and not (tmp_path / "3" / "metrics.json").exists()
     assert not (tmp_path / "3.yaml").exists()
-    assert run_jobs(long)[0]["timesteps"] == 3200
+    assert run_jobs([long(job)])[0]["timesteps"] == 3200
 
 
 def test_the_time_left_follows_from_the_work_done(tmp_path, monkeypatch):

@@ -266,22 +266,28 @@ def damaged_writers(monkeypatch):
     yield KeyboardInterrupt, lambda: monkeypatch.setattr(os, "replace", stop)
 
 
+def row(timesteps):
+    """Of the history, as `TaskEvaluation` writes it."""
+    nothing = dict.fromkeys(("new_return", "kl_mean", "kl_heldout", "agreement"))
+    return {"timesteps": timesteps, "old_returns": {}, "seconds": 0.0, **nothing}
+
+
 @pytest.mark.parametrize("way", range(4))
 def test_a_crash_while_writing_leaves_the_old_one(expert, buffer, tmp_path, monkeypatch, way):
     path = tmp_path / "checkpoint"
     model = build_model(expert, buffer)
-    save(path, model, [{"timesteps": 0}])
+    save(path, model, [row(0)])
     before = path.read_bytes()
     error, damage = list(damaged_writers(monkeypatch))[way]
     damage()
     with pytest.raises(error):
-        save(path, model, [{"timesteps": 1}])
+        save(path, model, [row(1)])
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / ".checkpoint.tmp").write_bytes(b"what a killed process leaves")
-    save(path, model, [{"timesteps": 2}])
-    assert restore(path, build_model(expert, buffer))["history"] == [{"timesteps": 2}]
+    save(path, model, [row(2)])
+    assert restore(path, build_model(expert, buffer))["history"] == [row(2)]
     assert list(tmp_path.iterdir()) == [path]
 
 

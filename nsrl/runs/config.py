@@ -46,12 +46,17 @@ class EvaluationSettings:
         episodes: episodes of each evaluation during training.
         final_episodes: episodes of the evaluations before and after, which make the table.
         deterministic: play the most likely action instead of drawing one.
+        choose: which policy of the run is handed on: the "best" on the new task, by these evaluations, of those that
+            kept the old one; or the "last". Pretraining with normalize always hands on the last.
+        floor: share of the old return that the best one may have lost.
     """
 
     every: int = 10_000
     episodes: int = 10
     final_episodes: int = 50
     deterministic: bool = True
+    choose: Literal["best", "last"] = "best"
+    floor: float = 0.01
 
     def __post_init__(self) -> None:
         check_ranges(self, "evaluation.")
@@ -240,7 +245,7 @@ class DemoConfig:
         default_factory=lambda: PretrainConfig(
             total_timesteps=120_000,
             ppo=PPOSettings(n_steps=128, batch_size=256, gamma=0.98),
-            evaluation=EvaluationSettings(every=30_000, final_episodes=20),
+            evaluation=EvaluationSettings(every=15_000, final_episodes=20),
         )
     )
     finetuning: FinetuneConfig = field(

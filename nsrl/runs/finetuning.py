@@ -22,6 +22,7 @@ from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.rl.training.selection import Selection
 from nsrl.runs.collecting import obtain_buffer
 from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.figures import curve_from_history, draw_curves, first_returns
@@ -160,7 +161,9 @@ def _run(
     bar = FineTuningProgress(evaluation) if progress else None
     try:
         before = _measure(config, tasks, agent, model)  # not restored yet
-        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar)
+        selection = Selection(evaluation, folder.best, settings.floor) if settings.choose == "best" else None
+        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar, selection=selection)
+        chosen = int(model.num_timesteps) if selection is None else selection.give_back(model)
         metrics: dict[str, Any] = {
             "command": "finetune",
             "name": tasks.name,
@@ -172,6 +175,7 @@ def _run(
             "kl_budget": config.retention.kl_budget,
             "seed": config.seed,
             "timesteps": int(model.num_timesteps),
+            "chosen": chosen,
             "before": before,
             "after": _measure(config, tasks, agent, model),
             "buffer": {"states": len(model_buffer(model)), "heldout": len(model_buffer(model).heldout_indices)},

@@ -99,6 +99,11 @@ class RunFolder:
         return self.path / "checkpoint.zip"
 
     @property
+    def best(self) -> Path:
+        """Weights of the best policy so far; gone when the run is finished."""
+        return self.path / "best.pt"
+
+    @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.metrics.is_file()

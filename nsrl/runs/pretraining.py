@@ -17,6 +17,7 @@ from nsrl.rl.playing.environments import make_envs
 from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.rl.training.selection import Selection
 from nsrl.runs.config import PretrainConfig
 from nsrl.runs.figures import curve_from_history, draw_curves
 from nsrl.runs.folder import RunFolder, choose_folder, slug
@@ -175,13 +176,17 @@ def _run(config: PretrainConfig, folder: RunFolder, model: PPO, *, progress: boo
     bar = LearningProgress(evaluation, "pretraining") if progress else None
     try:
         before = _measure(config, model)
-        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar)
+        best = settings.choose == "best" and not config.normalize  # the statistics of then are not kept
+        selection = Selection(evaluation, folder.best) if best else None
+        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar, selection=selection)
+        chosen = int(model.num_timesteps) if selection is None else selection.give_back(model)
         metrics = {
             "command": "pretrain",
             "name": config.name or config.env,
             "env": config.env,
             "seed": config.seed,
             "timesteps": int(model.num_timesteps),
+            "chosen": chosen,
             "before": before,
             "after": _measure(config, model),
             "training_seconds": seconds,

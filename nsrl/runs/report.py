@@ -127,12 +127,24 @@ def write_finetuning_report(folder: RunFolder, metrics: dict[str, Any]) -> None:
         f"Returns are means ± standard deviations over {metrics['after']['old_return']['episodes']} episodes.",
         table.markdown(),
         f"![learning curves]({folder.figure.name})",
+        _chosen(metrics),
         f"Wall time {duration(metrics['wall_seconds'])}"
         + (f", of which retention {duration(sum(seconds.values()))}" if seconds else "")
         + f"; {metrics['buffer']['states']} states in the buffer, {metrics['buffer']['heldout']} of them held out.",
         _files(folder),
     ]
     write_text(folder.report, "\n\n".join(parts) + "\n")
+
+
+def _chosen(metrics: dict[str, Any]) -> str:
+    """Which policy of the run is handed on."""
+    chosen, last = metrics.get("chosen", metrics["timesteps"]), metrics["timesteps"]
+    if chosen == last:
+        return "The agent is the policy at the end of the run."
+    return (
+        f"The agent is the policy at {chosen:,} timesteps: of the evaluated ones that kept what they were to keep, the "
+        "best at what they were to learn."
+    )
 
 
 def write_pretraining_report(folder: RunFolder, metrics: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
 from nsrl.rl.training.interruption import graceful_interrupts
 from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.rl.training.selection import Selection
 from nsrl.rl.training.tensorboard import open_logger
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
 from nsrl.runs.folder import RunFolder
@@ -122,6 +123,7 @@ def train(
     *,
     resume: bool,
     progress: FineTuningProgress | None,
+    selection: Selection | None = None,
 ) -> float:
     """Train to the configuration's `total_timesteps`, from the checkpoint when resuming.
 
@@ -151,10 +153,11 @@ def train(
         with graceful_interrupts() as interruption:
             evaluation.skip_end = interruption.requested
             shown = [] if progress is None else [progress]
+            chosen = [] if selection is None else [selection]
             try:
                 model.learn(
                     left,
-                    callback=[evaluation, history, checkpoint, *shown, interruption],
+                    callback=[evaluation, *chosen, history, checkpoint, *shown, interruption],
                     reset_num_timesteps=purge_step is None,
                 )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal

@@ -51,7 +51,7 @@ class Root(Protocol):
         ...
 
     def sampled(self, every: int) -> Tensor:
-        """Rows of every so many states, or as many random combinations as do: S' with S'^T S' = H on average."""
+        """Rows of every so many states, or as many random combinations as do, (n, r, O): S'^T S' = H on average."""
         ...
 
 
@@ -73,15 +73,15 @@ class DenseRoot:
 
     @property
     def sizes_of_rows(self) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         return self.rows.square().sum(2)
 
     def apply(self, outputs: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         return torch.einsum("nro,no->nr", self.rows, outputs)
 
     def transpose(self, rows: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, O)."""
         return torch.einsum("nro,nr->no", self.rows, rows)
 
     def times(self, factors: Tensor | None) -> DenseRoot:
@@ -93,7 +93,7 @@ class DenseRoot:
         return DenseRoot(self.rows / by)
 
     def sampled(self, every: int) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (n, r, O)."""
         return self.rows[::every]
 
 
@@ -124,11 +124,11 @@ class SoftmaxRoot:
 
     @property
     def sizes_of_rows(self) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         return torch.cat([q[:, 1:] for q in self.roots.split(self.sizes, 1)], 1)
 
     def apply(self, outputs: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         if self.valid is not None:
             outputs = outputs * self.valid
         parts = []
@@ -139,7 +139,7 @@ class SoftmaxRoot:
         return self.factors * torch.cat(parts, 1)
 
     def transpose(self, rows: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, O)."""
         parts = []
         heads = (rows * self.factors).split([size - 1 for size in self.sizes], 1)
         for q, u in zip(self.roots.split(self.sizes, 1), heads, strict=True):
@@ -158,7 +158,7 @@ class SoftmaxRoot:
         return replace(self, factors=self.factors / by)
 
     def sampled(self, every: int) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (n, r, O)."""
         valid = None if self.valid is None else self.valid[::every]
         few = replace(self, roots=self.roots[::every], factors=self.factors[::every], valid=valid)
         return _sketch(few)
@@ -182,15 +182,15 @@ class DiagonalRoot:
 
     @property
     def sizes_of_rows(self) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         return self.diagonal.abs()
 
     def apply(self, outputs: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, R)."""
         return self.diagonal * outputs
 
     def transpose(self, rows: Tensor) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (N, O)."""
         return self.diagonal * rows
 
     def times(self, factors: Tensor | None) -> DiagonalRoot:
@@ -202,7 +202,7 @@ class DiagonalRoot:
         return DiagonalRoot(self.diagonal / by)
 
     def sampled(self, every: int) -> Tensor:
-        """See `Root`."""
+        """See `Root`: (n, r, O)."""
         return _sketch(DiagonalRoot(self.diagonal[::every]))
 
 

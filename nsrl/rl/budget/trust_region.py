@@ -166,7 +166,11 @@ def build_region(
     method: str = "null_space",
     penalty: float = 1.0,
 ) -> Retention:
-    """The engine of a method by name, for a natural-gradient algorithm: as `nsrl.rl.budget.baselines.build_engine`."""
+    """The engine of a method by name, for a natural-gradient algorithm: as `nsrl.rl.budget.baselines.build_engine`.
+
+    Raises:
+        NsrlError: there is no such method, or it is one of minibatch steps.
+    """
     if method == "null_space":
         return RetentionRegion(model, constraint, config)
     if method == "kl_penalty":

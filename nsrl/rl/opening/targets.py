@@ -44,7 +44,7 @@ class SoftmaxTargets:
     sizes: tuple[int, ...]
 
     def share(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """Entropy over its maximum (that of the valid actions), the mean over the heads that have a choice."""
+        """Entropy over its maximum (of the valid actions), the mean over the heads that have a choice, shape (N,)."""
         logits = outputs.double() if valid is None else with_masks(outputs.double(), valid)
         found, counted = torch.zeros(len(logits), dtype=torch.float64), torch.zeros(len(logits), dtype=torch.float64)
         found, counted = found.to(logits.device), counted.to(logits.device)
@@ -59,7 +59,7 @@ class SoftmaxTargets:
         return torch.where(counted > 0, found / counted.clamp_min(1.0), torch.ones_like(found)).clamp(0.0, 1.0)
 
     def excess(self, outputs: Tensor, share: float, valid: Tensor | None) -> Tensor:
-        """Centred logits times 1 - 1 / temperature."""
+        """Centred logits times 1 - 1 / temperature, shape (N, O)."""
         centred = outputs - self._head_means(outputs, valid)
         if valid is not None:
             centred = centred * valid
@@ -97,12 +97,12 @@ class CoinTargets:
     """The same for independent coins: logits over a temperature."""
 
     def share(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """Entropy in bits, the mean over the coins."""
+        """Entropy in bits, the mean over the coins, shape (N,)."""
         log_p, log_q = F.logsigmoid(outputs.double()), F.logsigmoid(-outputs.double())
         return -(log_p.exp() * log_p + log_q.exp() * log_q).mean(1) / math.log(2.0)
 
     def excess(self, outputs: Tensor, share: float, valid: Tensor | None) -> Tensor:
-        """Logits times 1 - 1 / temperature."""
+        """Logits times 1 - 1 / temperature, shape (N, O)."""
         low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
@@ -128,11 +128,11 @@ class SpreadTargets:
     wide: Tensor
 
     def share(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
-        """Standard deviation over the wide one, at most 1, the mean over the entries of the action."""
+        """Standard deviation over the wide one, at most 1, the mean over the entries of the action, shape (N,)."""
         return torch.exp(-self._missing(outputs)).mean(1).double()
 
     def excess(self, outputs: Tensor, share: float, valid: Tensor | None) -> Tensor:
-        """What the logs are short of the wide ones, all of it: 1 is reached by no more than that."""
+        """What the logs are short of the wide ones, all of it, as outputs have it, shape (N, 2 A)."""
         missing = self._missing(outputs)
         return torch.cat([torch.zeros_like(missing), -missing], 1)
 

@@ -322,14 +322,14 @@ class StateDependentGaussian(ActionDistribution):
         return (1,) * (2 * int(np.prod(space.shape or ())))
 
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
-        """See `ActionDistribution`; the noise of each step is drawn by itself."""
+        """See `ActionDistribution`, shape (N, ...); the noise of each step is drawn by itself."""
         space: Any = policy.action_space
         mean, log_std = outputs.float().cpu().chunk(2, 1)
         actions = (mean + log_std.exp() * torch.randn(mean.shape, generator=generator)).numpy()
         return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
 
     def log_prob(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Tensor:
-        """See `ActionDistribution`."""
+        """See `ActionDistribution`: shape (N,)."""
         mean, log_std = outputs.chunk(2, 1)
         return torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,12 @@ def test_the_leaderboard_ranks_by_what_is_learnt_among_those_that_keep_the_old_t
     ]
     rows = table({"summary": entries}).rows
     assert [row[:2] for row in rows] == [("good", "1"), ("slow", "2"), ("forgets", "-"), ("nearly", "-")]
+
+
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    docs = ROOT / "docs"
+    for index in (docs / "index.md", docs / "api" / "index.md"):
+        trees = re.findall(r"```\{toctree\}\n(.*?)```", index.read_text(encoding="utf-8"), flags=re.DOTALL)
+        listed = [line for tree in trees for line in tree.split() if not line.startswith(":")]
+        pages = {path.stem for path in index.parent.glob("*.md")} - {"index"}
+        assert pages <= {name.partition("/")[0] for name in listed}, "name the page in the index beside it"

@@ -323,3 +323,15 @@ def agents(options: Options, console: Console) -> Results:
     write_json(results, content)
     told = [f"{row['name']}: {row['reason']}" for row in content["rows"] if row["reason"]]
     return Results(agents_tables(content), (("results", results),), told)
+
+
+@benchmark("demo_population", "quick")
+def demo_population(options: Options, console: Console) -> Results:
+    """The demo for twenty pretrained agents, on this instruction set."""
+    from nsrl.bench.studies.demo_population import population_table, run_population
+
+    out = _out(options, "demo_population_quick" if options.quick else "demo_population")
+    results = (out / "results" if options.quick else options.reference) / "demo_population.json"
+    with alone_in(out), console.status("demo_population") as show:
+        content = run_population(out, results, workers=options.workers, quick=options.quick, on_status=show)
+    return Results([population_table(content)], [("results", results)])

@@ -38,7 +38,7 @@ def test_what_is_written_reads_back_the_same(config, tmp_path):
 
 @settings(max_examples=8)
 @given(
-    budget=st.floats(0, 10),
+    budget=st.just(0.0) | st.floats(1e-10, 10),
     rate=st.floats(1e-8, 1.0),
     steps=st.integers(1, 10**9),
     method=st.sampled_from(["finetune", "kl_penalty"]),

@@ -46,6 +46,14 @@ PAIRS: dict[str, TaskPair] = _by_name(
         about="the torque is reversed",
     ),
     TaskPair(
+        name="acrobot_swapped",
+        retained="nsrl/Acrobot-v0",
+        new="nsrl/AcrobotSwapped-v0",
+        visible=True,
+        extra=None,
+        about="the torques to the left and to the right are swapped",
+    ),
+    TaskPair(
         name="halfcheetah_backward",
         retained="nsrl/HalfCheetah-v0",
         new="nsrl/HalfCheetahBackward-v0",

@@ -16,6 +16,8 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
     ("nsrl/CartPoleTrioReversedAngle-v0", "cartpole:cartpole_of_trio", {"task": "reversed_angle"}, 500, 475.0),
     ("nsrl/Pendulum-v0", "pendulum:pendulum", {}, 200, None),
     ("nsrl/PendulumReversed-v0", "pendulum:pendulum", {"reversed_torque": True}, 200, None),
+    ("nsrl/Acrobot-v0", "acrobot:acrobot", {}, 500, -100.0),
+    ("nsrl/AcrobotSwapped-v0", "acrobot:acrobot", {"swapped": True}, 500, -100.0),
     ("nsrl/HalfCheetah-v0", "locomotion:runner", {"body": "HalfCheetah"}, 1000, 4800.0),
     (
         "nsrl/HalfCheetahBackward-v0",

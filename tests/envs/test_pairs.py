@@ -18,6 +18,7 @@ _MODULES = {None: "gymnasium", "mujoco": "mujoco", "box2d": "Box2D"}
 _BASES = {
     "CartPole": "CartPole-v1",
     "Pendulum": "Pendulum-v1",
+    "Acrobot": "Acrobot-v1",
     "HalfCheetah": "HalfCheetah-v5",
     "Swimmer": "Swimmer-v5",
     "Ant": "Ant-v5",

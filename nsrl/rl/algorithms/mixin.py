@@ -264,10 +264,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"the policy is at a mean KL of {kl:.3g} on the buffer before any update, over the "
                 f"budget of {config.kl_budget:g}; collect the buffer from this policy or raise kl_budget"
             )
-        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
-            model.policy.log_std.data.fill_(config.log_std_init)
         if config.critic == "reset":
             reset_critic(model.policy)
+        if config.log_std_init is not None and isinstance(getattr(model.policy, "log_std", None), nn.Parameter):
+            model.policy.log_std.data.fill_(config.log_std_init)
         if model.env is not None:
             freeze_observations(model.env)
         self.retention = retention
@@ -522,11 +522,21 @@ def reset_critic(policy: Any) -> None:
     """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head).
 
     A features extractor of the critic's own is part of it; one that the actor uses too stays.
+
+    Raises:
+        NsrlError: a network of the user's own, which does not say where its critic is; nothing is changed.
     """
-    inside = [policy.mlp_extractor.value_net]
+    inside: list[Any] = [getattr(policy.mlp_extractor, "value_net", None)]
     if not policy.share_features_extractor:
         inside.append(policy.vf_features_extractor)
-    for network, gain in [*((network, 2.0**0.5) for network in inside), (policy.value_net, 1.0)]:
+    head: Any = getattr(policy, "value_net", None)
+    if not all(isinstance(network, nn.Module) for network in [*inside, head]):
+        raise NsrlError(
+            f"the critic of {type(policy).__name__} with {type(policy.mlp_extractor).__name__} cannot be reset, since "
+            "it has no mlp_extractor.value_net and value_net as SB3's policies do; pass critic='keep', and reset it "
+            "yourself where the old task's values mislead"
+        )
+    for network, gain in [*((network, 2.0**0.5) for network in inside), (head, 1.0)]:
         network.apply(partial(policy.init_weights, gain=gain))
 
 

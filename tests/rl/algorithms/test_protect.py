@@ -11,6 +11,7 @@ from gymnasium import spaces
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
@@ -128,3 +129,40 @@ def test_what_acts_otherwise_in_train_mode_is_refused_where_updates_use_it(algor
     protect(model, buffer, kl_budget=1e-3).learn(3 * 64)
     model.policy.set_training_mode(False)
     assert model.retention.updates == 3 and 0.0 < independent_kl(model, buffer) <= within(1e-3, buffer)
+
+
+class OwnNetwork(nn.Module):
+    """Actor and critic under names of the user's own."""
+
+    latent_dim_pi = latent_dim_vf = 5
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.actor, self.judge = nn.Linear(width, 5), nn.Linear(width, 5)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.forward_actor(features), self.forward_critic(features)
+
+    def forward_actor(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.actor(features))
+
+    def forward_critic(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.judge(features))
+
+
+class OwnPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = OwnNetwork(self.features_dim)
+
+
+def test_a_critic_that_cannot_be_found_is_not_reset_and_everything_else_works() -> None:
+    envs = make_vec_env(OLD["box"], 2, seed=0)
+    model = PPO(OwnPolicy, envs, seed=0, device="cpu", **SMALL).learn(128)
+    buffer = RetentionBuffer.collect(model, OLD["box"], n_states=60, n_envs=2)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    with pytest.raises(NsrlError, match=r"critic of OwnPolicy with OwnNetwork cannot be reset.*critic='keep'"):
+        protect(model, buffer, critic="reset", preserve="mode", log_std_init=-1.0)
+    assert type(model) is PPO
+    assert all(torch.equal(value, before[key]) for key, value in model.policy.state_dict().items())
+    protect(model, buffer, kl_budget=1e-3).learn(256)
+    assert 0.0 < independent_kl(model, buffer) <= within(1e-3, buffer)

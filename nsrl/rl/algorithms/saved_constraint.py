@@ -52,7 +52,7 @@ class SavedConstraint:
 
     def resumed(self) -> RetentionConfig:
         """The configuration to go on with: what happens once at the start of a run has happened."""
-        return replace(self.config, critic="keep", log_std_init=None)
+        return replace(self.config, critic="keep", log_std_init=None, opening="off")
 
     def missing(self, name: str) -> str:
         """The sentence for a model of class `name` that would learn without."""

@@ -59,7 +59,7 @@ def test_a_loaded_model_does_not_learn_before_its_buffer_is_given_again(algorith
     assert all(torch.equal(value, before[key]) for key, value in loaded.policy.state_dict().items())
     assert protect(loaded, buffer, kl_budget=2 * BUDGET) is loaded  # moved since, but its zip names this buffer
     loaded.learn(256)
-    assert BUDGET < independent_kl(loaded, buffer) <= within(2 * BUDGET, buffer)
+    assert 0.0 < independent_kl(loaded, buffer) <= within(2 * BUDGET, buffer)
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
@@ -68,7 +68,7 @@ def test_with_its_buffer_it_goes_on_under_the_same_settings(algorithm: Any) -> N
     loaded = algorithm.load(stream, env=new_task(), device="cpu", retain=buffer)
     assert same_policies(loaded, model)  # the critic too: it was reset once, at the start
     settings = asdict(model.retention.config)
-    assert asdict(loaded.retention.config) == {**settings, "critic": "keep"}
+    assert asdict(loaded.retention.config) == {**settings, "critic": "keep", "opening": "off"}
     assert independent_kl(loaded, buffer) > 0.0
     loaded.learn(256)
     assert 0.0 < independent_kl(loaded, buffer) <= within(BUDGET, buffer)

@@ -293,7 +293,7 @@ def test_a_checkpoint_with_a_damaged_opening_changes_nothing(tmp_path: Path) -> 
     checkpoint.save(tmp_path / "c", model)
     fresh = learner(agent, buffer)
     before = {name: value.clone() for name, value in fresh.policy.state_dict().items()}
-    with pytest.raises(NsrlError, match="damaged.*opening"):
+    with pytest.raises(NsrlError, match=r"damaged.*opening"):
         checkpoint.restore(tmp_path / "c", fresh)
     assert fresh.retention.opening.pending
     assert all(torch.equal(value, before[name]) for name, value in fresh.policy.state_dict().items())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian
+from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 from tests.projection.builders import normal
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
@@ -27,6 +27,7 @@ HEADS = {
     "multi-discrete": (6, lambda spread, seed: Categorical((3, 1, 2), 0.0)),
     "multi-binary": (3, lambda spread, seed: Bernoulli(0.0)),
     "box": (3, lambda spread, seed: gaussian(3, spread, seed)),
+    "box, gSDE": (4, lambda spread, seed: HeteroscedasticGaussian()),
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 
@@ -34,6 +35,9 @@ every_head = pytest.mark.parametrize("name", HEADS)
 def build(name: str, spread: float, seed: int, samples: int = 5):
     width, metric = HEADS[name]
     reference, outputs = spread * normal(samples, width, seed=seed), spread * normal(samples, width, seed=seed + 9)
+    if name == "box, gSDE":  # logs of standard deviations, as those of "box"
+        reference[:, width // 2 :] /= 4
+        outputs[:, width // 2 :] /= 4
     return metric(spread, seed), reference, outputs
 
 
@@ -44,6 +48,9 @@ def torch_divergence(metric, reference: Tensor, outputs: Tensor) -> Tensor:
     if isinstance(metric, Gaussian):
         scales = metric.reference_log_std.exp(), metric.log_std.exp()
         return D.kl_divergence(D.Normal(reference, scales[0]), D.Normal(outputs, scales[1])).sum(-1)
+    if isinstance(metric, HeteroscedasticGaussian):
+        (mean, log), (now, log_now) = reference.chunk(2, -1), outputs.chunk(2, -1)
+        return D.kl_divergence(D.Normal(mean, log.exp()), D.Normal(now, log_now.exp())).sum(-1)
     pairs = zip(reference.split(metric.sizes, -1), outputs.split(metric.sizes, -1), strict=True)
     return sum(D.kl_divergence(D.Categorical(logits=a), D.Categorical(logits=b)) for a, b in pairs)
 
@@ -212,6 +219,7 @@ def test_seeds_and_residuals_carry_no_graph_from_log_std():
         (Bernoulli(), [[1.0, -1], [1, 1]], [[0.1, -3], [1, -1]], 0.5),
         (Gaussian(torch.zeros(2), torch.zeros(2)), [[0.0, 0], [0, 0]], [[0.4, -0.5], [0.6, 0]], 0.5),
         (Gaussian(torch.zeros(1), torch.full((1,), -1.0)), [[0.0], [0.0]], [[0.18], [0.19]], 0.5),
+        (HeteroscedasticGaussian(), [[0.0, -1.0], [0.0, 0.0]], [[0.19, 5.0], [0.19, 5.0]], 0.5),
     ],
 )
 def test_agreement(metric, reference, outputs, expected):

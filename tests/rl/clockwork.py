@@ -70,11 +70,12 @@ class Clock(BaseCallback):
 
 
 class AtBoundary(At):
-    """Calls `action(model)` before the rollout that begins at `step`."""
+    """Calls `action(model)` before the first rollout that begins at or after `step`, once."""
 
     def _on_rollout_start(self) -> None:
-        if self.model.num_timesteps == self.step:
-            self.action(self.model)
+        if self.action is not None and self.model.num_timesteps >= self.step:
+            action, self.action = self.action, None
+            action(self.model)
 
     def _on_step(self) -> bool:
         return True

@@ -12,7 +12,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from nsrl.reading.limits import Unreadable
-from nsrl.reading.values import mapping
+from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
@@ -105,14 +105,14 @@ class Opening:
         policy, constraint = model.policy, self._constraint
         # SB3 calls the timesteps of a run that goes on _total_timesteps too
         room = max(int(MOST_STEPS * (model._total_timesteps - model.num_timesteps)), 1)
-        count = min(self._count, max(room // 3, 1))
+        count = min(self._count, max(int(room / (1.0 + (CYCLES + 1) * FOLLOWING)), 1))
         modes = [(module, module.training) for module in policy.modules()]
         policy.eval()
         try:
             targets = targets_of(constraint)
             # columns alone only need to see how far the inputs are from where they were
             new = random_states(model, count if targets is not None else min(count, GLIMPSE), self._seed)
-            columns = redraw_columns(policy, constraint.inputs, new.inputs, self._seed)
+            columns = self._redraw(new)
             if targets is None:
                 found = (1.0, 1.0, 0, "a Gaussian explores by its standard deviation")
             else:
@@ -173,6 +173,16 @@ class Opening:
         self.states = pool.select(kept.to(self._constraint.reference.device)).inputs
         return before, after, steps, ""
 
+    def _redraw(self, new: NewStates) -> int:
+        """Draw the free columns, unless the bias cannot hold what they said: its rounding grows with the inputs."""
+        constraint = self._constraint
+        before, limit = constraint.parameters.read(), max(constraint.binding_divergence(), self._budget)
+        columns = redraw_columns(constraint.policy, constraint.inputs, new.inputs, self._seed)
+        if columns and constraint.binding_divergence() > limit:
+            constraint.parameters.write(before)
+            return 0
+        return columns
+
     def _openness(self, targets: Targets, states: NewStates) -> float:
         with torch.no_grad():
             return float(targets.share(policy_outputs(self._constraint.policy, states.inputs), states.valid).mean())
@@ -197,27 +207,37 @@ class Opening:
 
     def check_state(self, state: Any) -> None:
         """Raise Unreadable unless `state_dict()` can have given this."""
-        mapping(state, "opening", ["record", "states"])
+        mapping(state, "opening", ["record", "states"], ())
         record, states = state["record"], state["states"]
         if record is not None:
-            kinds = {"skipped": str, "states": int, "columns": int, "steps": int}
-            mapping(record, "opening record", list(OpeningRecord.__dataclass_fields__))
-            if not all(isinstance(value, kinds.get(key, float)) for key, value in record.items()):
-                raise Unreadable("the record of the opening is damaged")
+            for key, value in mapping(record, "opening record", list(OpeningRecord.__dataclass_fields__), ()).items():
+                if key == "skipped":
+                    if type(value) is not str:
+                        raise Unreadable("the record of the opening is damaged")
+                elif key in ("states", "columns", "steps"):
+                    whole(value, key)
+                else:
+                    finite(value, key)
         if states is None:
             return
         inputs = self._constraint.inputs
         known, given = (x if isinstance(x, dict) else {"": x} for x in (inputs, states))
-        if known.keys() != given.keys() or not all(
-            isinstance(value, Tensor) and value.dtype == known[key].dtype and value.shape[1:] == known[key].shape[1:]
-            for key, value in given.items()
-        ):
+        sizes = {len(value) if isinstance(value, Tensor) and value.ndim else 0 for value in given.values()}
+        if known.keys() != given.keys() or len(sizes) != 1 or 0 in sizes:
             raise Unreadable("the states of the opening are damaged")
+        for key, value in given.items():
+            like = known[key]
+            if value.dtype != like.dtype or value.shape[1:] != like.shape[1:] or not bool(value.isfinite().all()):
+                raise Unreadable("the states of the opening are damaged")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.record = None if state["record"] is None else OpeningRecord(**state["record"])
-        self.states = state["states"]
+        states, device = state["states"], self._constraint.reference.device
+        if isinstance(states, dict):
+            self.states = {key: value.to(device) for key, value in states.items()}
+        else:
+            self.states = None if states is None else states.to(device)
 
 
 def targets_of(constraint: RetentionConstraint) -> Targets | None:

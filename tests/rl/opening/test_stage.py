@@ -1,0 +1,299 @@
+"""The opening as part of a run: when it happens, what it costs, what is told of it, and that it happens once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
+from nsrl.errors import NsrlError
+from nsrl.rl.opening.stage import MOST_STEPS, Opening, OpeningRecord
+from nsrl.rl.training import checkpoint
+from nsrl.rl.training.tensorboard import open_logger
+from tests.rl.builders import NEW, SMALL, certain, generators_left_alone, trained
+from tests.rl.clockwork import AtBoundary, Clockwork
+from tests.rl.oracles import independent_kl, same, same_policies, within
+
+BUDGET = 0.01
+SETTINGS: dict[type, dict[str, Any]] = {
+    NullSpacePPO: SMALL,
+    NullSpaceTRPO: {"n_steps": 64, "batch_size": 64, "n_critic_updates": 2},
+}
+ENVS = 2
+
+
+class Boundaries(BaseCallback):
+    """What is there before the first step of every roll-out."""
+
+    def __init__(self, buffer: RetentionBuffer):
+        super().__init__()
+        self.buffer = buffer
+        self.timesteps: list[int] = []
+        self.kls: list[float] = []
+        self.entropies: list[float] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self.timesteps.append(self.model.num_timesteps)
+        self.kls.append(independent_kl(self.model, self.buffer))
+
+    def _on_rollout_end(self) -> None:
+        observations = torch.as_tensor(self.model.rollout_buffer.observations).flatten(0, 1)
+        with torch.no_grad():
+            self.entropies.append(float(self.model.policy.get_distribution(observations).entropy().mean()))
+
+
+def learner(agent: PPO, buffer: RetentionBuffer, algorithm: type = NullSpacePPO, **options: Any) -> Any:
+    envs = make_vec_env(NEW["discrete"], ENVS, seed=1)
+    return algorithm.from_pretrained(
+        agent, envs, retain=buffer, seed=1, **{"kl_budget": BUDGET, **SETTINGS[algorithm], **options}
+    )
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_certain_policy_is_opened_before_its_first_roll_out(algorithm: type, tmp_path: Path) -> None:
+    agent, buffer = certain()
+    with torch.no_grad():
+        states = buffer.inputs().clone()
+        states[:, -1] = 1.0
+        start = float(agent.policy.get_distribution(states).entropy().mean())
+    model, seen = learner(agent, buffer, algorithm), Boundaries(buffer)
+    assert model.retention_report().opening is None
+    model.set_logger(open_logger(tmp_path))
+    model.learn(2000, callback=seen)
+    record = model.retention_report().opening
+    assert record is not None and record.skipped == "" and record.steps > 0 and record.columns == 1
+    assert record.before < 0.3 < record.after
+    assert seen.timesteps[0] == record.states > 0  # the steps count
+    assert record.states <= MOST_STEPS * 2000 + 10 * ENVS  # and are whole ones of all environments
+    assert seen.timesteps[1] == record.states + 64 * ENVS and seen.timesteps[-1] < 2000
+    assert max(seen.kls) <= within(BUDGET, buffer)
+    spend = model.retention.config.opening_budget * BUDGET
+    assert record.kl <= spend and seen.kls[0] == pytest.approx(record.kl, abs=within(spend, buffer) - spend)
+    assert seen.entropies[0] > max(2.0 * start, 0.1)  # it tries things where it goes
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("opening/")]
+    assert {"opening/kl", "opening/before", "opening/after"} <= set(tags)
+    assert all(len(events.Scalars(tag)) == 1 for tag in tags)
+    assert events.Scalars("opening/kl")[0].value == pytest.approx(record.kl, rel=1e-6)  # float32 in the file
+
+
+def test_a_run_of_one_seed_opens_alike_and_the_callers_generators_stay() -> None:
+    runs = []
+    for _ in range(2):
+        agent, buffer = certain(gap=8.0)
+        model = learner(agent, buffer)
+        model._setup_learn(600, None)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        model.retention.opening.run(model)
+        assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
+        runs.append(model)
+    assert same_policies(*runs)
+
+
+def test_an_open_policy_is_left_as_it_is_and_the_record_says_so() -> None:
+    agent, buffer = certain(gap=0.1)
+    with torch.no_grad():  # nothing is free: the column would be drawn even so
+        buffer = moved_context(agent, buffer)
+    model, seen = learner(agent, buffer), Boundaries(buffer)
+    model._setup_learn(1000, None)
+    record = model.retention.opening.run(model)
+    assert "open" in record.skipped and record.steps == 0 and record.before == record.after > 0.7
+    assert record.columns == 0 and record.states == model.num_timesteps and not model.retention.opening.pending
+    actor = [name for name in model.policy.state_dict() if "policy" in name or "action" in name]
+    assert all(torch.equal(model.policy.state_dict()[name], agent.policy.state_dict()[name]) for name in actor)
+    model.learn(256, callback=seen, reset_num_timesteps=False)
+    assert seen.timesteps[0] == record.states and model.retention_report().opening == record
+
+
+def moved_context(agent: PPO, buffer: RetentionBuffer) -> RetentionBuffer:
+    """The same buffer with two values of the context, so that no input stands still."""
+    observations = np.array(buffer.observations)
+    observations[::2, -1] = 0.5
+    with torch.no_grad():
+        outputs = agent.policy.get_distribution(torch.tensor(observations)).distribution.logits
+    return RetentionBuffer.from_arrays(observations, outputs=outputs.numpy(), action_space=agent.action_space)
+
+
+def test_off_is_off_and_a_share_is_what_is_opened_to() -> None:
+    agent, buffer = trained()
+    off, seen = learner(agent, buffer, opening="off"), Boundaries(buffer)
+    off.learn(128, callback=seen)
+    assert seen.timesteps[0] == 0 and off.retention_report().opening is None
+    found = {}
+    for share in (0.3, 0.9):
+        agent, buffer = certain(gap=8.0)
+        model = learner(agent, buffer, opening=share)
+        model._setup_learn(4000, None)
+        found[share] = model.retention.opening.run(model)
+    assert found[0.3].before == found[0.9].before < 0.3
+    assert found[0.3].after < found[0.9].after
+
+
+@pytest.mark.parametrize("method", ["finetune", "kl_penalty"])
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_baselines_are_opened_by_a_number_only(algorithm: type, method: str) -> None:
+    agent, buffer = certain(gap=8.0)
+    for opening, opened in (("auto", False), (0.5, True)):
+        model, seen = learner(agent, buffer, algorithm, method=method, opening=opening), Boundaries(buffer)
+        model.learn(2 * 64, callback=seen)
+        assert (model.retention_report().opening is not None) is opened
+        assert (seen.timesteps[0] > 0) is opened
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_in_place(algorithm: type) -> None:
+    agent, buffer = certain(gap=8.0)
+    settings = SMALL if algorithm is PPO else {"n_steps": 64}
+    model = algorithm("MlpPolicy", make_vec_env(NEW["discrete"], ENVS, seed=0), seed=0, device="cpu", **settings)
+    model.policy.load_state_dict(agent.policy.state_dict())
+    protect(model, buffer, kl_budget=BUDGET, opening=0.8)
+    seen = Boundaries(buffer)
+    model.learn(700, callback=seen)
+    record = model.retention_report().opening
+    assert record.steps > 0 and record.after > record.before and max(seen.kls) <= within(BUDGET, buffer)
+    steps = model.num_timesteps
+    model.learn(128, reset_num_timesteps=False)  # once is enough
+    assert model.retention_report().opening == record and model.num_timesteps == steps + 128
+
+
+class Loud(gym.ObservationWrapper):
+    """A constant far from zero, beside which the new task's difference drowns in single precision."""
+
+    def __init__(self, env: gym.Env, size: float):
+        super().__init__(env)
+        low, high = (
+            np.append(bound, np.float32(s))
+            for bound, s in zip((env.observation_space.low, env.observation_space.high), (-1e9, 1e9), strict=True)
+        )
+        self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
+        self.size = size
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return np.append(observation, np.float32(self.size))
+
+
+def test_columns_that_rounding_would_make_expensive_are_not_drawn() -> None:
+    old, new = (
+        partial(make_vec_env, NEW["discrete"], ENVS, seed=0, wrapper_class=Loud, wrapper_kwargs={"size": size})
+        for size in (1e7, 1.0001e7)
+    )
+    agent = PPO("MlpPolicy", old(), seed=0, device="cpu", **SMALL)
+    with torch.no_grad():
+        agent.policy.mlp_extractor.policy_net[0].weight[:, -1] = 0.0
+        agent.policy.action_net.weight.mul_(1000.0)
+    buffer = RetentionBuffer.collect(agent, old(), n_states=60)
+    model, seen = NullSpacePPO.from_pretrained(agent, new(), retain=buffer, kl_budget=1e-4, **SMALL), Boundaries(buffer)
+    model.learn(256, callback=seen)
+    assert max(seen.kls) <= within(1e-4, buffer)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def clockwork() -> tuple[PPO, RetentionBuffer]:
+    """A certain agent on a task whose resets are deterministic and whose episodes end with the roll-outs."""
+    with generators_left_alone():
+        agent = PPO("MlpPolicy", DummyVecEnv([Clockwork]), n_steps=32, batch_size=32, seed=0, device="cpu")
+        with torch.no_grad():
+            agent.policy.action_net.weight.mul_(3000.0)
+        return agent, RetentionBuffer.collect(agent, DummyVecEnv([Clockwork] * 2), n_states=64, seed=0)
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_resumed_run_does_not_open_again_and_is_the_uninterrupted_one_bit_for_bit(
+    algorithm: type, tmp_path: Path
+) -> None:
+    agent, buffer = clockwork()
+    total, times = 640, []
+
+    def build() -> Any:
+        return algorithm.from_pretrained(
+            agent,
+            DummyVecEnv([Clockwork] * 2),
+            retain=buffer,
+            kl_budget=BUDGET,
+            seed=1,
+            **{**SETTINGS[algorithm], "n_steps": 32},
+        )
+
+    def save(model: Any) -> None:
+        times.append(model.num_timesteps)
+        checkpoint.save(tmp_path / "middle", model)
+
+    model = build()
+    model.learn(total, callback=AtBoundary(256, save))
+    record = model.retention_report().opening
+    assert record.steps > 0
+    resumed, seen = build(), Boundaries(buffer)
+    checkpoint.restore(tmp_path / "middle", resumed)
+    assert resumed.retention_report().opening == record
+    assert same(resumed.retention.opening.states, model.retention.opening.states)
+    resumed.learn(checkpoint.remaining(resumed, total), callback=seen, reset_num_timesteps=False)
+    assert seen.timesteps[0] == times[0] >= 256 and resumed.num_timesteps == model.num_timesteps
+    assert same(resumed.policy.state_dict(), model.policy.state_dict())
+    assert same(resumed.policy.optimizer.state_dict(), model.policy.optimizer.state_dict())
+
+
+def opened_by_hand(model: Any) -> Opening:
+    opening = model.retention.opening
+    opening.record = OpeningRecord(20, 1, 0.1, 0.9, 1e-3, 7, 0.5)
+    opening.states = opening._constraint.inputs[:9].clone()
+    return opening
+
+
+def test_a_damaged_entry_is_refused() -> None:
+    agent, buffer = certain()
+    opening = opened_by_hand(learner(agent, buffer))
+    whole = opening.state_dict()
+    opening.check_state(whole)
+    opening.check_state({"record": None, "states": None})
+    record, states = whole["record"], whole["states"]
+    for damaged in (
+        None,
+        {},
+        {"record": record},
+        {**whole, "more": 1},
+        {**whole, "record": {}},
+        {**whole, "record": {**record, "kl": "0"}},
+        {**whole, "record": {**record, "kl": float("nan")}},
+        {**whole, "record": {**record, "columns": -1}},
+        {**whole, "record": {**record, "states": True}},
+        {**whole, "record": {**record, "skipped": 3}},
+        {**whole, "states": 3},
+        {**whole, "states": states.double()},
+        {**whole, "states": states[:, :2]},
+        {**whole, "states": states[:0]},
+        {**whole, "states": torch.tensor(1.0)},
+        {**whole, "states": states * float("nan")},
+        {**whole, "states": {"a": states}},
+    ):
+        with pytest.raises(NsrlError):
+            opening.check_state(damaged)
+
+
+def test_a_checkpoint_with_a_damaged_opening_changes_nothing(tmp_path: Path) -> None:
+    agent, buffer = certain()
+    model = learner(agent, buffer)
+    opening = opened_by_hand(model)
+    opening.states = opening.states[:, :3]
+    checkpoint.save(tmp_path / "c", model)
+    fresh = learner(agent, buffer)
+    before = {name: value.clone() for name, value in fresh.policy.state_dict().items()}
+    with pytest.raises(NsrlError, match=r"damaged.*opening"):
+        checkpoint.restore(tmp_path / "c", fresh)
+    assert fresh.retention.opening.pending
+    assert all(torch.equal(value, before[name]) for name, value in fresh.policy.state_dict().items())

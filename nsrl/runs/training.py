@@ -76,6 +76,7 @@ class RunHistory(BaseCallback):
         kept = [row for row in read_lines(self.path) if row["timesteps"] <= self.model.num_timesteps]
         write_lines(self.path, kept)
         self._last = kept[-1]["timesteps"] if kept else -1
+        self._append()  # the policy as it came; an opening takes timesteps before the first roll-out
 
     def _on_rollout_start(self) -> None:
         self._append()

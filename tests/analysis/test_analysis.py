@@ -29,6 +29,7 @@ from tests.rl.builders import NEW, SMALL, trained
 def finetuner(kind: str = "discrete", **options) -> NullSpacePPO:
     agent, buffer = trained(kind)
     options = {"retain": buffer, "seed": 3, **SMALL, "learning_rate": 1e-3, **options}
+    options.setdefault("opening", "off")  # what is watched here is the updates
     return NullSpacePPO.from_pretrained(agent, NEW[kind], **options)
 
 
@@ -268,7 +269,12 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
 
     agent, buffer = trained()
     model = NullSpacePPO.from_pretrained(
-        agent, make_vec_env(NEW["discrete"], 2, seed=0), retain=buffer, seed=3, **{**SMALL, "n_steps": 32}
+        agent,
+        make_vec_env(NEW["discrete"], 2, seed=0),
+        retain=buffer,
+        opening="off",
+        seed=3,
+        **{**SMALL, "n_steps": 32},
     )
     watch = BatchWatch(model, lambda *told: seen.append(told))
     model.learn(64, callback=Keep())

@@ -52,6 +52,9 @@ def finetuning(pretrained) -> Callable[..., list[str]]:
             "512",
             "--states.n_states",
             "64",
+            # so that rows stand on the grid of the roll-outs; test_opening has it on
+            "--retention.opening",
+            "off",
             *QUICK,
             *more,
         ]

@@ -95,7 +95,10 @@ def test_numbers_may_be_written_as_people_write_them():
         ("ppo: {", r"c\.yaml is not YAML at line"),
         ("ppo:\n  n_steps: many", r"ppo\.n_steps must be a whole number or null, not many"),
         ("total_timesteps: 2.5", r"total_timesteps must be a whole number, not 2\.5"),
-        ("method: nullspace", r"method must be one of 'null_space', 'kl_penalty', 'finetune', not nullspace"),
+        (
+            "method: nullspace",
+            r"method must be one of 'null_space', 'kl_penalty', 'finetune', 'l2', 'ewc', 'frozen', not nullspace",
+        ),
         ("trust: 3", r"trust must be true or false, not 3"),
         ("ppo:\n  gamma: 1.5", r"ppo\.gamma must be between 0\.0 and 1\.0, not 1\.5"),
         ("retention:\n  kl_budget: -1", r"kl_budget must be a number of nats >= 0 .*, not -1"),

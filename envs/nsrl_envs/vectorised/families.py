@@ -1,7 +1,7 @@
 """The classic-control equations on arrays: the operations of gymnasium's `step`, in its order, an element a copy.
 
 Sums, products and quotients of doubles are rounded alike in a scalar and in an array, and so are NumPy's sines and
-cosines and its remainders. Powers are not: gymnasium's `x**2` of a scalar is the C library's `pow`, which differs
+cosines and its remainders. Powers are not: gymnasium's `x**2` of a scalar is the C library's power, which differs
 from the product of an array's square in the last bit of one number in a thousand. Those are taken number by number.
 """
 
@@ -277,5 +277,5 @@ class _MountainCar:
 
 
 def _squared(values: np.ndarray) -> np.ndarray:
-    """`x**2` of each float64, same shape; by C's `pow`, which Python's floats and NumPy's scalars both use."""
+    """`x**2` of each float64, same shape; by C's power, which Python's floats and NumPy's scalars both use."""
     return np.array([value**2 for value in values.ravel().tolist()]).reshape(values.shape)

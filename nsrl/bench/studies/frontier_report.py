@@ -11,6 +11,7 @@ import numpy as np
 
 from nsrl.bench.studies.frontier import BUDGET, METHODS, PAIRS, read_runs
 from nsrl.bench.suites.statistics import bootstrap, interquartile_mean
+from nsrl.errors import NsrlError
 from nsrl.files import write_text, written_atomically
 from nsrl.runs.report import Table, number, percent, scientific
 
@@ -128,9 +129,14 @@ def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
 
 
 def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]]:
-    """Tables of all pairs that have lines; report.md and the figure are written beside these."""
-    pairs = [name for name in PAIRS if (reference / f"{name}.jsonl").is_file()]
-    found = {pair: scores(read_rows(reference, pair)) for pair in pairs}
+    """Tables of all pairs that have lines; report.md and the figure are written beside these.
+
+    Raises:
+        NsrlError: there is no line.
+    """
+    found = {pair: scores(rows) for pair in PAIRS if (rows := read_rows(reference, pair))}
+    if not found:
+        raise NsrlError(f"no run of the frontier came to a result; see {reference}")
     tables = [pair_table(rows, pair) for pair, rows in found.items()]
     grid = grid_table(reference)
     tables += [] if grid is None else [grid]

@@ -226,6 +226,8 @@ class Retention:
         self.seconds.update(state["seconds"])
         if "opening" in state:
             self.opening.load_state_dict(state["opening"])
+        else:
+            self.opening.leave_out("the run was begun by a version of nsrl without one")
         if self.exploration is not None:
             self.exploration.log_std = state["exploration"].to(self.exploration.log_std)
         for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
@@ -388,8 +390,13 @@ class Retention:
 
     def length(self) -> float:
         """What is made of the displacement of an update now: `stride`, less at the end of a run that settles."""
-        left, settle = float(self.model._current_progress_remaining), self.config.settle
-        return self.stride if settle == 0.0 else self.stride * min(left / settle, 1.0)
+        if self.config.settle == 0.0:
+            return self.stride
+        model: Any = self.model
+        # as the roll-out began: SB3 counts it already, so that the last update would be none, and the only one of a run
+        rollout = model.n_steps * model.n_envs / max(model._total_timesteps, 1)
+        left = float(model._current_progress_remaining) + rollout
+        return self.stride * min(left / self.config.settle, 1.0)
 
     def _pace(self, rolled_back: int) -> None:
         """Shorten the coming updates after one that had to be rolled back, and lengthen them again after others.

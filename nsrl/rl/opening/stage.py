@@ -134,6 +134,11 @@ class Opening:
         self._log(model, self.record)
         return self.record
 
+    def leave_out(self, why: str) -> None:
+        """It is not to be done, and this is why."""
+        kl = self._constraint.binding_divergence()
+        self.record = OpeningRecord(0, 0, 0.0, 0.0, kl, 0, 0.0, why)
+
     def share_of_states(self, share: float) -> Observation | None:
         """The first so many of the states; None where there are none."""
         if self.states is None:

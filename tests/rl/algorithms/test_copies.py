@@ -28,7 +28,9 @@ def new_task(kind: str = "discrete") -> Any:
 def ours(algorithm: Any = NullSpacePPO, **options: Any) -> tuple[Any, RetentionBuffer]:
     agent, buffer = trained()
     settings = SMALL if algorithm is NullSpacePPO else {"n_steps": 64, "target_kl": 0.2}
-    return algorithm.from_pretrained(agent, new_task(), retain=buffer, kl_budget=BUDGET, **settings, **options), buffer
+    return algorithm.from_pretrained(
+        agent, new_task(), retain=buffer, kl_budget=BUDGET, opening="off", **settings, **options
+    ), buffer
 
 
 def projected() -> tuple[Any, RetentionBuffer]:

@@ -215,7 +215,7 @@ def test_rivals_run_through_the_same_loop() -> None:
     kls = [independent_kl(*finetuned(method="kl_penalty", penalty=penalty, seed=2)) for penalty in (0.0, 100.0)]
     assert kls[1] < 0.1 * kls[0]
     plain, buffer = finetuned(method="finetune", seed=2)
-    free, _ = finetuned(kl_budget=math.inf, opening="off", seed=2)
+    free, _ = finetuned(kl_budget=math.inf, opening="off", settle=0.0, seed=2)
     assert independent_kl(plain, buffer) == pytest.approx(kls[0], rel=1e-6)
     assert same_policies(plain, free), "an inactive budget changes nothing"
 
@@ -395,15 +395,15 @@ def test_stock_trpo_can_be_protected_in_place() -> None:
 
 
 def test_a_checkpoint_continues_the_run(tmp_path: Path) -> None:
-    model, _ = finetuned("box", kl_budget=1e-3)
+    model, _ = finetuned("box", kl_budget=1e-3, opening="off")
     checkpoint.save(tmp_path / "state.ckpt", model)
-    fresh, _ = finetuned("box", kl_budget=1e-3, steps=0)
+    fresh, _ = finetuned("box", kl_budget=1e-3, opening="off", steps=0)
     found = checkpoint.restore(tmp_path / "state.ckpt", fresh)
     assert found["timesteps"] == model.num_timesteps and same_policies(model, fresh)
     assert fresh.retention.updates == model.retention.updates == 3
     assert fresh.retention.multiplier.target == model.retention.multiplier.target
     assert fresh.retention._guess == model.retention._guess and model.retention._guess.multiplier > 0.0
-    other, _ = finetuned("box", kl_budget=1e-3, steps=0, method="finetune")
+    other, _ = finetuned("box", kl_budget=1e-3, opening="off", steps=0, method="finetune")
     with pytest.raises(NsrlError, match="retention"):
         checkpoint.restore(tmp_path / "state.ckpt", other)
 

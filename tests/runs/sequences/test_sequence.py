@@ -47,6 +47,7 @@ TINY = SequenceConfig(
     ],
     pretraining=PretrainConfig(ppo=PPOSettings(n_envs=2, n_steps=128, batch_size=64, n_epochs=2)),
     ppo=PPOOverrides(n_envs=2, learning_rate=3e-3),
+    retention=RetentionConfig(opening="off"),
     states=BufferSettings(n_states=60, n_envs=2),
     evaluation=EvaluationSettings(every=ROLLOUT, episodes=1, final_episodes=2),
     checkpoint_every=ROLLOUT,

@@ -236,6 +236,7 @@ def one_step_of_descent(removed: int | None = None, callback=None) -> NullSpaceP
                 keep = torch.as_tensor(drawn[-1] != removed).unsqueeze(1)
                 outputs.register_hook(lambda slope: slope * keep)
 
+        leave_out.watches = True  # the outputs stay what they are: only their slope is another
         model.policy.action_net.register_forward_hook(leave_out)
     return model.learn(64, callback=callback)
 

@@ -20,6 +20,7 @@ from nsrl.files import read_lines
 RUN = {
     "finetune": (
         *("--total_timesteps", "256", "--states.n_states", "32", "--ppo.n_steps", "64", "--ppo.n_epochs", "1"),
+        *("--retention.opening", "off"),
         *("--ppo.n_envs", "2", "--checkpoint_every", "128", "--evaluation.every", "128", "--evaluation.episodes", "1"),
         *("--evaluation.final_episodes", "1", "--progress", "false"),
     ),

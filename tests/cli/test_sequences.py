@@ -29,6 +29,7 @@ def config(tmp_path) -> Path:
 def test_a_configuration_with_tasks_is_a_sequence(config, pretrained, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["finetune", "--config", str(config), "--agent", str(pretrained), "--out", str(out), "--progress", "false"]
+    words += ["--retention.opening", "off"]
     assert main([*words, "--retention.kl_budget", "1e-4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "sequence-swapped: NullSpacePPO, 2 tasks, 256 steps"

@@ -280,5 +280,5 @@ def test_the_command_prints_tables_and_keeps_the_reference_clean(tmp_path: Path,
 def test_bad_options_are_refused(capsys) -> None:
     assert main(["bench", "speed", "--threads", "0"]) == 2
     assert "--threads must be at least 1" in capsys.readouterr().err
-    assert main(["bench", "cartpole_swapped", "--quick"]) == 2
+    assert main(["bench", "cartpole_swapped", "--again"]) == 2
     assert "for nsrl bench speed" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def build_model(expert, buffer=None, **options):
     env = make_vec_env(NEW, N_ENVS)
     # unopened, so that roll-outs begin at multiples of their length
     options = {"kl_budget": BUDGET, "n_steps": N_STEPS, "seed": 5, "learning_rate": 1e-3, "opening": "off", **options}
-    return NullSpacePPO.from_pretrained(expert, env, retain=buffer, opening="off", **options)
+    return NullSpacePPO.from_pretrained(expert, env, retain=buffer, **options)
 
 
 def build_evaluation(**options):

@@ -185,7 +185,8 @@ def test_an_interrupted_task_goes_on_from_its_checkpoint(run: Path, tmp_path: Pa
     def interrupt(self: RunHistory) -> None:
         append(self)
         seen.append(self.model.num_timesteps)
-        if seen == [0, 256, 512, 512, 768]:
+        # asked as training and as each rollout begins, and at the end; of the second task, 256 steps in
+        if seen == [0, 0, 256, 512, 512, 512, 768]:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(RunHistory, "_append", interrupt)
@@ -208,14 +209,14 @@ def test_an_interrupted_task_goes_on_from_its_checkpoint(run: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_two_tasks_of_continuous_actions_with_plain_ppo(normalize: bool, tmp_path: Path) -> None:
-    tasks = [SequenceTask("nsrl/Pendulum-v0", 256, 1e-3), SequenceTask("nsrl/PendulumReversed-v0", 256)]
+    tasks = [SequenceTask("nsrl/Pendulum-v0", 256, 1e-4), SequenceTask("nsrl/PendulumReversed-v0", 256)]
     pretraining = replace(TINY.pretraining, normalize=normalize)
     config = replace(TINY, tasks=tasks, pretraining=pretraining, method="finetune", references=False)
     metrics = learn_sequence(config, tmp_path / "run").metrics
     assert metrics["unit"] == "return" and metrics["forward_transfer"] is None
     assert metrics["average_performance"] == metrics["average_return"] == pytest.approx(np.mean(metrics["matrix"][-1]))
     # nothing holds plain PPO back
-    assert metrics["largest_share"] == pytest.approx(metrics["kl_by_task"]["Pendulum-v0"] / 1e-3, rel=1e-6)
+    assert metrics["largest_share"] == pytest.approx(metrics["kl_by_task"]["Pendulum-v0"] / 1e-4, rel=1e-6)
     assert metrics["largest_share"] > 1.0
     assert (tmp_path / "run" / "vecnormalize.pkl").is_file() == normalize
 

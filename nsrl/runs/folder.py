@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from nsrl.files import (
 )
 from nsrl.reading.documents import read_results
 from nsrl.reading.limits import shown
+from nsrl.rl.budget.config import RetentionConfig
 from nsrl.runs.lock import LOCK, alone_in, locked
-from nsrl.runs.settings import Config, load, to_yaml
+from nsrl.runs.settings import Config, load, read_yaml, to_yaml
 from nsrl.versions import RUN
 
 RUNS = Path("runs")
@@ -187,7 +188,12 @@ class RunFolder:
         check_stamp(self.path, RUN)
         if not self.config.is_file():
             raise NsrlError(f"{self.path} is no run folder: it has no config.yaml; give the one that was printed")
-        return load(config, self.config)
+        found: Any = load(config, self.config)
+        retention = getattr(found, "retention", None)
+        if isinstance(retention, RetentionConfig) and "opening" not in (read_yaml(self.config).get("retention") or {}):
+            # a run writes every key that it knows: this one began when policies were not opened, and goes on so
+            return replace(found, retention=replace(retention, opening="off"))
+        return found
 
     def read_metrics(self) -> dict[str, Any]:
         """The results of a finished run.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsrl.files import STAMP, write_text
+from nsrl.rl.opening.stage import OpeningRecord
 from nsrl.runs.folder import RunFolder
 
 
@@ -131,9 +132,16 @@ def write_finetuning_report(folder: RunFolder, metrics: dict[str, Any]) -> None:
         f"Wall time {duration(metrics['wall_seconds'])}"
         + (f", of which retention {duration(sum(seconds.values()))}" if seconds else "")
         + f"; {metrics['buffer']['states']} states in the buffer, {metrics['buffer']['heldout']} of them held out.",
+        _opening(metrics),
         _files(folder),
     ]
-    write_text(folder.report, "\n\n".join(parts) + "\n")
+    write_text(folder.report, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _opening(metrics: dict[str, Any]) -> str:
+    """What was done before the first roll-out, in a line."""
+    found = metrics.get("retention", {}).get("opening")
+    return f"Before the first roll-out: {OpeningRecord(**found).text()}." if found else ""
 
 
 def _chosen(metrics: dict[str, Any]) -> str:

@@ -21,6 +21,8 @@ from nsrl.runs.packaged import find_config
 Config = TypeVar("Config")
 #: Fields of shared dataclasses that a run sets itself: the buffer's draws follow the run's own seed.
 OWNED = frozenset({"retention.seed", "finetuning.retention.seed"})
+#: Keys that take the word "off", which YAML reads as false.
+SWITCHES = frozenset({"opening"})
 #: The key of jsonargparse for classes, and the name under which it knows `load_value`.
 CLASS, MODE = "class_path", "bounded yaml"
 NAMES = {
@@ -99,7 +101,7 @@ def load_value(text: str) -> Any:
     Raises:
         Unreadable: it is not YAML, or goes beyond the limits of `nsrl.reading`.
     """
-    value = documents.parse_yaml(text, exponents=True)
+    value = switched(documents.parse_yaml(text, exponents=True))
     if names_class(value):
         raise Unreadable(f"it has the key {CLASS!r}, which would import code")
     # As jsonargparse's own: "a:" and "{a,b}" are text, not mappings of nothing.
@@ -108,6 +110,15 @@ def load_value(text: str) -> Any:
         if text.strip() == f"{next(iter(value))}:" or set(words) == set(value):
             return text
     return value
+
+
+def switched(value: Any) -> Any:
+    """A value in which `off` is a word again wherever it is one of `SWITCHES` that YAML has read as false."""
+    if isinstance(value, list):
+        return [switched(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: "off" if part is False and key in SWITCHES else switched(part) for key, part in value.items()}
 
 
 def entry_type(kind: Any) -> type | None:
@@ -123,7 +134,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         NsrlError: missing, unreadable, not YAML, or beyond the limits of `nsrl.reading`.
     """
     try:
-        values = documents.read_yaml(given_path(path))
+        values = switched(documents.read_yaml(given_path(path)))
     except Unreadable as error:
         raise NsrlError(f"{about(path, error)}; mend it or give another configuration") from error
     except OSError as error:

@@ -336,7 +336,7 @@ def kernels() -> Digests:
     model, inputs = network()
     source = agent()
     learner = NullSpacePPO.from_pretrained(
-        source, make_vec_env(NEW["discrete"], 2, seed=1), retain=collected(source), seed=1, **SMALL
+        source, make_vec_env(NEW["discrete"], 2, seed=1), retain=collected(source), seed=1, **SMALL, **unopened()
     )
     rollout = locate("collect_transitions")(learner)
     told = locate("forecast")(learner.retention.constraint, rollout, learning_rate=3e-3, updates=4, kl_budget=0.01)

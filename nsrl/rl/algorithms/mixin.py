@@ -245,6 +245,11 @@ class ProtectedMixin(OnPolicyAlgorithm):
         asked = retain.inputs(range(min(ASKED, len(retain))), model.device)
         check_steady(model.policy, asked, type(self).__name__, self.updates_in_eval_mode)
         config = config.with_overall_budget()
+        if config.log_std_init is not None and model.use_sde:
+            raise NsrlError(
+                "log_std_init would change what is protected: under gSDE the standard deviation belongs to the "
+                "distribution at every state; leave log_std_init out"
+            )
         exploration = _exploration(model.policy, config) if method == "null_space" else None
         constraint = RetentionConstraint(
             model.policy,

@@ -45,7 +45,8 @@ class RetentionConfig:
         agreement: smallest share of states on which the policy acts as the reference does (same likeliest action;
             Gaussian means within half a reference standard deviation), kept in the same way. None promises none.
         preserve: "distribution" protects mean and standard deviation; "mode" protects the mean of a Gaussian policy
-            (measured in reference standard deviations) and leaves log_std to the new task. Discrete policies: the same.
+            (measured in reference standard deviations) and leaves log_std to the new task. Discrete policies, and gSDE,
+            whose standard deviation depends on the network: the whole distribution either way.
         gradient: what the optimizer is given. "lagrangian" adds multiplier * grad KL of a fresh buffer minibatch, the
             multiplier driven by measured KL against the budget, so that Adam's moments vanish where the constrained
             optimum is; "projected" removes the protected directions from the gradient; "plain" leaves it alone.

@@ -208,6 +208,8 @@ class Retention:
         finite(state.get("stride", 1.0), "stride", 0.0)
         finite(state.get("kl_most", 0.0), "kl_most", 0.0)
         whole(state.get("held", 0), "held")
+        if "exploration" not in state and self.exploration is not None:
+            raise NsrlError('its run explored with the standard deviation that is retained; resume with opening="off"')
         self.opening.check_state(state.get("opening", self.opening.state_dict()))
         wide, ours = state.get("exploration"), self.exploration
         if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):

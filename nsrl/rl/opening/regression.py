@@ -25,8 +25,9 @@ DAMPING = 1e-4
 PRECISION = 0.03
 ITERATIONS = 30
 #: Relative fall of the loss, a step, below which the budget or the network allows no more. The share would not do: as
-#: long as a policy is certain, halving its logits leaves it so.
-LEAST_FALL = 0.02
+#: long as a policy is certain, halving its logits leaves it so. A policy 30 nats deep falls by 1 % at first and by 10 %
+#: later: at 0.02 three of eight such openings moved, at 0.005 all.
+LEAST_FALL = 0.005
 
 
 def open_outputs(

@@ -59,6 +59,14 @@ class OpeningRecord:
     seconds: float
     skipped: str = ""
 
+    def text(self) -> str:
+        """A line for logs and reports."""
+        columns = f", {self.columns} free columns" if self.columns else ""
+        cost = f"{columns}; KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
+        if self.skipped:
+            return f"opening skipped: {self.skipped}{cost}"
+        return f"opening: {self.before:.0%} -> {self.after:.0%} open on new states{cost}"
+
 
 class Opening:
     """Opens the policy of one model before its first roll-out.
@@ -193,13 +201,7 @@ class Opening:
             return float(targets.share(policy_outputs(self._constraint.policy, states.inputs), states.valid).mean())
 
     def _log(self, model: OnPolicyAlgorithm, record: OpeningRecord) -> None:
-        budget = f"KL {record.kl:.2g} on the buffer, {record.states:,} timesteps, {record.seconds:.1f} s"
-        columns = f", {record.columns} free columns" if record.columns else ""
-        if record.skipped:
-            text = f"opening skipped: {record.skipped}{columns}; {budget}"
-        else:
-            text = f"opening: {record.before:.0%} -> {record.after:.0%} open on new states{columns}; {budget}"
-        model.logger.log(text, level=INFO)
+        model.logger.log(record.text(), level=INFO)
         model.logger.record("opening/before", record.before)
         model.logger.record("opening/after", record.after)
         model.logger.record("opening/kl", record.kl)

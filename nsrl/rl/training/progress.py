@@ -51,6 +51,7 @@ class FineTuningProgress(BaseCallback):
         self.title = title
         self.console = Console(stderr=True) if console is None else console
         self._bar: Progress | None = None
+        self._opening = False
 
     def __enter__(self) -> FineTuningProgress:
         return self
@@ -77,12 +78,16 @@ class FineTuningProgress(BaseCallback):
         retention = getattr(self.model, "retention", None)
         if retention is not None:
             parts.append(f"KL {retention.last.kl_mean:.2g}/{retention.config.kl_budget:g}")
+            if retention.opening.pending:
+                parts.append("opening")
         return "  ".join(parts)
 
     def _on_training_start(self) -> None:
         self._total = self.model._total_timesteps
         self._begun, self._started = self.model.num_timesteps, perf_counter()
         self._drawn = 0.0
+        retention = getattr(self.model, "retention", None)
+        self._opening = retention is not None and retention.opening.pending
         self._next = float(self._begun)
         if not self.console.is_terminal:
             self._print()
@@ -102,6 +107,15 @@ class FineTuningProgress(BaseCallback):
         atexit.register(self.close)
         self._task = self._bar.add_task(self.title, total=self._total, completed=self._begun, state=self.state())
         self._bar.start()
+
+    def _on_rollout_start(self) -> None:
+        if not self._opening:
+            return
+        self._opening = False
+        if self._bar is not None:
+            self._draw()
+        else:
+            self._print()
 
     def _on_step(self) -> bool:
         now = perf_counter()

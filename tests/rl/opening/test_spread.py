@@ -134,7 +134,8 @@ def test_a_roll_out_that_fails_gives_the_retained_spread_back() -> None:
         with pytest.raises(RuntimeError):
             model.policy(torch.zeros(2, 9))
         assert torch.equal(model.policy.log_std, reference)
-        _, _, log_prob = model.policy(torch.zeros(4000, *model.observation_space.shape))
+        with torch.no_grad():
+            _, _, log_prob = model.policy(torch.zeros(4000, *model.observation_space.shape))
     assert torch.equal(model.policy.log_std, reference) and not model.policy._forward_hooks
     assert not model.policy._forward_pre_hooks
     # the entropy of the wide Gaussian, by 4,000 samples

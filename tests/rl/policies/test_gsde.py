@@ -15,6 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
+from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import load
 from nsrl.rl.algorithms.surrogate import Surrogate
@@ -158,6 +159,18 @@ def test_in_place(algorithm: Any, budget: float) -> None:
     model.learn(3 * model.n_steps * 2)
     assert independent_kl(model, buffer) <= within(budget, buffer)
     assert not torch.equal(model.policy.state_dict()["action_net.weight"], before)
+
+
+def test_its_spread_is_protected_with_the_mean_whatever_is_to_be_preserved() -> None:
+    model = gsde(steps=128)
+    buffer = RetentionBuffer.collect(model, OLD["box"], n_states=60, n_envs=2)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with pytest.raises(NsrlError, match="log_std_init"):
+        protect(model, buffer, preserve="mode", log_std_init=1.0)
+    assert type(model) is PPO and all(torch.equal(v, before[k]) for k, v in model.policy.state_dict().items())
+    protect(model, buffer, preserve="mode", kl_budget=BUDGET)
+    model.learn(256)
+    assert independent_kl(model, buffer) <= within(BUDGET, buffer)
 
 
 def test_a_narrow_one_is_opened_on_the_new_task_inside_the_budget() -> None:

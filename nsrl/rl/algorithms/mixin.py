@@ -400,8 +400,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"so: load the agent as it was trained, or give {still[0]}",
                 stacklevel=2,
             )
+        updates = 0
         if self.retention is not None:
             self.retention.verify()
+            updates = self.retention.updates
         start = perf_counter()
         try:
             super().learn(*args, **kwargs)
@@ -410,17 +412,16 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is not None:
             self.logger.record("nullspace/overhead_fraction", self._overhead())
             if (args[2] if len(args) > 2 else kwargs.get("log_interval", 1)) is not None:
-                self._dump_last()
+                self._dump_last(self.retention.updates - updates)
         return self
 
-    def _dump_last(self) -> None:
+    def _dump_last(self, iterations: int) -> None:
         """Write what the last update logged, with its time, and leave it for callers to read, as SB3 does."""
         logger = self.logger
         values, counts, excluded = dict(logger.name_to_value), dict(logger.name_to_count), dict(logger.name_to_excluded)
-        rollouts = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         # What SB3's `dump_logs` has of the clock; the episodes' returns are in the row of the rollout already.
         for name, value in (
-            ("iterations", rollouts),
+            ("iterations", iterations),
             ("time_elapsed", int((time_ns() - self.start_time) / 1e9)),
             ("total_timesteps", self.num_timesteps),
         ):

@@ -29,7 +29,7 @@ def ours(algorithm: Any = NullSpacePPO, **options: Any) -> tuple[Any, RetentionB
     agent, buffer = trained()
     settings = SMALL if algorithm is NullSpacePPO else {"n_steps": 64, "target_kl": 0.2}
     return algorithm.from_pretrained(
-        agent, new_task(), retain=buffer, kl_budget=BUDGET, opening="off", **settings, **options
+        agent, new_task(), retain=buffer, kl_budget=BUDGET, **{**settings, "opening": "off", **options}
     ), buffer
 
 
@@ -87,3 +87,13 @@ def test_the_last_row_has_its_time_and_nothing_is_logged_without_an_interval(tmp
     assert silent.logger.name_to_value["retain/kl_mean"] == silent.retention.last.kl_mean
     silent.logger.close()
     assert not (tmp_path / "silent" / "progress.csv").read_text(encoding="utf-8")
+
+
+def test_the_steps_of_an_opening_are_no_iterations(tmp_path: Path) -> None:
+    model, _ = ours(opening=1.0)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(3 * 128)
+    model.logger.close()
+    last = list(csv.DictReader((tmp_path / "progress.csv").open(encoding="utf-8")))[-1]
+    assert int(last["time/iterations"]) == model.retention.updates
+    assert int(last["time/total_timesteps"]) == model.num_timesteps > 128 * model.retention.updates

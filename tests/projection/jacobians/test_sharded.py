@@ -121,7 +121,8 @@ def test_projections_are_those_of_one_process(ranks: list[dict[str, Any]], dtype
     for rank in ranks:
         ours = rank["projections"][dtype][case]
         close(ours["displacement"], result.displacement, tolerance)
-        assert ours["predicted"] == pytest.approx(result.predicted, abs=tolerance)
+        # a sum of squares of its own size: its round-off is a share of that, and of no less than the proposal's
+        assert ours["predicted"] == pytest.approx(result.predicted, abs=tolerance * max(1.0, result.predicted))
         assert ours["kept"] == pytest.approx(result.kept, rel=tolerance)
     assert torch.equal(*(rank["projections"][dtype][case]["displacement"] for rank in ranks))
     assert ranks[0]["projections"][dtype][case]["damping"] == ranks[1]["projections"][dtype][case]["damping"]

@@ -17,6 +17,7 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.retention.constraint import RetentionConstraint
 from tests.rl.builders import NEW, OLD, SMALL, build_agent, generators_left_alone, unzipped, zipped
 from tests.rl.oracles import state_kls, within
+from tests.tolerances import relative
 
 BUDGETS = {"first": 0.002, "second": 0.02}
 
@@ -91,7 +92,10 @@ def test_equal_budgets_of_equally_many_states_change_nothing_but_what_counts() -
     policy = moved(None).policy
     plain = RetentionConstraint(policy, half)
     ours = RetentionConstraint(policy, half, task_budgets={"first": 0.01, "second": 0.01})
-    assert ours.measure() == plain.measure()
+    measured, expected = ours.measure(), plain.measure()
+    # the mean of a task over its share adds up other states than the mean of all, in float64
+    assert measured.kl_bound == pytest.approx(expected.kl_bound, rel=relative(torch.float64, len(half)))
+    assert replace(measured, kl_bound=expected.kl_bound) == expected
     assert torch.equal(ours.gradient(ours.train)[1], plain.gradient(plain.train)[1])
     assert plain.binding_divergence() == plain.divergence()
 

@@ -47,7 +47,7 @@ class EvaluationSettings:
         final_episodes: episodes of the evaluations before and after, which make the table.
         deterministic: play the most likely action instead of drawing one.
         choose: which policy of the run is handed on: the "best" on the new task, by these evaluations, of those that
-            kept the old one; or the "last". Pretraining with normalize always hands on the last.
+            kept the old one; or the "last". Pretraining with normalize, and baselines, always hand on the last.
         floor: share of the old return that the best one may have lost.
     """
 

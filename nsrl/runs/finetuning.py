@@ -161,7 +161,9 @@ def _run(
     bar = FineTuningProgress(evaluation) if progress else None
     try:
         before = _measure(config, tasks, agent, model)  # not restored yet
-        selection = Selection(evaluation, folder.best, settings.floor) if settings.choose == "best" else None
+        # baselines are compared as they end: what they would not choose themselves, the floor must not choose for them
+        best = settings.choose == "best" and config.method == "null_space"
+        selection = Selection(evaluation, folder.best, settings.floor) if best else None
         seconds = train(model, folder, evaluation, config, resume=resume, progress=bar, selection=selection)
         chosen = int(model.num_timesteps) if selection is None else selection.give_back(model)
         metrics: dict[str, Any] = {

@@ -88,7 +88,7 @@ def comparison_table(runs: Sequence[tuple[str, dict[str, Any]]], title: str) -> 
         _comparison_row(label, metrics["after"], metrics["training_seconds"], metrics.get("retention", {}))
         for label, metrics in runs
     ]
-    head = ("", "old-task return", "new-task return", "KL", "held-out KL", "agreement", "held", "time")
+    head = ("", "old return", "new return", "KL", "held-out KL", "agreement", "held", "time")
     return Table(head, tuple(rows), title)
 
 

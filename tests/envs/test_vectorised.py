@@ -18,7 +18,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import nsrl_envs  # noqa: F401  registers the ids
-from nsrl_envs.vectorised.vec_env import SWITCH, ArrayVecEnv, side_by_side
+from nsrl_envs.vectorised.batch import SWITCH
+from nsrl_envs.vectorised.vec_env import ArrayVecEnv, side_by_side
 
 TASKS = (
     "nsrl/CartPole-v0",

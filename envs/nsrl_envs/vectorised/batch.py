@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,21 @@ import numpy as np
 from gymnasium import spaces
 
 from nsrl_envs.vectorised.layers import Layers
+
+#: Environment variable that switches arrays off with the value 0.
+SWITCH = "NSRL_VECTORISED"
+#: Copies from which on arrays are the faster way, for the equations with the most operations too.
+WORTHWHILE = 4
+
+
+def switched_on() -> bool:
+    """Whether copies are stepped as arrays where they can be; `NSRL_VECTORISED=0` switches that off."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+def batched(copies: Sequence[gym.Env]) -> Batch | None:
+    """A batch of environments if that is known, worthwhile and not switched off; else None."""
+    return Batch.of(copies) if switched_on() and len(copies) >= WORTHWHILE else None
 
 
 class Batch:
@@ -44,6 +60,8 @@ class Batch:
         layers = [layer for layer in taken if layer is not None]
         if not layers or len(layers) < len(taken) or not all(layers[0].alike(layer) for layer in layers[1:]):
             return None
+        if len({id(layer.base) for layer in layers}) < len(layers):
+            return None  # the same one again
         return cls(copies, layers)
 
     def read(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,15 +12,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from nsrl_envs.vectorised.batch import Batch
-
-#: Environment variable that switches arrays off with the value 0.
-SWITCH = "NSRL_VECTORISED"
-
-
-def switched_on() -> bool:
-    """Whether copies are stepped as arrays where they can be; `NSRL_VECTORISED=0` switches that off."""
-    return os.environ.get(SWITCH, "1") != "0"
+from nsrl_envs.vectorised.batch import Batch, batched
 
 
 def side_by_side(makers: Sequence[Callable[[], gym.Env]]) -> DummyVecEnv:
@@ -35,13 +26,8 @@ def side_by_side(makers: Sequence[Callable[[], gym.Env]]) -> DummyVecEnv:
     """
     copies = [maker() for maker in makers]
     again: list[Callable[[], gym.Env]] = [lambda copy=copy: copy for copy in copies]  # type: ignore[misc]
-    if switched_on() and len(copies) >= WORTHWHILE and Batch.of(copies) is not None:
-        return ArrayVecEnv(again)
-    return DummyVecEnv(again)
+    return DummyVecEnv(again) if batched(copies) is None else ArrayVecEnv(again)
 
-
-#: Copies from which on arrays are the faster way, for the equations with the most operations too.
-WORTHWHILE = 4
 
 # attributes and methods that change nothing a step depends on but what the copies themselves hold
 _HARMLESS = {"np_random", "action_space"}

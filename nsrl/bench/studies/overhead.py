@@ -117,12 +117,13 @@ def _run(
 def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
     """Stock PPO with the agent's weights, in the same environments and with the same settings."""
     from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
 
     from nsrl.rl.agents.normalization import RetainingVecNormalize
-    from nsrl.rl.playing.environments import make_envs
 
     overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
-    envs: Any = make_envs(new_env, overrides.pop("n_envs"), config.seed)
+    # stock in this as well: environments that are stepped one by one
+    envs: Any = make_vec_env(new_env, overrides.pop("n_envs"), seed=config.seed)
     settings = {**loaded.hyperparameters, **overrides}
     if loaded.normalizer is not None:
         envs = RetainingVecNormalize(envs, loaded.normalizer, gamma=settings["gamma"])

@@ -1,4 +1,8 @@
-"""Environments for an agent: the new task to learn on, copies to play on, a VecEnv of whatever is given."""
+"""Environments for an agent: the new task to learn on, copies to play on, a VecEnv of whatever is given.
+
+Copies made from an id are stepped together as NumPy arrays where `nsrl_envs.vectorised` knows the task, with the same
+outcome bit for bit; the environment variable NSRL_VECTORISED=0 switches that off.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ from contextlib import contextmanager
 import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from nsrl.errors import NsrlError
 from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
+from nsrl_envs.vectorised.vec_env import side_by_side
 
 Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
 #: Module that an environment needs, and the extra of nsrl that installs it.
@@ -69,7 +74,8 @@ def make_envs(env: str, count: int, seed: int | None = None) -> VecEnv:
         NsrlError: unknown id, or a package is missing; the sentence names the extra.
     """
     with told(env):
-        return make_vec_env(env, count, seed=seed)
+        # it calls the class and asks no more of it
+        return make_vec_env(env, count, seed=seed, vec_env_cls=side_by_side)  # type: ignore[arg-type]
 
 
 def open_copies(env: str, count: int) -> list[gym.Env]:
@@ -89,7 +95,7 @@ def as_vec_env(env: str | gym.Env | VecEnv, n_envs: int) -> VecEnv:
         NsrlError: `env` is none of these, or cannot be made.
     """
     if isinstance(env, str):
-        env = DummyVecEnv([lambda copy=copy: copy for copy in open_copies(env, n_envs)])  # type: ignore[misc]
+        env = side_by_side([lambda copy=copy: copy for copy in open_copies(env, n_envs)])  # type: ignore[misc]
     elif not isinstance(env, gym.Env | VecEnv):
         raise NsrlError(f"env must be an env id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
     return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)

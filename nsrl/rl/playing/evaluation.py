@@ -19,6 +19,7 @@ from nsrl.rl.agents.agent import Agent, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.playing.action_masks import mask_reader
+from nsrl.rl.playing.copies import Copies, in_step
 from nsrl.rl.playing.environments import Environments, open_copies
 from nsrl.rl.playing.rollout import evaluation_mode, own_randomness, raw_observations
 from nsrl.rl.policies.actor_critic import policy_outputs
@@ -132,7 +133,7 @@ def play(
                 _check_normalized(played, normalizer)
                 with raw_observations(played):
                     return Returns.of(*_play_vec_env(played, actor, masks, episodes, seed))
-            return Returns.of(*_play_copies(played, actor, masks, episodes, seed))
+            return Returns.of(*_play_copies(in_step(played[:episodes]), actor, masks, episodes, seed))
     finally:
         for copy in opened:
             copy.close()
@@ -166,32 +167,29 @@ def _actor(policy: Any, normalizer: ObservationNormalizer | None, seed: int, det
     return sampled
 
 
-def _play_copies(
-    envs: Sequence[gym.Env], actor: Actor, masks: Masks, episodes: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _play_copies(copies: Copies, actor: Actor, masks: Masks, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A copy that has ended an episode takes the next one; idle ones keep their row in the batch."""
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
-    begun = min(len(envs), episodes)
+    begun = min(len(copies.envs), episodes)
     playing = list(range(begun))
-    current: list[Any] = [envs[row].reset(seed=seed + row)[0] for row in range(begun)]
-    valid = None if masks is None else np.concatenate([masks(env) for env in envs[:begun]])
+    current: list[Any] = [copies.reset(row, seed + row) for row in range(begun)]
+    valid = None if masks is None else np.concatenate([masks(env) for env in copies.envs[:begun]])
     busy = list(range(begun))
     while busy:
-        actions = actor(stack(current), playing, valid)
+        steps = copies.step(actor(stack(current), playing, valid), busy)
         still = []
-        for row in busy:
-            env, episode = envs[row], playing[row]
-            current[row], reward, terminated, truncated, _ = env.step(actions[row])
-            returns[episode] += float(reward)
+        for row, (observation, reward, ended) in zip(busy, steps, strict=True):
+            episode, current[row] = playing[row], observation
+            returns[episode] += reward
             lengths[episode] += 1
-            if terminated or truncated:
+            if ended:
                 if begun == episodes:
                     continue
                 playing[row] = begun
-                current[row] = env.reset(seed=seed + begun)[0]
+                current[row] = copies.reset(row, seed + begun)
                 begun += 1
             if masks is not None and valid is not None:
-                valid[row] = masks(env)[0]
+                valid[row] = masks(copies.envs[row])[0]
             still.append(row)
         busy = still
         _check_ending(lengths)

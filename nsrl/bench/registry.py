@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nsrl.errors import NsrlError, near
 from nsrl.runs.lock import alone_in
@@ -189,6 +189,7 @@ def trpo(options: Options, console: Console) -> Results:
 def overhead(options: Options, console: Console) -> Results:
     """Wall time and memory against stock PPO, interleaved."""
     from nsrl.bench.studies.overhead import measure_memory, measure_overhead
+    from nsrl.bench.studies.stepping import measure_stepping
     from nsrl.bench.suites.jobs import run_jobs
     from nsrl.bench.suites.pairs import read_suite
     from nsrl.files import write_json
@@ -196,7 +197,11 @@ def overhead(options: Options, console: Console) -> Results:
     from nsrl.runs.training import use_one_thread
 
     use_one_thread()
-    found = {}
+    console.say("environments alone: SB3's DummyVecEnv and copies stepped as arrays in turn, five times each")
+    found: dict[str, Any] = {"environments": measure_stepping()}
+    for task, counts in found["environments"].items():
+        for count, speed in counts.items():
+            console.say(f"  {task}, {count} copies: {speed['ratio']:.2f} times as fast")
     for name, steps in (("cartpole_swapped", None), ("halfcheetah_backward", 200_000)):
         suite = read_suite(options.configs / "bench" / f"{name}.yaml")
         out = _out(options, "overhead").with_name(name)

@@ -27,9 +27,11 @@ def measure_overhead(
     steps: int | None = None,
     on_run: Callable[[str, float], Any] | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune with stock PPO and with NullSpacePPO in turn, in this process, same environments and settings.
+    """Fine-tune with stock PPO and with NullSpacePPO in turn, in this process, same tasks and settings.
 
-    A run is loading the agent, building the model and learning; neither evaluates nor writes anything.
+    A run is loading the agent, building the model and learning; neither evaluates nor writes anything. Stock PPO has
+    the environments that Stable-Baselines3 makes of an id, NullSpacePPO those that nsrl makes: the same steps, bit for
+    bit, but as arrays where the task is known.
 
     Args:
         config: of the fine-tuning run.
@@ -115,7 +117,7 @@ def _run(
 
 
 def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
-    """Stock PPO with the agent's weights, in the same environments and with the same settings."""
+    """Stock PPO with the agent's weights, on the same task and with the same settings."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 

@@ -140,8 +140,11 @@ def _check_counters(state: dict[str, Any]) -> None:
             finite(value, name)
         else:
             whole(value, name)
+    episodes = mapping(state["episodes"], "episodes", EPISODES)
+    if len({episodes[name] is None for name in EPISODES}) > 1:  # SB3 makes both as the first training begins
+        raise Unreadable("one of the records of episodes is missing")
     for name in EPISODES:
-        for entry in items(mapping(state["episodes"], "episodes", EPISODES)[name] or [], name):
+        for entry in items([] if episodes[name] is None else episodes[name], name):
             if name == "ep_info_buffer":
                 finite(mapping(entry, name, ["r", "l"])["r"], "a return")
                 finite(entry["l"], "a length")

@@ -111,7 +111,7 @@ def _comparison_row(
 def describe_method(metrics: dict[str, Any]) -> str:
     """The method in words."""
     name = metrics.get("algorithm", "ppo").upper()  # runs of before there was a choice have none
-    penalties = {"kl_penalty": "KL penalty", "l2": "L2 penalty", "ewc": "EWC penalty"}
+    penalties = {"kl_penalty": "KL penalty", "l2": "L2 penalty", "ewc": "EWC penalty", "der": "output replay"}
     if metrics["method"] in penalties:
         return f"{name} with {penalties[metrics['method']]} {metrics['penalty']:g}"
     others = {"null_space": f"NullSpace{name}", "finetune": f"plain {name}", "frozen": f"{name}, last layer only"}

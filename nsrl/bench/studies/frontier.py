@@ -87,28 +87,39 @@ class Method:
 
     Attributes:
         algorithm: "ppo" or "trpo".
-        method: of the engine, or "scratch": a fresh policy.
+        method: of the engine, or "scratch": a fresh policy, learnt as stock SB3 does.
         options: of `from_pretrained`.
+        later: whether the other methods are run on all agents first.
     """
 
     algorithm: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    later: bool = False
 
 
-#: One setting each for all pairs. The coefficients are those that did best on the development pairs (see TUNED).
+#: One setting each for all pairs. The coefficients are those that did best on the development pair (see GRID). Rivals
+#: are opened as ours are, and have the free units and the standardised critic, unless their name says otherwise.
 METHODS: dict[str, Method] = {
     "scratch PPO": Method("ppo", "scratch"),
     "scratch TRPO": Method("trpo", "scratch"),
     "plain PPO": Method("ppo", "finetune"),
-    "plain TRPO": Method("trpo", "finetune"),
-    "frozen trunk": Method("ppo", "frozen"),
-    "L2": Method("ppo", "l2", {"penalty": 0.1}),
-    "EWC": Method("ppo", "ewc", {"penalty": 10.0}),
     "KL penalty": Method("ppo", "kl_penalty", {"penalty": 1.0}),
     "NullSpacePPO": Method("ppo", "null_space"),
     "NullSpaceTRPO": Method("trpo", "null_space"),
-    "hard null space": Method("trpo", "null_space", {"kl_budget": 0.0}),
+    "plain PPO, as it comes": Method("ppo", "finetune", {"opening": "off", "values": "raw"}, later=True),
+    "KL penalty, as it comes": Method(
+        "ppo", "kl_penalty", {"penalty": 1.0, "opening": "off", "values": "raw"}, later=True
+    ),
+    "output replay": Method("ppo", "der", {"penalty": 1.0}, later=True),
+    "NullSpaceTRPO, unopened": Method("trpo", "null_space", {"opening": "off"}, later=True),
+    "NullSpaceTRPO, raw values": Method("trpo", "null_space", {"values": "raw"}, later=True),
+    "plain TRPO": Method("trpo", "finetune", later=True),
+    "KL penalty, TRPO": Method("trpo", "kl_penalty", {"penalty": 1.0}, later=True),
+    "L2": Method("ppo", "l2", {"penalty": 0.1}, later=True),
+    "EWC": Method("ppo", "ewc", {"penalty": 10.0}, later=True),
+    "frozen trunk": Method("ppo", "frozen", later=True),
+    "hard null space": Method("trpo", "null_space", {"kl_budget": 0.0}, later=True),
 }
 
 #: Coefficients tried for each penalty, on two agents of the first development pair.
@@ -116,7 +127,12 @@ GRID: dict[str, tuple[float, ...]] = {
     "L2": (0.001, 0.01, 0.1, 1.0),
     "EWC": (0.1, 1.0, 10.0, 100.0),
     "KL penalty": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "output replay": (0.01, 0.1, 1.0, 10.0),
 }
+
+#: What else is varied, on the over-trained agents of two seeds: sizes of the buffer, and scales of the rewards.
+BUFFERS = ("acrobot_swapped", (64, 256, 1024), ("KL penalty", "output replay", "NullSpacePPO", "NullSpaceTRPO"))
+SCALES = ("pendulum_reversed", (0.01, 100.0), ("KL penalty", "NullSpacePPO", "NullSpaceTRPO"))
 
 KINDS = ("default", "zoo")
 SEEDS = (0, 1, 2)
@@ -132,6 +148,8 @@ class Cell:
         method: name of the method.
         kind, seed, multiple: of the agent.
         penalty: another coefficient than the method's own; None for that.
+        states: of the buffer.
+        scale: of the new task's rewards.
     """
 
     pair: str
@@ -140,6 +158,8 @@ class Cell:
     seed: int
     multiple: int
     penalty: float | None = None
+    states: int = STATES
+    scale: float = 1.0
 
     @property
     def agent(self) -> str:
@@ -150,7 +170,9 @@ class Cell:
     def name(self) -> str:
         """Unique among the cells."""
         tuned = "" if self.penalty is None else f" {self.penalty:g}"
-        return f"{self.pair}/{self.method}{tuned}/{self.agent}"
+        size = "" if self.states == STATES else f" states={self.states}"
+        scale = "" if self.scale == 1.0 else f" rewards={self.scale:g}"
+        return f"{self.pair}/{self.method}{tuned}{size}{scale}/{self.agent}"
 
 
 def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
@@ -171,17 +193,35 @@ def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
     pairs = [name for name in PAIRS if name in only] or list(PAIRS)
     methods = [name for name in METHODS if name in only] or list(METHODS)
     agents = [(kind, seed, multiple) for seed in SEEDS for multiple in MULTIPLES[::-1] for kind in KINDS]
+    agents = agents[: 1 if quick else None]
+    cells: list[Cell] = []
+    for later in (False, True):
+        for agent in agents:
+            cells += [Cell(pair, name, *agent) for pair in pairs for name in methods if METHODS[name].later is later]
+        if not later and not quick:
+            cells += _varied(pairs, methods)
+    return cells
+
+
+def _varied(pairs: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+    """Other coefficients, sizes of the buffer and scales of the rewards."""
+    hard = [(kind, seed, 3) for seed in SEEDS[:2] for kind in KINDS]
     cells = [
-        Cell(pair, method, *agent) for agent in agents[: 1 if quick else None] for pair in pairs for method in methods
+        Cell("cartpole_swapped", name, *agent, penalty=penalty)
+        for name in methods
+        for penalty in GRID.get(name, ())
+        for agent in hard[:2]
+        if penalty != METHODS[name].options["penalty"] and "cartpole_swapped" in pairs
     ]
-    tuned = [name for name in methods if name in GRID and "cartpole_swapped" in pairs and not quick]
-    cells += [
-        Cell("cartpole_swapped", name, kind, 0, 3, penalty)
-        for name in tuned
-        for penalty in GRID[name]
-        for kind in KINDS
-        if penalty != METHODS[name].options["penalty"]
-    ]
+    for (pair, values, names), key in ((BUFFERS, "states"), (SCALES, "scale")):
+        varied: Sequence[Any] = values
+        cells += [
+            Cell(pair, name, *agent, **{key: value})
+            for agent in hard
+            for value in varied
+            for name in names
+            if pair in pairs and name in methods
+        ]
     return cells
 
 
@@ -222,7 +262,7 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
     path = folder / cell.pair / f"{cell.agent}.zip"
     train_agent(cell.pair, cell.kind, cell.seed, cell.multiple, path, share)
     agent = agents.load(path)
-    buffer = RetentionBuffer.collect(agent, pair.old, n_states=STATES, seed=0)
+    buffer = RetentionBuffer.collect(agent, pair.old, n_states=cell.states, seed=0)
     algorithm = NullSpacePPO if method.algorithm == "ppo" else NullSpaceTRPO
     fresh = method.method == "scratch"
     steps = int(share * (pair.scratch if fresh else 1.25 * pair.scratch))
@@ -232,9 +272,11 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
     if not fresh:
         options |= {"retain": buffer, "method": method.method, "kl_budget": options.get("kl_budget", BUDGET)}
         if method.method != "null_space":
-            options["opening"] = 0.9  # everybody is opened, and has the free columns
+            options.setdefault("opening", 0.9)  # everybody is opened
     start = time.monotonic()
     env = training_env(pair.new, None, seed=cell.seed, n_envs=ENVS)
+    if cell.scale != 1.0:
+        env = _scaled(env, cell.scale)
     model: Any = algorithm.from_pretrained(agent, env, seed=cell.seed, **options)
     if fresh:
         model._setup_model()  # another policy of the same kind, from the seed
@@ -249,6 +291,8 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
         "kind": cell.kind,
         "seed": cell.seed,
         "multiple": cell.multiple,
+        "states": cell.states,
+        "scale": cell.scale,
         "timesteps": int(model.num_timesteps),
         "curve": watch.rows,
         "kl_most": None if report is None else report.kl_most,
@@ -260,11 +304,27 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
     }
 
 
-#: Settings of each algorithm, the same for all pairs and methods.
+#: Settings of each algorithm, the same for all pairs and methods; TRPO's are its defaults.
 FIXED: dict[str, dict[str, Any]] = {
     "ppo": {"batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3},
-    "trpo": {"target_kl": 0.03},
+    "trpo": {},
 }
+
+
+def _scaled(env: Any, scale: float) -> Any:
+    from stable_baselines3.common.vec_env import VecEnvWrapper
+
+    class Scaled(VecEnvWrapper):
+        """Rewards in another unit."""
+
+        def reset(self) -> Any:
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = self.venv.step_wait()
+            return observations, scale * rewards, dones, infos
+
+    return Scaled(env)
 
 
 def _watch(pair: Pair, every: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nsrl.bench.studies.frontier import BUDGET, METHODS, PAIRS, read_runs
+from nsrl.bench.studies.frontier import BUDGET, BUFFERS, GRID, METHODS, PAIRS, SCALES, STATES, read_runs
 from nsrl.bench.suites.statistics import bootstrap, interquartile_mean
 from nsrl.errors import NsrlError
 from nsrl.files import write_text, written_atomically
@@ -23,7 +23,15 @@ HEAD = ("", "agents", "learnt", "worst", "area, IQM [95 %]", "old kept", "worst 
 def read_rows(reference: Path, pair: str) -> list[dict[str, Any]]:
     """Lines of a pair, those of the methods' own settings only."""
     rows = read_runs(reference / f"{pair}.jsonl")
-    return [row for row in rows if row["penalty"] == METHODS[row["method"]].options.get("penalty")]
+    return [row for row in rows if _is_plain(row) and _is_own(row)]
+
+
+def _is_plain(row: dict[str, Any]) -> bool:
+    return row["states"] == STATES and row["scale"] == 1.0
+
+
+def _is_own(row: dict[str, Any]) -> bool:
+    return row["penalty"] == METHODS[row["method"]].options.get("penalty")
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,7 +91,7 @@ def pair_table(rows: Sequence[dict[str, Any]], pair: str) -> Table:
 
 def grid_table(reference: Path, pair: str = "cartpole_swapped") -> Table | None:
     """What each coefficient that was tried came to; None where none was."""
-    rows = read_runs(reference / f"{pair}.jsonl")
+    rows = [row for row in read_runs(reference / f"{pair}.jsonl") if _is_plain(row) and row["method"] in GRID]
     tuned = [row for row in rows if row["penalty"] is not None and (row["seed"], row["multiple"]) == (0, 3)]
     if not tuned:
         return None
@@ -98,18 +106,59 @@ def grid_table(reference: Path, pair: str = "cartpole_swapped") -> Table | None:
     return Table(head, tuple(lines), f"coefficients tried on {pair}")
 
 
+def varied_table(reference: Path, key: str) -> Table | None:
+    """What comes of other sizes of the buffer ("states") or scales of the rewards ("scale"); None if none was run."""
+    pair, values, names = BUFFERS if key == "states" else SCALES
+    usual = STATES if key == "states" else 1.0
+    rows = [row for row in read_runs(reference / f"{pair}.jsonl") if row["method"] in names and _is_own(row)]
+    other = "scale" if key == "states" else "states"
+    rows = [row for row in rows if row[other] == (1.0 if other == "scale" else STATES)]
+    agents = {(row["kind"], row["seed"], row["multiple"]) for row in rows if row[key] != usual}
+    if not agents:
+        return None
+    lines = []
+    for name in names:
+        for value in sorted({*values, usual}):
+            runs = [row for row in rows if row["method"] == name and row[key] == value]
+            runs = [row for row in runs if (row["kind"], row["seed"], row["multiple"]) in agents]
+            if not runs:
+                continue
+            before, after, new = (
+                [run["curve"][at][column] for run in runs] for at, column in ((0, 1), (-1, 1), (-1, 2))
+            )
+            lost = max(a - b for a, b in zip(before, after, strict=True))
+            lines.append(
+                (
+                    name,
+                    f"{value:g}",
+                    str(len(runs)),
+                    number(fmean(after), 0),
+                    number(lost, 0),
+                    number(fmean(new), 0),
+                    number(min(new), 0),
+                    scientific(max(run["kl_most"] for run in runs)),
+                )
+            )
+    what = "buffer states" if key == "states" else "rewards times"
+    head = ("", what, "agents", "old, end", "old, most lost", "new, end", "new, worst", "KL, most")
+    return Table(head, tuple(lines), f"{what} on {pair}")
+
+
 def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     """Old score kept against area under the new task's curve: a panel a pair, a colour a method, a dot an agent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in METHODS if not name.startswith("scratch")]
-    palette = ("#999999", "#666666", "#B07AA1", "#E69F00", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#56B4E9")
+    palette = [
+        *("#999999", "#E69F00", "#0072B2", "#009E73", "#444444", "#F0C878", "#CC79A7", "#7FC8A9", "#56B4E9"),
+        *("#666666", "#B8860B", "#B07AA1", "#D55E00", "#8C564B", "#17BECF"),
+    ]
     figure = Figure(figsize=(4.2 * len(found), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, (pair, rows) in zip(axes, found.items(), strict=True):
-        for name, colour in zip(names, palette, strict=False):
+        for name, colour in zip(names, palette, strict=True):
             runs = [row for row in rows if row["method"] == name]
             if not runs:
                 continue
@@ -122,7 +171,8 @@ def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.set_figheight(4.4 + 0.2 * (len(labels) // 4))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     with written_atomically(path) as temporary:
         figure.savefig(temporary, dpi=140)
     return path
@@ -139,7 +189,8 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
         raise NsrlError(f"no run of the frontier came to a result; see {reference}")
     tables = [pair_table(rows, pair) for pair, rows in found.items()]
     grid = grid_table(reference)
-    tables += [] if grid is None else [grid]
+    extra = [grid, varied_table(reference, "states"), varied_table(reference, "scale")]
+    tables += [table for table in extra if table is not None]
     figure = draw_frontier(found, reference / "frontier.png")
     text = "\n\n".join(
         [

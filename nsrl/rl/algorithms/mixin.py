@@ -23,6 +23,7 @@ from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observati
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
+from nsrl.rl.algorithms.value_scale import standardised_values
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
@@ -373,7 +374,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         with nullcontext() if self.retention.exploration is None else self.retention.exploration.in_force():
             try:
                 self.retention.begin()
-                super().train()
+                self._train_in_units()
                 scalars = self.retention.end()
             except BaseException:
                 self.retention.abandon()
@@ -381,6 +382,17 @@ class ProtectedMixin(OnPolicyAlgorithm):
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
+
+    def _train_in_units(self) -> None:
+        """The algorithm's own update, its critic in units of the returns' spread; it is logged in the rewards' own."""
+        assert self.retention is not None
+        if self.retention.config.values == "raw":
+            super().train()
+            return
+        with standardised_values(self) as unit:
+            super().train()
+        if "train/value_loss" in self.logger.name_to_value:
+            self.logger.name_to_value["train/value_loss"] *= unit**2
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """As the algorithm's own; the first one of a protected policy is preceded by its opening."""

@@ -14,9 +14,9 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.retention.constraint import RetentionConstraint
 
-METHODS = ("null_space", "kl_penalty", "finetune", "l2", "ewc", "frozen")
+METHODS = ("null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen")
 #: Those that take a coefficient.
-PENALISED = ("kl_penalty", "l2", "ewc")
+PENALISED = ("kl_penalty", "l2", "ewc", "der")
 
 #: Training states that the Fisher information of EWC is a mean over, at most: its diagonal changes little beyond.
 FISHER_STATES = 512
@@ -62,10 +62,23 @@ class KLPenalty(Monitor):
             super()._before_step()
             return
         start = perf_counter()
-        _, pull = self.constraint.probe(self.minibatches.draw(self.config.batch_states))
-        self.constraint.parameters.add_gradients(pull(), self.coefficient)
+        self.constraint.parameters.add_gradients(self._pull(), self.coefficient)
         self._coefficients.append(self.coefficient)
         self.seconds["lagrangian"] += perf_counter() - start
+
+    def _pull(self) -> list[Tensor]:
+        _, pull = self.constraint.probe(self.minibatches.draw(self.config.batch_states))
+        return pull()
+
+
+class OutputReplay(KLPenalty):
+    """Adds coefficient * grad |z - z_ref|^2 / 2 of stored outputs z_ref: dark experience replay (Buzzega et al. 2020).
+
+    What the paper does with a classifier's logits, on a fresh buffer minibatch a step.
+    """
+
+    def _pull(self) -> list[Tensor]:
+        return self.constraint.output_errors(self.minibatches.draw(self.config.batch_states))
 
 
 class Anchor(Monitor):
@@ -146,6 +159,8 @@ def build_engine(
         raise NsrlError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if method == "kl_penalty":
         return KLPenalty(model, constraint, config, penalty)
+    if method == "der":
+        return OutputReplay(model, constraint, config, penalty)
     if method in ("l2", "ewc"):
         importance = fisher_diagonal(constraint) if method == "ewc" else torch.ones_like(constraint.parameters.read())
         return Anchor(model, constraint, config, penalty, importance)

@@ -21,6 +21,7 @@ CHOICES = {
     "projection": ("none", "euclidean", "optimizer"),
     "critic": ("keep", "reset"),
     "selection": ("random", "active"),
+    "values": ("standardised", "raw"),
 }
 
 
@@ -67,6 +68,8 @@ class RetentionConfig:
         restore_steps: Gauss-Newton restorations tried after an update before falling back along the segment.
         critic: "keep" the pretrained critic, or "reset" it: values of the old task mislead where rewards differ.
         critic_warmup: rollouts in which only the critic learns.
+        values: units in which the critic is learnt: "standardised" ones (mean and spread of the roll-out's returns, see
+            `nsrl.rl.algorithms.value_scale`), so that the scale of the rewards does not matter, or "raw".
         opening: what is done before the first roll-out so that a certain policy tries things on the new task's states
             (see `nsrl.rl.opening`), inside the budget: "auto" measures and opens where there is need of it, "off" does
             nothing, a number in (0, 1] is the share of the largest entropy to open to. Baselines are opened by a number
@@ -102,6 +105,7 @@ class RetentionConfig:
     restore_steps: int = 4
     critic: str = "reset"
     critic_warmup: int = 0
+    values: str = "standardised"
     opening: float | str = "auto"
     opening_states: int = 1024
     opening_budget: float = 0.8

@@ -9,10 +9,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor, nn
 
 from nsrl.projection.jacobians.matrix_free import is_plain
+from nsrl.rl.opening.switch import free_inputs
 from nsrl.rl.policies.actor_critic import Observation, hidden_layers
-
-#: Change of an input between the tasks that counts as one, in units of the policy's inputs.
-LEAST_CHANGE = 1e-6
 
 #: Size of the free inputs' effect on the first layer, in units of the root mean square of its pre-activations on the
 #: buffer, and that effect at least. It leads tanh out of where the old task left it and gives the new task features of
@@ -48,8 +46,8 @@ def redraw_columns(policy: ActorCriticPolicy, old: Observation, new: Observation
     if not (layer.weight.requires_grad and layer.bias.requires_grad):
         return 0
     before, after = (BasePolicy.extract_features(policy, inputs, extractor) for inputs in (old, new))
+    free = free_inputs(before, after)
     change = (after - before[:1]).square().mean(0).sqrt()
-    free = ((before == before[:1]).all(0) & (change > LEAST_CHANGE)).nonzero().flatten()
     if len(free) == 0:
         return 0
     generator = torch.Generator().manual_seed(seed)

@@ -16,8 +16,9 @@ from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
-from nsrl.rl.opening.states import NewStates, exchanged_states, random_states, visited_states
+from nsrl.rl.opening.states import NewStates, exchanged_states, pays_better, random_states, visited_states
 from nsrl.rl.opening.targets import CoinTargets, SoftmaxTargets, SpreadTargets, Targets
+from nsrl.rl.opening.units import free_units
 from nsrl.rl.policies.actor_critic import Observation, policy_outputs, select
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -29,8 +30,12 @@ CYCLES = 4
 FOLLOWING = 0.5
 #: Share of the wanted openness, measured where the policy goes, that ends the cycles.
 CLOSE_ENOUGH = 0.95
-#: States that say which inputs differ from the old task's.
-GLIMPSE = 64
+#: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
+OPEN_WHERE_IT_PAYS = 0.3
+#: Share of the budget that condensing the old task on a part of the units may spend.
+CONDENSING = 0.05
+#: Fields of the record that earlier versions did not write.
+LATER = ("units", "pays")
 #: Share of a run's timesteps that the opening may take.
 MOST_STEPS = 0.1
 
@@ -42,12 +47,14 @@ class OpeningRecord:
     Attributes:
         states: timesteps spent in the new task.
         columns: inputs that were given a random column (see `redraw_columns`).
+        units: hidden units that were freed for the new task (see `free_units`).
         before, after: how open the policy was and is where it goes in the new task: entropy as a share of the largest,
             or for gSDE its standard deviation as a share of a wide one.
         kl: measured KL on the buffer behind it, nats a state.
         steps: of the regression.
         seconds: wall time.
         skipped: why nothing was opened; empty if something was.
+        pays: whether the old behaviour earned more in the new task than random actions do, and was kept for a start.
     """
 
     states: int
@@ -58,11 +65,14 @@ class OpeningRecord:
     steps: int
     seconds: float
     skipped: str = ""
+    units: int = 0
+    pays: bool = False
 
     def text(self) -> str:
         """A line for logs and reports."""
         columns = f", {self.columns} free columns" if self.columns else ""
-        cost = f"{columns}; KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
+        units = f", {self.units} free units" if self.units else ""
+        cost = f"{columns}{units}; KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
         if self.skipped:
             return f"opening skipped: {self.skipped}{cost}"
         return f"opening: {self.before:.0%} -> {self.after:.0%} open on new states{cost}"
@@ -71,11 +81,14 @@ class OpeningRecord:
 class Opening:
     """Opens the policy of one model before its first roll-out.
 
-    1. States of the new task: by random actions, and those of the buffer with the new task's value wherever an input
-       never moved on it.
-    2. Such inputs get a random column, which costs no KL at all.
-    3. If the policy is not open where it goes: its outputs are opened on the states by regression inside the budget;
-       then on the states that the opened policy goes to, until it is open there too.
+    1. States of the new task, by random actions and by the policy, and what either earns there.
+    2. Where inputs never moved on the buffer and tell the tasks apart, the old task is condensed on a part of the
+       hidden units, and the others become a fresh network for the new one (`free_units`). What the old units say is
+       kept from it unless the old behaviour pays there. Where units cannot be had, and it does not pay, such inputs
+       get a random column instead, which costs no KL at all.
+    3. If the policy is not open where it goes: its outputs are opened by regression inside the budget, on these states
+       and those of the buffer with the new task's value of such inputs; then on the states that the opened policy goes
+       to, until it is open there too.
 
     Args:
         constraint: policy against buffer.
@@ -113,22 +126,28 @@ class Opening:
         policy, constraint = model.policy, self._constraint
         # SB3 calls the timesteps of a run that goes on _total_timesteps too
         room = max(int(MOST_STEPS * (model._total_timesteps - model.num_timesteps)), 1)
-        count = min(self._count, max(int(room / (1.0 + (CYCLES + 1) * FOLLOWING)), 1))
+        count = min(self._count, max(int(room / (1.0 + (CYCLES + 2) * FOLLOWING)), 1))
         modes = [(module, module.training) for module in policy.modules()]
         policy.eval()
         try:
             targets = targets_of(constraint)
-            # columns alone only need to see how far the inputs are from where they were
-            new = random_states(model, count if targets is not None else min(count, GLIMPSE), self._seed)
-            columns = self._redraw(new)
+            new = random_states(model, count, self._seed)
+            visited = visited_states(model, int(FOLLOWING * count) or 1, self._seed + 1)
+            pays = pays_better(visited, new)
+            before = 1.0 if targets is None else self._openness(targets, visited)
+            units = self._free(new, pays)
+            columns = 0 if units or pays else self._redraw(new)
+            if columns:  # it goes elsewhere now
+                visited = visited_states(model, len(visited), self._seed + 1)
             if targets is None:
-                found = (1.0, 1.0, 0, "a Gaussian explores by its standard deviation")
+                after, steps, skipped = before, 0, "a Gaussian explores by its standard deviation"
             else:
-                found = self._open(model, targets, new, int(FOLLOWING * count) or 1)
+                after, steps, skipped = self._open(model, targets, new, visited, pays)
         finally:
             for module, training in modes:
                 module.training = training
-        before, after, steps, skipped = found
+        if units and not pays:
+            skipped = ""  # that has opened it
         self.record = OpeningRecord(
             states=model.num_timesteps - first,
             columns=columns,
@@ -138,6 +157,8 @@ class Opening:
             steps=steps,
             seconds=perf_counter() - start,
             skipped=skipped,
+            units=units,
+            pays=pays,
         )
         self._log(model, self.record)
         return self.record
@@ -156,35 +177,48 @@ class Opening:
         return select(self.states, slice(count)) if count > 0 else None
 
     def _open(
-        self, model: OnPolicyAlgorithm, targets: Targets, new: NewStates, count: int
-    ) -> tuple[float, float, int, str]:
-        """Openness before and after, steps made, and why nothing was done."""
-        share = OPEN if self._setting == "auto" else float(self._setting)
-        enough = OPEN_ENOUGH if self._setting == "auto" else share
+        self, model: OnPolicyAlgorithm, targets: Targets, new: NewStates, visited: NewStates, pays: bool
+    ) -> tuple[float, int, str]:
+        """Openness behind it, steps made, and why nothing was done."""
+        share, enough = OPEN, OPEN_ENOUGH
+        if self._setting != "auto":
+            share = enough = float(self._setting)
+        if pays:
+            share, enough = min(share, OPEN_WHERE_IT_PAYS), min(enough, OPEN_WHERE_IT_PAYS)
         valid = self._constraint.valid
         exchanged = exchanged_states(self._constraint.inputs, new, valid, len(new), self._seed)
         pool = new if exchanged is None else new.joined(exchanged)
-        before, after, steps = -1.0, 0.0, 0
-        for cycle in range(CYCLES + 1):
-            visited = visited_states(model, count, self._seed + 1 + cycle)
-            after = self._openness(targets, visited)
-            if before < 0.0:
-                before = after
-                if before >= enough:
-                    return before, after, 0, f"the policy is open already ({before:.0%})"
-            elif after >= CLOSE_ENOUGH * share:
-                break
-            if cycle == CYCLES:
-                break
+        after, steps = self._openness(targets, visited), 0
+        if after >= enough:
+            return after, 0, f"the policy is open already ({after:.0%})"
+        for cycle in range(CYCLES):
             pool = pool.joined(visited)
             made = open_outputs(self._constraint.policy, self._constraint, pool, targets, share, self._budget)
             steps += made
-            if made == 0 and cycle > 0:
+            visited = visited_states(model, len(visited), self._seed + 2 + cycle)
+            after = self._openness(targets, visited)
+            if after >= CLOSE_ENOUGH * share or (made == 0 and cycle > 0):
                 break
         generator = torch.Generator().manual_seed(self._seed)
         kept = torch.randperm(len(pool), generator=generator)[: self._count]
         self.states = pool.select(kept.to(self._constraint.reference.device)).inputs
-        return before, after, steps, ""
+        return after, steps, ""
+
+    def _free(self, new: NewStates, pays: bool) -> int:
+        """Free units for the new task, if the old one is as good without them."""
+        constraint = self._constraint
+        before = constraint.binding_divergence()
+        # the budget as `opening_budget` cuts it; a policy that is on its way is condensed for as little as a fresh one
+        cost = before + CONDENSING * self._budget
+        return free_units(
+            constraint.policy,
+            constraint.inputs,
+            new.inputs,
+            constraint.binding_divergence,
+            min(cost, self._budget),
+            self._seed,
+            silence=not pays,
+        )
 
     def _redraw(self, new: NewStates) -> int:
         """Draw the free columns, unless the bias cannot hold what they said: its rounding grows with the inputs."""
@@ -206,6 +240,7 @@ class Opening:
         model.logger.record("opening/after", record.after)
         model.logger.record("opening/kl", record.kl)
         model.logger.record("opening/columns", record.columns)
+        model.logger.record("opening/units", record.units)
         model.logger.record("opening/seconds", record.seconds)
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,12 +252,16 @@ class Opening:
         mapping(state, "opening", ["record", "states"], ())
         record, states = state["record"], state["states"]
         if record is not None:
-            for key, value in mapping(record, "opening record", list(OpeningRecord.__dataclass_fields__), ()).items():
+            required = [key for key in OpeningRecord.__dataclass_fields__ if key not in LATER]
+            for key, value in mapping(record, "opening record", required, LATER).items():
                 if key == "skipped":
                     if type(value) is not str:
                         raise Unreadable("the record of the opening is damaged")
-                elif key in ("states", "columns", "steps"):
+                elif key in ("states", "columns", "steps", "units"):
                     whole(value, key)
+                elif key == "pays":
+                    if type(value) is not bool:
+                        raise Unreadable("the record of the opening is damaged")
                 else:
                     finite(value, key)
         if states is None:

@@ -20,6 +20,12 @@ from nsrl.rl.policies.actor_critic import Observation, joined, policy_outputs, s
 from nsrl.rl.policies.distributions import distribution_of, with_masks
 from nsrl.rl.policies.observations import concatenated, map_arrays, policy_inputs
 
+#: Steps of an episode whose rewards are added up.
+STRETCH = 64
+#: Stretches of a kind, and standard errors between their means, from which on one kind pays better than another.
+FEWEST = 4
+SURELY = 2.0
+
 Act = Callable[[Any, np.ndarray | None], np.ndarray]
 
 
@@ -30,10 +36,13 @@ class NewStates:
     Attributes:
         inputs: N observations, normalised.
         valid: valid actions, (N, O) bool; None where all are.
+        returns: sums of the rewards over stretches of at most `STRETCH` steps of an episode, one after the other, on
+            the way through these states; empty where they were not played.
     """
 
     inputs: Observation
     valid: Tensor | None
+    returns: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs)
@@ -91,7 +100,8 @@ def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act) -> NewState
     """Steps count as the run's own; afterwards the environment begins anew, as `learn` left it."""
     env: VecEnv = model.env  # type: ignore[assignment]
     read = mask_reader(model.policy, env)
-    seen, masks = [], []
+    seen, masks, sums = [], [], _Stretches(env.num_envs)
+    around: Any = model.get_vec_normalize_env()
     with own_randomness(seed):
         current: Any = env.reset()
         for _ in range(-(-count // env.num_envs)):
@@ -99,12 +109,38 @@ def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act) -> NewState
             seen.append(map_arrays(np.array, current))
             if valid is not None:
                 masks.append(valid)
-            current, *_ = env.step(act(current, valid))
+            current, rewards, dones, _ = env.step(act(current, valid))
+            sums.add(rewards if around is None else around.get_original_reward(), dones)
             model.num_timesteps += env.num_envs
         model._last_obs = env.reset()  # type: ignore[assignment]
     model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
     inputs = policy_inputs(concatenated(seen), None, model.device)
-    return NewStates(inputs, torch.as_tensor(np.concatenate(masks), device=model.device) if masks else None)
+    known = torch.as_tensor(np.concatenate(masks), device=model.device) if masks else None
+    return NewStates(inputs, known, tuple(sums.finished))
+
+
+class _Stretches:
+    """Rewards of several environments, added up over stretches of their episodes."""
+
+    def __init__(self, n_envs: int):
+        self.finished: list[float] = []
+        self._sums, self._lengths = np.zeros(n_envs), np.zeros(n_envs, dtype=int)
+
+    def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+        self._sums += rewards
+        self._lengths += 1
+        over = dones | (self._lengths >= STRETCH)
+        self.finished += self._sums[over].tolist()
+        self._sums[over], self._lengths[over] = 0.0, 0
+
+
+def pays_better(one: NewStates, other: NewStates) -> bool:
+    """Whether the rewards on the way through some states are surely more than on the way through others."""
+    first, second = np.asarray(one.returns), np.asarray(other.returns)
+    if min(len(first), len(second)) < FEWEST:
+        return False
+    error = np.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
+    return bool(first.mean() - second.mean() > SURELY * error)
 
 
 def exchanged_states(old: Observation, new: NewStates, valid: Tensor | None, count: int, seed: int) -> NewStates | None:

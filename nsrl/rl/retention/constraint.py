@@ -277,6 +277,16 @@ class RetentionConstraint:
 
         return kl, pull
 
+    def output_errors(self, indices: Tensor) -> list[Tensor]:
+        """Gradients of the mean over some states of |z - z_ref|^2 / 2, z the outputs, one a protected parameter."""
+        passes = self._passes(indices)
+        with torch.no_grad():
+            slope = (passes.outputs - self.reference[indices]) / len(indices)
+            pieces = list(passes.pull(slope).split(self._sizes))
+        if self._log_std is not None:
+            pieces.insert(self.names.index("log_std"), torch.zeros_like(self._log_std))
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters.parameters, strict=True)]
+
     def _outputs(self) -> Tensor:
         """The policy on the whole buffer, (N, O), without a graph."""
         return policy_outputs(self.policy, self.inputs) if self._still is None else self._still.outputs()

@@ -33,6 +33,12 @@ SETTINGS: dict[type, dict[str, Any]] = {
 ENVS = 2
 
 
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No units can be freed, as in a network that the old task needs whole."""
+    monkeypatch.setattr("nsrl.rl.opening.units.KEPT", ())
+
+
 class Boundaries(BaseCallback):
     """What is there before the first step of every roll-out."""
 
@@ -63,6 +69,7 @@ def learner(agent: PPO, buffer: RetentionBuffer, algorithm: type = NullSpacePPO,
     )
 
 
+@pytest.mark.usefixtures("tight")
 @pytest.mark.parametrize("algorithm", SETTINGS)
 def test_a_certain_policy_is_opened_before_its_first_roll_out(algorithm: type, tmp_path: Path) -> None:
     agent, buffer = certain()
@@ -128,6 +135,7 @@ def moved_context(agent: PPO, buffer: RetentionBuffer) -> RetentionBuffer:
     return RetentionBuffer.from_arrays(observations, outputs=outputs.numpy(), action_space=agent.action_space)
 
 
+@pytest.mark.usefixtures("tight")
 def test_off_is_off_and_a_share_is_what_is_opened_to() -> None:
     agent, buffer = trained()
     off, seen = learner(agent, buffer, opening="off"), Boundaries(buffer)
@@ -154,6 +162,7 @@ def test_baselines_are_opened_by_a_number_only(algorithm: type, method: str) -> 
         assert (seen.timesteps[0] > 0) is opened
 
 
+@pytest.mark.usefixtures("tight")
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_in_place(algorithm: type) -> None:
     agent, buffer = certain(gap=8.0)

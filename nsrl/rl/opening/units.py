@@ -1,0 +1,186 @@
+"""Free units: what the old task can do without becomes a fresh network, which the new task has to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from torch import Tensor
+
+from nsrl.rl.opening.condensing import ActorLayers, condense
+from nsrl.rl.opening.switch import Switch
+from nsrl.rl.policies.actor_critic import Observation
+
+#: Shares of a layer's units that the old task keeps, from the fewest on: the first that costs little enough is taken.
+KEPT = (0.25, 0.375, 0.5, 0.625, 0.75)
+#: Pre-activation at which a unit counts as off: tanh is within 2.3e-7 of -1 there.
+OFF = 8.0
+#: Spread of the switch over the new task's states, in pre-activations, at most.
+MOST_FLICKER = 0.5
+#: Gains of fresh layers and of the head on them, as SB3 initialises.
+GAIN, HEAD_GAIN = 2.0**0.5, 0.01
+
+
+@torch.no_grad()
+def free_units(
+    policy: ActorCriticPolicy,
+    old: Observation,
+    new: Observation,
+    divergence: Callable[[], float],
+    cost: float,
+    seed: int,
+    silence: bool = True,
+) -> int:
+    """Give the new task a fresh network inside the actor, if an input tells it from the old one.
+
+    The old task is first condensed on a part of the units (`condense`). The others are drawn anew, and gated by the
+    input that never moved on the buffer: off on the old task, where what they say is a constant that the layer above
+    allows for, and on in the new one. So nothing that they learn there changes what the policy does here: they lie in
+    the null space. With `silence` the old units are turned off on the new task in the same way, and the policy begins
+    there as a freshly initialised one does.
+
+    Args:
+        policy: whose actor is an MLP on features that are not learnt; any other keeps its weights.
+        old: inputs of the buffer, (N, ...).
+        new: inputs of the new task, (M, ...).
+        divergence: measures the KL that counts against the budget, nats a state.
+        cost: KL at most that the old task may pay for it.
+        seed: of the fresh units.
+        silence: whether what the old units say is kept from the new task.
+
+    Returns:
+        How many units were freed; 0 where nothing was changed, since it would cost more than that.
+    """
+    layers = ActorLayers.of(policy)
+    if layers is None or not layers.activations:
+        return 0
+    extractor = cast(Any, policy.pi_features_extractor)
+    before, after = (BasePolicy.extract_features(policy, inputs, extractor).double() for inputs in (old, new))
+    switch = Switch.between(before, after)
+    if switch is None:
+        return 0
+    originals = layers.read()
+    for share in KEPT:
+        kept = condense(layers, before, share)
+        free = [_others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
+        # one unit of each layer is the switch itself
+        if min(map(len, free)) >= 2 and divergence() <= cost:
+            fresh = FreshNetwork(layers, kept, free, switch, seed)
+            if fresh.plant(before, after, silence) and divergence() <= cost:
+                return sum(map(len, free))
+        layers.write(originals)
+    return 0
+
+
+class FreshNetwork:
+    """The units of an actor that are drawn anew; the first of each layer is the switch, for the layer above.
+
+    Args:
+        layers: of the actor, condensed.
+        kept, free: indices of the units that the old task keeps and of the others, by hidden layer.
+        switch: between the tasks.
+        seed: of the weights.
+    """
+
+    def __init__(self, layers: ActorLayers, kept: list[Tensor], free: list[Tensor], switch: Switch, seed: int):
+        self._layers = layers
+        self._kept = kept
+        self._free = free
+        self._switch = switch
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def plant(self, before: Tensor, after: Tensor, silence: bool) -> bool:
+        """Write the units' weights; False where the new task's states flicker too much for the switch.
+
+        Args:
+            before, after: features of old states, (N, F), and of new ones, (M, F), float64.
+            silence: turn the old units off on the new task.
+        """
+        gates = self._first(before, after)
+        if silence:
+            gates = torch.cat([gates, self._silence(before, after)])
+        if float(gates.abs().max()) * self._switch.flicker > MOST_FLICKER:
+            return False
+        for number in range(1, len(self._free)):
+            self._inner(number)
+        self._head(before, after, silence)
+        return True
+
+    def _first(self, before: Tensor, after: Tensor) -> Tensor:
+        """The first layer's units, on inputs in units of their spread; returns how far the switch moves each."""
+        layer, units, switch = self._layers.linears[0], self._free[0], self._switch
+        plain = torch.ones(layer.in_features, dtype=torch.bool, device=before.device)
+        plain[switch.columns] = False
+        inputs = torch.cat([before, after])[:, plain]
+        centre, spread = inputs.mean(0), inputs.std(0)
+        # an input that never moves tells nothing, and what it would do if it did is not to be amplified
+        spread = torch.where(spread > 1e-6 * (1.0 + centre.abs()), spread, torch.ones_like(spread))
+        weight = self._drawn(len(units), len(centre), GAIN).to(before) / spread
+        weight[0] = 0.0
+        bias = -(weight @ centre)
+        gate = (before[:, plain] @ weight.T + bias).amax(0).clamp_min(0.0) + OFF
+        bias[0], gate[0] = OFF, 2.0 * OFF
+        full = torch.zeros(len(units), layer.in_features, dtype=torch.float64, device=before.device)
+        full[:, plain] = weight
+        full[:, switch.columns] = gate[:, None] * switch.weights
+        layer.weight[units] = full.to(layer.weight)
+        layer.bias[units] = (bias - gate * (1.0 + switch.offset)).to(layer.bias)
+        return gate
+
+    def _silence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Let the switch turn the old task's first units off; returns how far it moves each."""
+        layer, units, switch = self._layers.linears[0], self._kept[0], self._switch
+        weight, bias = layer.weight[units].double(), layer.bias[units].double()
+        said = weight[:, switch.columns] @ switch.origin
+        alike = after.clone()
+        alike[:, switch.columns] = switch.origin
+        gate = -((torch.cat([before, alike]) @ weight.T + bias).amax(0).clamp_min(0.0) + OFF)
+        layer.bias[units] = (bias + said - gate * switch.offset).to(layer.bias)
+        layer.weight[units[:, None], switch.columns] = (gate[:, None] * switch.weights).to(layer.weight)
+        return gate
+
+    def _inner(self, number: int) -> None:
+        """The units of a layer that reads the fresh ones of the layer below."""
+        layer, units, below = self._layers.linears[number], self._free[number], self._free[number - 1]
+        activation = self._layers.activations[number - 1]
+        off, on = (float(activation(torch.tensor(x, dtype=torch.float64))) for x in (-OFF, OFF))
+        weight = self._drawn(len(units), len(below), GAIN).to(layer.weight.device)
+        weight[0] = weight[:, 0] = 0.0
+        # on the new task switch and bias cancel; on the old one they outweigh what the constants below add up to
+        idle = weight.sum(1) * off
+        weight[:, 0] = (OFF + idle.clamp_min(0.0)) / (on - off)
+        bias = -weight[:, 0] * on
+        weight[0, 0] = 2.0 * OFF / (on - off)
+        bias[0] = OFF - weight[0, 0] * on
+        layer.weight[units] = 0.0
+        layer.weight[units[:, None], below] = weight.to(layer.weight)
+        layer.bias[units] = bias.to(layer.bias)
+
+    def _head(self, before: Tensor, after: Tensor, silence: bool) -> None:
+        """The head: a small random one on the fresh units; what they are on the old task goes into the bias."""
+        layer, units = self._layers.linears[-1], self._free[-1]
+        weight = self._drawn(layer.out_features, len(units), HEAD_GAIN).to(before)
+        weight[:, 0] = 0.0
+        idle, awake = (self._layers.hidden(features)[:, units].mean(0) for features in (before, after))
+        if silence:
+            # what the silenced units and the bias still say, a constant, is cancelled by the switch
+            said = self._layers.outputs(after).mean(0)
+            weight[:, 0] = (weight @ idle - said) / (awake[0] - idle[0])
+        layer.weight[:, units] = weight.to(layer.weight)
+        layer.bias.sub_((weight @ idle).to(layer.bias))
+
+    def _drawn(self, rows: int, columns: int, gain: float) -> Tensor:
+        """A random matrix with orthonormal columns or rows, whichever are fewer, times a gain."""
+        shape = (max(rows, columns), min(rows, columns))
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        basis, factor = torch.linalg.qr(drawn)
+        basis = basis * factor.diagonal().sign()  # uniform over all such matrices
+        return gain * (basis if rows >= columns else basis.T)
+
+
+def _others(rows: Tensor, size: int) -> Tensor:
+    mask = torch.ones(size, dtype=torch.bool, device=rows.device)
+    mask[rows] = False
+    return mask.nonzero().flatten()

@@ -1,0 +1,188 @@
+"""Free units: what the old task does is condensed, and the new task has a fresh network to itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from nsrl.rl.opening.condensing import ActorLayers, condense, spanning_units
+from nsrl.rl.opening.switch import Switch
+from nsrl.rl.opening.units import HEAD_GAIN, free_units
+from nsrl.rl.policies.actor_critic import policy_outputs
+from tests.rl.builders import generators_left_alone
+from tests.tolerances import relative
+
+ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.ELU, nn.SiLU]
+
+
+def policy_of(activation: type[nn.Module] = nn.Tanh, widths: list[int] | None = None) -> ActorCriticPolicy:
+    with generators_left_alone():
+        torch.manual_seed(0)
+        policy = ActorCriticPolicy(
+            spaces.Box(-9.0, 9.0, (4,)),
+            spaces.Discrete(3),
+            lambda _: 1e-3,
+            net_arch=widths or [48, 40],
+            activation_fn=activation,
+        )
+        with torch.no_grad():  # a certain policy: its logits lead by much
+            policy.action_net.weight.mul_(500.0)
+        return policy
+
+
+def states(policy: ActorCriticPolicy, context: float, count: int = 400, seed: int = 0) -> Tensor:
+    """All entries vary but the last, which is the context."""
+    size = policy.observation_space.shape[0]
+    drawn = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+    drawn[:, -1] = context
+    return drawn
+
+
+def measured(policy: ActorCriticPolicy, old: Tensor) -> Any:
+    """KL(reference || now), the mean over the states, from torch.distributions."""
+    with torch.no_grad():
+        reference = torch.distributions.Categorical(logits=policy_outputs(policy, old).double())
+
+    def divergence() -> float:
+        with torch.no_grad():
+            now = torch.distributions.Categorical(logits=policy_outputs(policy, old).double())
+        return float(torch.distributions.kl_divergence(reference, now).mean())
+
+    return divergence
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("widths", [[48], [48, 40], [40, 32, 40]])
+def test_the_old_task_pays_no_more_than_the_cost_and_the_new_one_starts_fresh(
+    activation: type[nn.Module], widths: list[int]
+) -> None:
+    policy = policy_of(activation, widths)
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    divergence = measured(policy, old)
+    freed = free_units(policy, old, new, divergence, 1e-3, seed=0)
+    assert 0 < freed < sum(widths)
+    assert divergence() <= 1e-3
+    with torch.no_grad():
+        logits = policy_outputs(policy, new)
+    # as a fresh SB3 policy's: orthonormal rows of HEAD_GAIN on units of size 1, their mean taken away
+    assert float(logits.std(0).max()) <= HEAD_GAIN * max(widths) ** 0.5
+    assert float((logits.softmax(1) - 1.0 / logits.shape[1]).abs().max()) < 0.1
+
+
+def test_what_the_fresh_units_learn_changes_nothing_on_the_old_task() -> None:
+    """Their incoming and outgoing weights, but for the constants, are in the null space of the buffer's outputs."""
+    policy = policy_of()
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    weight = policy.mlp_extractor.policy_net[0].weight.detach().clone()
+    assert free_units(policy, old, new, measured(policy, old), 1e-3, seed=0)
+    first = policy.mlp_extractor.policy_net[0]
+    fresh = ((first.weight[:, :-1] != weight[:, :-1]).any(1)).nonzero().flatten()
+    rows = torch.func.jacrev(
+        lambda w: torch.func.functional_call(policy.mlp_extractor.policy_net, {"0.weight": w}, (old,)).sum(0)
+    )(first.weight.detach())
+    moved = torch.func.jacrev(
+        lambda w: torch.func.functional_call(policy.mlp_extractor.policy_net, {"0.weight": w}, (new,)).sum(0)
+    )(first.weight.detach())
+    # tanh' at 8 is 4.5e-7: nothing moves on the old task, and much does on the new one
+    assert float(rows[:, fresh].abs().max()) < 1e-4 * float(moved[:, fresh].abs().max())
+
+
+def test_without_silence_the_new_task_hears_what_the_old_units_say() -> None:
+    policy = policy_of()
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    with torch.no_grad():
+        before = policy_outputs(policy, new).argmax(1)
+    assert free_units(policy, old, new, measured(policy, old), 1e-4, seed=0, silence=False)
+    with torch.no_grad():
+        after = policy_outputs(policy, new).argmax(1)
+    # the old task alone was to be kept: beyond it, condensing is off by a little
+    assert float((before == after).double().mean()) > 0.75
+
+
+@pytest.mark.parametrize("spoil", ["no switch", "flicker", "no units", "cost"])
+def test_where_it_cannot_be_done_nothing_is_changed(spoil: str) -> None:
+    policy = policy_of(widths=[2, 2] if spoil == "no units" else None)
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    if spoil == "no switch":
+        new[:, -1] = 0.0
+    if spoil == "flicker":
+        new[::2, -1] = 0.5
+    kept = {name: value.clone() for name, value in policy.state_dict().items()}
+    cost = 0.0 if spoil == "cost" else 1e-3
+    divergence = (lambda: 1.0) if spoil == "cost" else measured(policy, old)
+    assert free_units(policy, old, new, divergence, cost, seed=0) == 0
+    assert all(torch.equal(value, kept[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_the_inputs_does_not_matter(unit: float) -> None:
+    """A fresh unit sees inputs in units of their spread."""
+    found = []
+    for scale in (1.0, unit):
+        policy = policy_of()
+        old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+        with torch.no_grad():
+            policy.mlp_extractor.policy_net[0].weight[:, 0] /= scale
+        old[:, 0] *= scale
+        new[:, 0] *= scale
+        free_units(policy, old, new, measured(policy, old), 1e-3, seed=0)
+        with torch.no_grad():
+            found.append(policy_outputs(policy, new).double())
+    # logits of size 0.1 from sums of some 50 float32 terms of size up to the switch's 10
+    torch.testing.assert_close(found[0], found[1], rtol=0.0, atol=relative(torch.float32, terms=64) * 100.0)
+
+
+def test_spanning_units_are_scipys_pivots() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(60, 5)) @ generator.normal(size=(5, 12)) + 0.1 * generator.normal(size=(60, 12))
+    importance = generator.uniform(0.5, 2.0, size=12)
+    centred = (values - values.mean(0)) * importance
+    _, _, pivots = scipy.linalg.qr(centred, pivoting=True, mode="economic")
+    chosen = spanning_units(torch.as_tensor(values), torch.as_tensor(importance), 7)
+    assert chosen.tolist() == sorted(pivots[:7].tolist())
+
+
+def test_a_layer_whose_units_repeat_is_condensed_exactly() -> None:
+    policy = policy_of(widths=[16])
+    layers = ActorLayers.of(policy)
+    assert layers is not None
+    with torch.no_grad():
+        layers.linears[0].weight[4:] = layers.linears[0].weight[:4].repeat(3, 1)
+        layers.linears[0].bias[4:] = layers.linears[0].bias[:4].repeat(3)
+    old = states(policy, 0.0).double()
+    before = layers.outputs(old)
+    kept = condense(layers, old, 0.25)
+    assert [len(rows) for rows in kept] == [4]
+    # weights are rounded to float32 on the way back
+    atol = relative(torch.float32, terms=64) * float(before.abs().max())
+    torch.testing.assert_close(layers.outputs(old), before, rtol=0.0, atol=atol)
+
+
+def test_the_switch_is_0_on_the_old_task_and_1_on_the_new_one() -> None:
+    before = torch.tensor([[0.3, 1.0, 0.0], [0.1, 1.0, 0.0]])
+    after = torch.tensor([[0.2, 0.0, 2.0], [0.4, 0.0, 2.0]])
+    switch = Switch.between(before, after)
+    assert switch is not None and switch.columns.tolist() == [1, 2] and switch.flicker < 1e-12
+    for features, value in ((before, 0.0), (after, 1.0)):
+        said = features[:, switch.columns].double() @ switch.weights - switch.offset
+        torch.testing.assert_close(said, torch.full((2,), value, dtype=torch.float64), rtol=0.0, atol=1e-12)
+    assert Switch.between(before, before) is None
+
+
+def test_one_seed_draws_one_network_and_global_generators_stay() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        policy = policy_of()
+        old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+        state = torch.get_rng_state()
+        free_units(policy, old, new, measured(policy, old), 1e-3, seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append(policy.action_net.weight.detach().clone())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

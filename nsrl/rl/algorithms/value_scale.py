@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def standardised_values(model: OnPolicyAlgorithm) -> Iterator[float]:
     """For an update: returns, values and the value head are standardised; behind it they are as they were, but learnt.
+
+    An update that fails leaves the head as it was before.
 
     What the critic says is preserved on both ways (van Hasselt et al. 2016, "Learning values across many orders of
     magnitude": Pop-Art), so rewards and the values that bootstrap them stay in the task's own units. A fresh critic of
@@ -37,16 +39,37 @@ def standardised_values(model: OnPolicyAlgorithm) -> Iterator[float]:
         yield 1.0
         return
     buffer.returns, buffer.values = _standardised(returns, centre, scale), _standardised(values, centre, scale)
+    before = _read(head)
     _rescale(head, 1.0 / scale, -centre / scale)
+    inside = _read(head)
     try:
         yield scale
+    except BaseException:
+        _write(head, before)
+        raise
+    else:
+        if all(torch.equal(one, other) for one, other in zip(_read(head), inside, strict=True)):
+            _write(head, before)  # nothing was learnt: the way there and back would round
+        else:
+            _rescale(head, scale, centre)
     finally:
-        _rescale(head, scale, centre)
-        buffer.returns, buffer.values = returns, values
+        # SB3's buffer flattens its arrays in place when it is first asked for minibatches
+        flat = buffer.returns.shape != returns.shape
+        buffer.returns, buffer.values = (buffer.swap_and_flatten(x) if flat else x for x in (returns, values))
 
 
 def _standardised(values: np.ndarray, centre: float, scale: float) -> Any:
     return ((values.astype(np.float64) - centre) / scale).astype(values.dtype)
+
+
+def _read(head: nn.Linear) -> tuple[Tensor, Tensor]:
+    return head.weight.detach().clone(), head.bias.detach().clone()
+
+
+@torch.no_grad()
+def _write(head: nn.Linear, values: tuple[Tensor, Tensor]) -> None:
+    head.weight.copy_(values[0])
+    head.bias.copy_(values[1])
 
 
 @torch.no_grad()

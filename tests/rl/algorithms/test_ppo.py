@@ -44,7 +44,7 @@ def test_without_a_buffer_it_is_stock_ppo_bit_for_bit(kind: str) -> None:
 def test_an_inactive_constraint_changes_nothing_bit_for_bit(kind: str) -> None:
     """The budget is measured after every update but never binds; stock PPO from the same weights is the oracle."""
     agent, _ = trained(kind)
-    model, _ = finetuned(kind, kl_budget=math.inf, critic="keep", opening="off", settle=0.0, seed=5)
+    model, _ = finetuned(kind, kl_budget=math.inf, critic="keep", opening="off", values="raw", settle=0.0, seed=5)
     stock = PPO("MlpPolicy", make_vec_env(NEW[kind], 2, seed=5), seed=5, device="cpu", **SMALL)
     stock.policy.load_state_dict(agent.policy.state_dict())
     stock.learn(STEPS)
@@ -141,7 +141,7 @@ def test_the_critic_is_reset_kept_or_warmed_up() -> None:
     value, actor = "value_net.weight", "action_net.weight"
     kept, _ = finetuned(critic="keep", steps=0)
     reset, _ = finetuned(critic="reset", steps=0)
-    warmed, _ = finetuned(critic_warmup=10)
+    warmed, _ = finetuned(critic_warmup=10, opening="off")
     assert torch.equal(kept.policy.state_dict()[value], agent.policy.state_dict()[value])
     assert not torch.equal(reset.policy.state_dict()[value], agent.policy.state_dict()[value])
     assert torch.equal(warmed.policy.state_dict()[actor], agent.policy.state_dict()[actor])

@@ -438,7 +438,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(budget: float, tmp_p
 
 def test_the_critic_warms_up_with_the_actor_frozen() -> None:
     agent, _ = trained()
-    model, _ = finetuned(critic_warmup=10)
+    model, _ = finetuned(critic_warmup=10, opening="off")
     begun, _ = finetuned(critic_warmup=10, steps=0)
     ours, theirs = model.policy.state_dict(), agent.policy.state_dict()
     assert torch.equal(ours["action_net.weight"], theirs["action_net.weight"])

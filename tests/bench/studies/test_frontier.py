@@ -1,0 +1,95 @@
+"""The frontier's plan, its lines, and what its report makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsrl.bench.studies import frontier, frontier_report
+from nsrl.errors import NsrlError
+
+
+def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
+    curve = [[0, 500.0, 10.0, 0.0], [100, 500.0, 250.0, 0.001], [200, 495.0, 490.0, 0.002]]
+    row = {
+        "cell": f"cartpole_swapped/{method}/{len(entries)}",
+        "method": method,
+        "penalty": frontier.METHODS[method].options.get("penalty"),
+        "kind": "zoo",
+        "seed": 0,
+        "multiple": 3,
+        "states": frontier.STATES,
+        "scale": 1.0,
+        "curve": curve,
+        "kl_most": 0.002,
+        "updates": 10,
+        "held": 10,
+        "seconds": 3.0,
+    }
+    return {**row, **entries}
+
+
+def test_every_cell_has_a_name_of_its_own_and_the_main_methods_come_first() -> None:
+    cells = frontier.plan_cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    agents = len(frontier.KINDS) * len(frontier.SEEDS) * len(frontier.MULTIPLES)
+    for pair in frontier.PAIRS:
+        for method in frontier.METHODS:
+            own = [
+                c for c in cells if (c.pair, c.method, c.penalty, c.states, c.scale) == (pair, method, None, 2048, 1)
+            ]
+            assert len(own) == agents
+    later = [frontier.METHODS[cell.method].later for cell in cells if cell.penalty is None and cell.states == 2048]
+    assert later == sorted(later)
+
+
+def test_names_choose_and_unknown_ones_are_refused() -> None:
+    cells = frontier.plan_cells(["pendulum_reversed", "NullSpaceTRPO"], quick=True)
+    assert [cell.name for cell in cells] == ["pendulum_reversed/NullSpaceTRPO/default_0_x3"]
+    with pytest.raises(NsrlError, match="no pair or method 'nosuch'"):
+        frontier.plan_cells(["nosuch"])
+
+
+def test_scores_are_shares_of_the_way_to_a_fresh_policy() -> None:
+    fresh = line("scratch PPO", curve=[[0, 20.0, 20.0, None], [200, 20.0, 410.0, None]])
+    found = {row["method"]: row for row in frontier_report.scores([line(), fresh])}
+    ours = found["NullSpacePPO"]
+    assert ours["end"] == pytest.approx((490 - 10) / (410 - 10))
+    way = (np.array([10.0, 250.0, 490.0]) - 10.0) / 400.0
+    assert ours["area"] == pytest.approx(0.25 * way[0] + 0.5 * way[1] + 0.25 * way[2])
+    assert ours["old"] == pytest.approx((495 - 20) / (500 - 20))  # 20 is the worst return that was seen
+
+
+def test_a_report_keeps_what_was_varied_apart(tmp_path: Path) -> None:
+    path = tmp_path / "acrobot_swapped.jsonl"
+    for row in (
+        line("scratch PPO"),
+        line(),
+        line(states=64, curve=[[0, 500.0, 10.0, 0.0], [200, 400.0, 490.0, 0.002]]),
+        line("KL penalty", penalty=10.0),
+    ):
+        frontier.append_run(path, row)
+    rows = frontier_report.read_rows(tmp_path, "acrobot_swapped")
+    assert [row["method"] for row in rows] == ["scratch PPO", "NullSpacePPO"]
+    table = frontier_report.varied_table(tmp_path, "states")
+    assert table is not None
+    assert [tuple(entry[:5]) for entry in table.rows] == [
+        ("NullSpacePPO", "64", "1", "400", "100"),
+        ("NullSpacePPO", "2048", "1", "495", "5"),
+    ]
+    assert frontier_report.varied_table(tmp_path, "scale") is None
+    frontier_report.write_frontier(tmp_path)
+    assert "NullSpacePPO" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_line_that_a_crash_cut_short_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    frontier.append_run(path, line())
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"cell": "half')
+    assert len(frontier.read_runs(path)) == 1
+    frontier.append_run(path, line("KL penalty"))
+    assert [row["method"] for row in frontier.read_runs(path)] == ["NullSpacePPO", "KL penalty"]

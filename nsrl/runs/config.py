@@ -245,7 +245,7 @@ class DemoConfig:
         default_factory=lambda: PretrainConfig(
             total_timesteps=120_000,
             ppo=PPOSettings(n_steps=128, batch_size=256, gamma=0.98),
-            evaluation=EvaluationSettings(every=15_000, final_episodes=20),
+            evaluation=EvaluationSettings(every=7_680, episodes=20, final_episodes=20),
         )
     )
     finetuning: FinetuneConfig = field(

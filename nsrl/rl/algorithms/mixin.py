@@ -317,6 +317,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"{retain.digest()[:12]}); give that one, or load without retain and call protect(model, retain=buffer)"
             )
         self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
+        assert self.retention is not None
+        if self.retention.opening.pending:
+            self.retention.opening.leave_out("the model was saved behind it")
 
     def _was_held_to(self, retain: RetentionBuffer) -> bool:
         """Whether the model comes from a zip that was saved under this very buffer: its policy may have moved since."""

@@ -51,8 +51,11 @@ class SavedConstraint:
         )
 
     def resumed(self) -> RetentionConfig:
-        """The configuration to go on with: what happens once at the start of a run has happened."""
-        return replace(self.config, critic="keep", log_std_init=None, opening="off")
+        """The configuration to go on with: what happens once at the start of a run has happened.
+
+        The opening is left in, since it says that a narrow Gaussian explores with a spread of its own.
+        """
+        return replace(self.config, critic="keep", log_std_init=None)
 
     def missing(self, name: str) -> str:
         """The sentence for a model of class `name` that would learn without."""

@@ -21,7 +21,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.budget.config import RetentionConfig
-from tests.rl.builders import NEW, OLD, SMALL, SpikyReward, trained
+from tests.rl.builders import NEW, OLD, SMALL, SpikyReward, narrow, trained
 from tests.rl.oracles import independent_kl, same_policies, within
 
 BUDGET = 1e-3
@@ -156,3 +156,17 @@ def test_the_record_goes_through_json_and_is_refused_where_it_was_changed() -> N
     for text in ("", "[]", "null", "{}", '{"config": {"budget": 1}, "digest": "f"}', '{"config": {"seed": []}}'):
         with pytest.raises(NsrlError, match="cannot be read"):
             SavedConstraint.read(text)
+
+
+def test_a_narrow_gaussian_that_goes_on_explores_widely_again_and_is_not_opened_twice(tmp_path: Path) -> None:
+    agent, buffer = narrow()
+    model = NullSpacePPO.from_pretrained(agent, NEW["box"], retain=buffer, kl_budget=BUDGET, **SMALL)
+    model.learn(64)
+    model.save(tmp_path / "model.zip")
+    loaded = NullSpacePPO.load(tmp_path / "model.zip", env=model.get_env(), retain=buffer)
+    assert model.retention.exploration is not None and loaded.retention.exploration is not None
+    assert torch.equal(loaded.policy.log_std, model.policy.log_std)  # the retained one
+    assert not loaded.retention.opening.pending
+    steps = loaded.num_timesteps
+    loaded.learn(128, reset_num_timesteps=False)
+    assert loaded.num_timesteps == steps + 128  # none were played for an opening

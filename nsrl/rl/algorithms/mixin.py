@@ -240,7 +240,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         model.policy.set_training_mode(False)  # it is measured as it acts
         around = model.get_vec_normalize_env()
         if around is not None and around.norm_obs and not trust_buffer:
-            _check_statistics(around, retain)
+            _check_statistics(around, retain, model.observation_space)
         retain.check(model, trust_agent=trust_buffer or self._was_held_to(retain))
         asked = retain.inputs(range(min(ASKED, len(retain))), model.device)
         check_steady(model.policy, asked, type(self).__name__, self.updates_in_eval_mode)
@@ -491,9 +491,11 @@ class ProtectedMixin(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), *UNSAVED]
 
 
-def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
+def _check_statistics(around: VecNormalize, buffer: RetentionBuffer, space: Any) -> None:
     """Raise NsrlError unless the policy sees the buffer's states as it sees those of its environment."""
     seen = ObservationNormalizer.from_vec_normalize(around)
+    if seen is not None:
+        seen.check(space)
     if seen is None or buffer.normalizer is None or not same_statistics(seen, buffer.normalizer):
         raise NsrlError(
             "the VecNormalize around the model's environment has other observation statistics than the buffer, whose "

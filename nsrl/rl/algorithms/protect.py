@@ -119,18 +119,21 @@ def attach_env(
     model = agent.model
     wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
     check_spaces(model, wrapped)
-    if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
-        model.n_envs = wrapped.num_envs
-        model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
-            model.n_steps,
-            model.observation_space,
-            model.action_space,
-            device=model.device,
-            gamma=model.gamma,
-            gae_lambda=model.gae_lambda,
-            n_envs=model.n_envs,
-            **model.rollout_buffer_kwargs,
-        )
+    # SB3's set_env takes only spaces of the same bounds, which mean nothing to a policy, and as many copies as its
+    # rollout buffer was made for.
+    model.observation_space = model.policy.observation_space = wrapped.observation_space
+    model.action_space = model.policy.action_space = wrapped.action_space
+    model.n_envs = wrapped.num_envs
+    model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
+        model.n_steps,
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        gamma=model.gamma,
+        gae_lambda=model.gae_lambda,
+        n_envs=model.n_envs,
+        **model.rollout_buffer_kwargs,
+    )
     for name, value in set_in_motion(model).items():
         warnings.warn(f"{name} of the agent was 0, with which no weight moves; it is {value} now", stacklevel=2)
     model.set_env(wrapped)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -27,6 +28,60 @@ def described(value: Any) -> str:
         return f"the class {value.__name__} itself"
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise NsrlError unless an argument is of some kind.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        kinds: classes, one of which it has to be an instance of.
+        expected: the kinds in words, for the sentence.
+    """
+    if not isinstance(value, kinds):
+        raise NsrlError(f"{name} is {described(value)}, but must be {expected}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise NsrlError unless an argument can be a path; nothing need be there."""
+    check_kind(name, value, (str, os.PathLike), "a path")
+
+
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Raise NsrlError unless an argument is a whole number, numpy's too, of at least `least`; True is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+        smallest = "" if least is None else f" of at least {least}"
+        raise NsrlError(f"{name} is {described(value)}, but must be a whole number{smallest}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise NsrlError unless an argument is a number, numpy's too; True is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise NsrlError(f"{name} is {described(value)}, but must be a number")
+
+
+def check_annotated(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """Raise NsrlError unless values are of the kinds that annotations of plain data say.
+
+    Args:
+        values: by name.
+        annotations: their texts by name, of `int`, `float`, `str`, `bool`, `dict[...]` and `None`, joined by |.
+    """
+    for name, value in values.items():
+        kinds = [kind.strip() for kind in str(annotations[name]).split("|")]
+        if (value is None and "None" in kinds) or (isinstance(value, str) and "str" in kinds):
+            continue
+        if "bool" in kinds:
+            check_kind(name, value, bool, "true or false")
+        elif "float" in kinds:
+            check_number(name, value)
+        elif "int" in kinds:
+            check_whole(name, value)
+        elif "str" in kinds:
+            check_kind(name, value, str, "a text")
+        else:
+            check_kind(name, value, dict, "a mapping")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -230,6 +230,7 @@ def _row(agent: Found, out: Path, steps: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         row = {"name": agent.name, **try_agent(agent.path, Path(folder), steps=steps)}
     row["reason"] = row["reason"] and row["reason"].replace(str(agent.path.parent), "FOLDER")
+    row["warnings"] = [told.replace(str(agent.path.parent), "FOLDER") for told in row["warnings"]]
     write_json(_file(out, agent), {"steps": steps, "row": row})
     return row
 

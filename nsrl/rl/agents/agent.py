@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium import Env
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.errors import NsrlError, described
+from nsrl.errors import NsrlError, check_kind, check_path, described
 from nsrl.files import written_atomically
 from nsrl.rl.agents.archive import Archive, check_finite, read_archive, read_members, stored_algorithm
 from nsrl.rl.agents.locations import download, find_agent, find_statistics, is_hub_url
@@ -44,6 +45,11 @@ class Agent:
     """See `hyperparameters`."""
     untrusted: tuple[str, ...] = ()
     """Hyper-parameters that exist only pickled and are at their defaults."""
+
+    def __post_init__(self) -> None:
+        check_kind(
+            "the model of an agent", self.model, BaseAlgorithm, "a Stable-Baselines3 model; agents.load reads one"
+        )
 
 
 def load(
@@ -72,6 +78,8 @@ def load(
         NsrlError: no such source, nothing readable there, an agent that cannot be fine-tuned, or spaces that differ
             from the env's.
     """
+    if env is not None:
+        check_kind("env", env, (Env, VecEnv), "a gymnasium.Env or an SB3 VecEnv")
     if isinstance(source, Agent):
         agent = source
     elif isinstance(source, BaseAlgorithm):
@@ -160,7 +168,12 @@ def _check_supported(model: BaseAlgorithm, name: str) -> None:
 
 
 def fingerprint(policy: torch.nn.Module) -> str:
-    """SHA-256 (hex) of all weights and buffers: names in order, dtypes, shapes and bytes."""
+    """SHA-256 (hex) of all weights and buffers: names in order, dtypes, shapes and bytes.
+
+    Raises:
+        NsrlError: it is no policy.
+    """
+    check_kind("the policy", policy, torch.nn.Module, "a torch module, as a model's policy is")
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -180,8 +193,9 @@ def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
     `VecNormalize.load`.
 
     Raises:
-        NsrlError: it cannot be written, or statistics of another agent lie beside the path.
+        NsrlError: no model of SB3, it cannot be written, or statistics of another agent lie beside the path.
     """
+    check_kind("the model", model, OnPolicyAlgorithm, "an on-policy Stable-Baselines3 model")
     path, vec_normalize = _zip_path(path), model.get_vec_normalize_env()
     if vec_normalize is None and (foreign := find_statistics(path)) is not None:
         raise NsrlError(
@@ -212,6 +226,7 @@ def _save(model: BaseAlgorithm, path: str | Path, exclude: Any) -> Path:
 
 
 def _zip_path(path: str | Path) -> Path:
+    check_path("path", path)
     path = Path(path).expanduser()
     return path if path.suffix == ".zip" else Path(f"{path}.zip")
 

@@ -15,7 +15,7 @@ from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_path
 from nsrl.files import written_atomically
 from nsrl.reading.arrays import read_arrays
 from nsrl.reading.limits import STATISTICS, Expansion, opened
@@ -168,6 +168,7 @@ class ObservationNormalizer:
         Raises:
             NsrlError: missing, damaged or other file; or one that asks for imports beyond the allow list.
         """
+        check_path("path", path)
         path = Path(path)
         try:
             with opened(path) as file:

@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind
 from nsrl.rl.agents.agent import Agent, load
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import set_in_motion
@@ -60,6 +60,7 @@ def protect(
             "TRPO, MaskablePPO) can"
         )
     distribution_of(model.policy)  # type: ignore[arg-type]
+    check_kind("config", config, (RetentionConfig, type(None)), "a RetentionConfig")
     if config is None:
         # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
         config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})

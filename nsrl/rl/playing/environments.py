@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError, described
+from nsrl.errors import NsrlError, check_whole, described
 from nsrl.rl.agents.normalization import (
     ObservationNormalizer,
     RetainingVecNormalize,
@@ -54,6 +54,9 @@ def training_env(
         NsrlError: no environment, an unknown id, other shapes, or a VecNormalize around `env` already that has other
             statistics.
     """
+    check_whole("n_envs", n_envs, 1)
+    if seed is not None:
+        check_whole("seed", seed, 0)
     if isinstance(env, str):
         env = make_envs(env, n_envs, seed)
     wrapped = _wrapped(env)
@@ -116,19 +119,25 @@ def _wrapped(env: Any, monitor: bool = True) -> VecEnv:
     Raises:
         NsrlError: it is none, or SB3 cannot take it.
     """
+    check_env(env)
+    try:
+        return BaseAlgorithm._wrap_env(env, monitor_wrapper=monitor)
+    except Exception as error:  # SB3 asserts some of it, and runs into the rest
+        raise NsrlError(f"Stable-Baselines3 cannot take the environment: {error}") from error
+
+
+def check_env(env: Any) -> None:
+    """Raise NsrlError unless SB3 may know what to do with an environment: gymnasium's, a VecEnv, or Gym's."""
     if isinstance(env, gym.vector.VectorEnv):
         raise NsrlError(
             f"env is {described(env)} of gymnasium, whose vectors Stable-Baselines3 does not read; pass the "
             "environment's id and n_envs, or a VecEnv, as make_vec_env of stable_baselines3.common.env_util makes them"
         )
-    try:
-        return BaseAlgorithm._wrap_env(env, monitor_wrapper=monitor)
-    except Exception as error:  # SB3 asserts some of it, and runs into the rest
-        if isinstance(env, gym.Env | VecEnv):
-            raise NsrlError(f"Stable-Baselines3 cannot take the environment: {error}") from error
-        raise NsrlError(
-            f"env must be an environment's id, a gymnasium.Env or an SB3 VecEnv, not {described(env)}"
-        ) from error
+    if isinstance(env, gym.Env | VecEnv):
+        return
+    of_gym = any(kind.__module__.partition(".")[0] == "gym" for kind in type(env).__mro__)
+    if not of_gym:
+        raise NsrlError(f"env must be an environment's id, a gymnasium.Env or an SB3 VecEnv, not {described(env)}")
 
 
 @contextmanager

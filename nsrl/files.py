@@ -234,6 +234,8 @@ def written_atomically(path: str | Path, hint: str = "", durable: bool = False) 
         NsrlError: it cannot be written.
     """
     path = Path(path)
+    if not path.name:
+        raise NsrlError(f"cannot write {str(path)!r}: it names no file; give a path with a name at its end")
     mark = "tmp" if durable else f"{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.stem}.{mark}{path.suffix}")
     try:

@@ -118,14 +118,14 @@ def _parts(container: Any) -> Iterable[Any]:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The value in a YAML file, None for an empty one.
+    """The value in a YAML file, None for an empty one; numbers are as people write them.
 
     Raises:
         OSError: it is missing or may not be read.
         Unreadable: as `parse_yaml`, or it is no UTF-8 text.
     """
     try:
-        return parse_yaml(read_text(path, YAML))
+        return parse_yaml(read_text(path, YAML), exponents=True)
     except UnicodeDecodeError as error:
         raise Unreadable("it is not a text file") from error
 
@@ -135,7 +135,8 @@ def parse_yaml(text: str, *, exponents: bool = False) -> Any:
 
     Args:
         text: it.
-        exponents: whether 1e-3 is a number, as people expect; in YAML 1.1, which PyYAML writes, it is text.
+        exponents: whether numbers are as people write them: 1e-3 is one, and what is one to YAML 1.1 only, as 190:20:30
+            (in base 60), 1_ and 010 (in base 8), is text. Without, as YAML 1.1, which PyYAML writes.
 
     Raises:
         Unreadable: it is not YAML, names a key twice, has tags that JSON has no values for, or asks for more than the
@@ -159,6 +160,16 @@ def parse_yaml(text: str, *, exponents: bool = False) -> Any:
             raise
         # PyYAML takes a tag such as !!int at its word, and whatever then fails fails.
         raise Unreadable("a tag (!!) does not fit its value") from error
+
+
+def is_number_of_yaml_alone(text: str) -> bool:
+    """Whether a text is a number to YAML 1.1 and not to people: 190:20:30, 1_, 010."""
+
+    def numbers(loader: Any) -> bool:
+        resolvers = loader.yaml_implicit_resolvers.get(text[:1], ())
+        return any(tag.endswith((":int", ":float")) and pattern.match(text) for tag, pattern in resolvers)
+
+    return numbers(yaml.SafeLoader) and not numbers(_PeoplesLoader)
 
 
 class _Loader(yaml.SafeLoader):
@@ -225,20 +236,29 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 
 
+#: Digits, in groups that stand apart; `1_` and `_1` are none.
+GROUPS = "[0-9]+(?:_[0-9]+)*"
+
+
 class _PeoplesLoader(_Loader):
-    """As above, with the floats that people write."""
+    """As above, with the numbers that people write: 190:20:30 is no number, nor are 1_ and 010, which are text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        sign: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+        sign: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
         for sign, resolvers in _Loader.yaml_implicit_resolvers.items()
     }
 
 
 _PeoplesLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile("^[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*|0x[0-9a-fA-F]+|0b[01]+)$"),
+    list("-+0123456789"),
+)
+_PeoplesLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-                |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        rf"""^(?:[-+]?{GROUPS}\.(?:{GROUPS})?(?:[eE][-+]?[0-9]+)?|[-+]?{GROUPS}[eE][-+]?[0-9]+
+                |[-+]?\.{GROUPS}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
         re.VERBOSE,
     ),
     list("-+0123456789."),

@@ -80,12 +80,25 @@ def check_keys(values: Any, config: type, source: str) -> None:
                 check(value, f"{key}.")
             elif names_class(value):
                 raise NsrlError(f"{key} in {source} has the key {CLASS!r}, which would import code; leave it out")
+            else:
+                check_numbers(key, value, types[key])
             entry = entry_type(types[key])
             if entry is not None and isinstance(value, list):
                 for number, part in enumerate(value, start=1):
                     check_keys(part, entry, f"entry {number} of {key} in {source}")
 
     check(values, "")
+
+
+def check_numbers(key: str, value: Any, kind: Any) -> None:
+    """Raise NsrlError where a number is asked for and a text is one to YAML 1.1 alone, as jsonargparse reads it."""
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_numbers(key, part, kind)
+    elif isinstance(value, str) and re.search(r"\b(int|float)\b", str(kind)):
+        if documents.is_number_of_yaml_alone(value):
+            whole = "whole number" if re.search(r"\bint\b", str(kind)) else "number"
+            raise NsrlError(f"{key} must be a {whole} in decimal digits, not {shown(value, 40)!r}")
 
 
 def names_class(value: Any) -> bool:
@@ -189,6 +202,8 @@ def parse(
         if name not in options and name not in known and not is_flag(name, options):
             raise NsrlError(f"unknown option --{name}{suggest(name, [*known, *sorted(options)], '--')}")
         path = value if equals else next(iter(words[position + 1 :]), "")
+        if name in known and name not in groups:
+            check_numbers(name, path, dict(key_types(config))[name])
         if name == "config":
             path = str(find_config(path, kind))
             check_keys(read_yaml(path), config, path)

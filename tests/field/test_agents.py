@@ -17,12 +17,13 @@ import pytest
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
-from nsrl.bench.studies.agents import BUDGET, find_agents, make_env, read_settings, try_agent
+from nsrl.bench.studies.agents import BUDGET, find_agents, make_env, try_agent
 from nsrl.cli.main import main
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents import rl_zoo
 from nsrl.rl.agents.normalization import RetainingVecNormalize
+from nsrl.rl.agents.zoo_settings import read_settings
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.retention.buffer import RetentionBuffer
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,15 +22,13 @@ from nsrl.bench.lifeline import end_with_parent
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
-from nsrl.reading.documents import parse_yaml, read_results
-from nsrl.reading.limits import YAML, Unreadable, read_text
+from nsrl.reading.documents import read_results
+from nsrl.rl.agents.zoo_settings import environment_name, read_settings
 from nsrl.runs.folder import slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import Table, scientific
 
 STEPS, STATES, BUDGET = 2000, 256, 0.01
-#: How rl-zoo's settings begin: the only class in them, a list of pairs otherwise.
-ORDERED = "!!python/object/apply:collections.OrderedDict"
 #: Wrappers that rl-zoo's settings name and that change observations; no other is imported.
 WRAPPERS = {"sb3_contrib.common.wrappers.TimeFeatureWrapper"}
 STAGES = ("load", "collect", "fine-tune", "export", "stock")
@@ -68,24 +65,8 @@ def find_agents(folder: Path, only: Sequence[str] = ()) -> list[Found]:
 
 
 def _name(path: Path, folder: Path) -> str:
-    alike = path.parent != folder and re.sub(r"_\d+$", "", path.parent.name) == path.stem
+    alike = path.parent != folder and environment_name(path.parent) == path.stem
     return str((path.parent if alike else path.with_suffix("")).relative_to(folder))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that rl-zoo wrote beside an agent's zip; empty where there are none that are plain data."""
-    for place in (path.with_suffix(""), path.parent / re.sub(r"_\d+$", "", path.parent.name)):
-        try:
-            text = read_text(place / "config.yml", YAML)
-            values = parse_yaml(text.removeprefix(ORDERED))
-        except (OSError, UnicodeDecodeError, Unreadable):
-            continue
-        if isinstance(values, dict):
-            return values
-        pairs = values[0] if isinstance(values, list) and len(values) == 1 else None
-        if isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            return {str(key): value for key, value in pairs}
-    return {}
 
 
 def make_env(path: Path, space: Any, count: int = 1, seed: int = 0, *, reverse: bool = False) -> Any:
@@ -105,7 +86,7 @@ def make_env(path: Path, space: Any, count: int = 1, seed: int = 0, *, reverse: 
     from stable_baselines3.common.env_util import make_vec_env
 
     wrapper = read_settings(path).get("env_wrapper")
-    names = [path.stem, re.sub(r"_\d+$", "", path.parent.name), path.stem.partition("-")[2]]
+    names = [path.stem, environment_name(path.parent), path.stem.partition("-")[2]]
     reasons = []
     for name in names:
         family, _, version = name.rpartition("-v")
@@ -249,6 +230,7 @@ def _row(agent: Found, out: Path, steps: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         row = {"name": agent.name, **try_agent(agent.path, Path(folder), steps=steps)}
     row["reason"] = row["reason"] and row["reason"].replace(str(agent.path.parent), "FOLDER")
+    row["warnings"] = [told.replace(str(agent.path.parent), "FOLDER") for told in row["warnings"]]
     write_json(_file(out, agent), {"steps": steps, "row": row})
     return row
 

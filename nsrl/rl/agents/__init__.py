@@ -4,6 +4,7 @@ from typing import Any
 
 from nsrl.face import lazily
 from nsrl.rl.agents.agent import Agent, export, export_weights, fingerprint, load, save_agent
+from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
 from nsrl.rl.agents.spaces import check_spaces
 
 # By name and on first use: an agent plays and learns on higher floors.
@@ -14,6 +15,8 @@ _above, _load = lazily(
 
 __all__ = [
     "Agent",
+    "ObservationNormalizer",
+    "RetainingVecNormalize",
     "attach_env",
     "check_spaces",
     "evaluate",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_path
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import JSON, OF_WEIGHTS, Unreadable, opened, shown
 from nsrl.reading.pickles import ForeignName
@@ -29,6 +31,10 @@ from nsrl.rl.agents.descriptions import (
 from nsrl.rl.agents.spaces import policy_spaces
 
 TRUST = "trust=True (--trust) would unpickle it, which can run any code in the file"
+
+OF_A_POLICY = (
+    "holds a policy or a state alone, as policy.save and torch.save write them; save the whole model, model.save(path)"
+)
 
 VERSION = "_stable_baselines3_version"
 
@@ -163,6 +169,8 @@ def read_members(path: Path) -> tuple[dict[str, Any], bytes, str | None]:
     try:
         with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
             missing = {"data", "policy.pth"} - members.sizes.keys()
+            if missing and any(name.endswith("/data.pkl") for name in members.sizes):
+                raise NsrlError(f"{path} {OF_A_POLICY}")
             if missing:
                 raise NsrlError(
                     f"{path} is a zip without {' and '.join(sorted(missing))}; expected one saved by Stable-Baselines3"
@@ -179,6 +187,26 @@ def read_members(path: Path) -> tuple[dict[str, Any], bytes, str | None]:
     if not isinstance(data, dict):
         raise NsrlError(f"the metadata of {path} is not a JSON object; expected a zip saved by Stable-Baselines3")
     return data, weights, version
+
+
+def check_model_file(path: Any) -> None:
+    """Raise NsrlError where stock `load` cannot know what a path is meant to be: a folder, or a policy's own file.
+
+    Args:
+        path: of the zip, with or without its suffix; or an open file.
+    """
+    if isinstance(path, io.IOBase):
+        return
+    check_path("path", path)
+    found = next((file for file in (Path(path), Path(f"{path}.zip")) if file.is_file()), Path(path))
+    if found.is_dir():
+        raise NsrlError(f"{shown(str(path), 200)} is a folder; name the zip in it, or use nsrl.rl.agents.load")
+    if found.is_file() and is_zipfile(found):
+        with ZipFile(found) as members:
+            names = members.namelist()
+        if "data" not in names:
+            alone = any(name.endswith("/data.pkl") for name in names)
+            raise NsrlError(f"{shown(str(path), 200)} {OF_A_POLICY if alone else 'is no model that SB3 has saved'}")
 
 
 def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:

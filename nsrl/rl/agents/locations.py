@@ -11,6 +11,7 @@ from typing import Any
 from nsrl.errors import NsrlError
 from nsrl.files import given_path
 from nsrl.reading.limits import shown
+from nsrl.rl.agents.zoo_settings import SETTINGS, environment_name
 
 CHECKPOINT = re.compile(r"(?P<prefix>.+)_(?P<steps>\d+)_steps")
 
@@ -21,8 +22,8 @@ STATISTICS = ("vecnormalize.npz", "vecnormalize.pkl", "vec_normalize.pkl")
 def find_agent(source: str | Path) -> Path:
     """The zip that a path means: itself, with or without its suffix, or the one agent of a run folder.
 
-    In a folder `agent.zip` comes first, then the only zip that is no checkpoint, then the checkpoint of the
-    most steps.
+    In a folder `agent.zip` comes first, then rl-zoo3's last one, then the only zip that is no checkpoint, then the
+    checkpoint of the most steps.
 
     Raises:
         NsrlError: nothing there, or several agents of equal standing, which are listed.
@@ -47,6 +48,10 @@ def find_agent(source: str | Path) -> Path:
 def _chosen(folder: Path, zips: list[Path]) -> Path:
     if folder / "agent.zip" in zips:
         return folder / "agent.zip"
+    # Beside best_model.zip rl-zoo3 leaves the last agent, which its enjoy.py takes, too.
+    last = [file for file in zips if file.stem == environment_name(folder) or (folder / file.stem / SETTINGS).is_file()]
+    if len(last) == 1:
+        return last[0]
     checkpoints = {file: match for file in zips if (match := CHECKPOINT.fullmatch(file.stem))}
     others = [file for file in zips if file not in checkpoints]
     if len(others) == 1:

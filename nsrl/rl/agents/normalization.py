@@ -15,10 +15,11 @@ from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_path
 from nsrl.files import written_atomically
 from nsrl.reading.arrays import read_arrays
 from nsrl.reading.limits import STATISTICS, Expansion, opened
+from nsrl.rl.agents.openai_gym import gym_in_gymnasium
 from nsrl.rl.agents.unpickling import Statistic, read_statistics
 
 #: How a zip, which an npz is, begins.
@@ -75,6 +76,14 @@ class ObservationNormalizer:
         normalized = np.clip((obs - mean) / np.sqrt(var + self.epsilon), -self.clip_obs, self.clip_obs)
         return normalized.astype(np.float32)
 
+    def fits(self, space: spaces.Space) -> bool:
+        """Whether observations of `space` can be normalised with these statistics."""
+        try:
+            self.check(space)
+        except NsrlError:
+            return False
+        return True
+
     def check(self, space: spaces.Space) -> None:
         """Raise NsrlError unless observations of `space` can be normalised with these statistics."""
         parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
@@ -84,11 +93,21 @@ class ObservationNormalizer:
                     f"the observation statistics are for the keys {sorted(_by_key(self.mean))}, "
                     f"which {space} lacks; use the statistics that were saved with the agent"
                 )
-            if parts[key].shape != mean.shape:
+            shape = parts[key].shape
+            if shape == mean.shape:
+                continue
+            if stacked := _frames(mean.shape, shape or ()):
                 raise NsrlError(
-                    f"the observation statistics have shape {mean.shape}, but observations {parts[key]}; "
-                    "use the statistics that were saved with the agent"
+                    f"the observation statistics are of single frames, shape {mean.shape}, and observations are stacks "
+                    f"of {stacked}, shape {shape}, that were normalised before they were stacked, as rl-zoo does it; "
+                    "let each environment normalise: gymnasium.wrappers.TransformObservation(env, "
+                    "nsrl.rl.agents.ObservationNormalizer.load(path).normalize, None), then VecFrameStack; and load "
+                    "the agent without its statistics: agents.load(path, statistics=False), or Agent(model)"
                 )
+            raise NsrlError(
+                f"the observation statistics have shape {mean.shape}, but observations {parts[key]}; "
+                "use the statistics that were saved with the agent"
+            )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for `from_arrays`; those of Dict observations are named "mean.KEY" and "var.KEY"."""
@@ -149,6 +168,7 @@ class ObservationNormalizer:
         Raises:
             NsrlError: missing, damaged or other file; or one that asks for imports beyond the allow list.
         """
+        check_path("path", path)
         path = Path(path)
         try:
             with opened(path) as file:
@@ -156,7 +176,8 @@ class ObservationNormalizer:
                     return cls.from_arrays(read_arrays(file, OF_STATISTICS))
                 if trust:
                     file.seek(0)
-                    return cls.from_vec_normalize(pickle.load(file))
+                    with gym_in_gymnasium():
+                        return cls.from_vec_normalize(pickle.load(file))
             saved = read_statistics(path)
             return None if saved is None else cls(**vars(saved))
         except FileNotFoundError as error:
@@ -295,6 +316,19 @@ def running_statistics(normalizer: ObservationNormalizer, kind: type[RunningMean
         parts[key].mean, parts[key].var = mean.copy(), _by_key(normalizer.var)[key].copy()
         parts[key].count = normalizer.count
     return parts if isinstance(normalizer.mean, dict) else parts[""]
+
+
+def _frames(frame: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Frames in a stack of `shape`, along the last axis or the first, as SB3 stacks them; 0 where it is none."""
+    for axis in (-1, 0):
+        if not frame or len(frame) != len(shape) or shape[axis] <= frame[axis] or shape[axis] % max(frame[axis], 1):
+            continue
+        count = shape[axis] // frame[axis]
+        widened = list(frame)
+        widened[axis] *= count
+        if tuple(widened) == shape:
+            return count
+    return 0
 
 
 def _by_key(value: Statistic) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind, check_path
 from nsrl.files import written_atomically
 from nsrl.rl.agents.agent import export_weights
 from nsrl.rl.agents.normalization import save_stock
@@ -57,6 +57,11 @@ def export_run(
         NsrlError: an algorithm that rl-zoo3 does not know, an environment without id, or arguments or settings that are
             no plain data.
     """
+    check_kind("the model", model, OnPolicyAlgorithm, "an on-policy Stable-Baselines3 model")
+    check_path("folder", folder)
+    check_kind("env", env, (str, type(None)), "the id of an environment")
+    for what, entries in (("env_kwargs", env_kwargs), ("settings", settings)):
+        check_kind(what, entries, (Mapping, type(None)), "a mapping")
     algorithm = next((cls for cls in type(model).__mro__ if cls in NAMES), None)
     if algorithm is None:
         raise NsrlError(

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
+from gymnasium import Env, spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.vec_env import VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind
 from nsrl.reading.limits import shown
 
 
@@ -94,6 +94,9 @@ def check_spaces(model_or_spaces: BaseAlgorithm | tuple[spaces.Space, spaces.Spa
         env: a gymnasium environment or VecEnv; channels-last images count as SB3 would transpose them.
     """
     owner: Any = model_or_spaces
+    if not isinstance(model_or_spaces, tuple):
+        check_kind("the model", model_or_spaces, BaseAlgorithm, "a Stable-Baselines3 model, or two spaces")
+    check_kind("env", env, (Env, VecEnv), "a gymnasium.Env or an SB3 VecEnv")
     if isinstance(model_or_spaces, tuple):
         owner = SimpleNamespace(observation_space=model_or_spaces[0], action_space=model_or_spaces[1])
     observations, actions = (describe_space(space) for space in policy_spaces(env))

@@ -14,11 +14,13 @@ from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from nsrl.errors import NsrlError, nearest
+from nsrl.errors import NsrlError, check_annotated, check_kind, check_path, described, nearest
 from nsrl.rl.agents.agent import Agent, export, load
+from nsrl.rl.agents.archive import SCHEDULES, check_model_file
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
@@ -29,7 +31,7 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
 from nsrl.rl.opening.stage import OpeningRecord
-from nsrl.rl.playing.environments import training_env
+from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable
 from nsrl.rl.policies.steadiness import ASKED, check_steady
@@ -40,6 +42,18 @@ from nsrl.rl.retention.promises import Promises
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+#: Kinds of settings whose defaults do not tell them.
+KINDS = {
+    "clip_range_vf": "float",
+    "target_kl": "float",
+    "seed": "int",
+    "policy_kwargs": "dict",
+    "tensorboard_log": "path",
+    "rollout_buffer_kwargs": "dict",
+}
+SHARES = ("gamma", "gae_lambda")
+NONE_MEANS_DEFAULT = ("policy_kwargs",)
 
 #: What is this object's alone and in no zip.
 UNSAVED = ("retention", "_learning_seconds", "_terms", "_loaded")
@@ -157,7 +171,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 or damaged buffer, a bad budget or option.
         """
         retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
-        _check_options(cls, options)
+        given = {"tensorboard_log": tensorboard_log, "device": device, "verbose": verbose, "seed": seed}
+        _check_options(cls, {**options, **given})
+        check_kind("config", config, (RetentionConfig, type(None)), "a RetentionConfig")
         if config is None:
             config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
         elif retention:
@@ -194,7 +210,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 verbose=verbose,
                 **settings,
             )
-        except AssertionError as error:  # SB3 checks its arguments with assertions
+        except (AssertionError, TypeError, ValueError) as error:  # SB3 asserts some of it, and runs into the rest
             raise NsrlError(f"{stock_class(cls).__name__} refuses its settings: {error}") from error
         try:
             model.policy.load_state_dict(source.model.policy.state_dict())
@@ -235,13 +251,15 @@ class ProtectedMixin(OnPolicyAlgorithm):
         model: Any = self
         if not isinstance(retain, RetentionBuffer):
             raise NsrlError(
-                f"retain takes the buffer, not {retain!r}; RetentionBuffer.load(path) reads one. What of the policy is "
-                'retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
+                f"retain takes the buffer, not {described(retain)}; RetentionBuffer.load(path) reads one. What of the "
+                'policy is retained, its mode or its whole distribution, is preserve="mode" or preserve="distribution"'
             )
+        check_kind("config", config, RetentionConfig, "a RetentionConfig")
+        check_kind("method", method, str, "the name of a method")
         model.policy.set_training_mode(False)  # it is measured as it acts
         around = model.get_vec_normalize_env()
         if around is not None and around.norm_obs and not trust_buffer:
-            _check_statistics(around, retain)
+            _check_statistics(around, retain, model.observation_space)
         retain.check(model, trust_agent=trust_buffer or self._was_held_to(retain))
         asked = retain.inputs(range(min(ASKED, len(retain))), model.device)
         check_steady(model.policy, asked, type(self).__name__, self.updates_in_eval_mode)
@@ -288,9 +306,16 @@ class ProtectedMixin(OnPolicyAlgorithm):
             retain: the buffer that the model was saved under, to go on under the same settings.
 
         Raises:
-            NsrlError: another buffer; or as `constrain`.
+            NsrlError: a folder, a policy's file or no file at all; another buffer; or as `constrain`.
         """
-        model = super().load(path, env, device, *args, **kw)
+        check_model_file(path)
+        try:
+            model = super().load(path, env, device, *args, **kw)
+        except (AttributeError, TypeError, KeyError) as error:  # what SB3 runs into in a zip of another algorithm
+            raise NsrlError(
+                f"{path} cannot be loaded as {cls.__name__}: {error}; {cls.__name__}.from_pretrained(path, env) takes "
+                "over an agent of another algorithm"
+            ) from error
         model._loaded = True
         if retain is not None:
             model._resume(retain)
@@ -340,6 +365,21 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 f"{stock_class(type(self)).__name__} does; protect(model, retain=buffer) puts a budget in force",
                 stacklevel=3,
             )
+
+    def _setup_model(self) -> None:
+        if not isinstance(self.policy_class, type) or not issubclass(self.policy_class, BasePolicy):
+            raise NsrlError(
+                f"policy is {described(self.policy_class)}, but must be the name of a policy, such as MlpPolicy, or "
+                "the class of one"
+            )
+        if getattr(self, "observation_space", None) is None:
+            raise NsrlError("env is None, but must be an environment's id, a gymnasium.Env or an SB3 VecEnv")
+        super()._setup_model()
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> Any:
+        check_env(env)
+        return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As the algorithm's own; while a budget is in force, the statistics around the new environment are frozen.
@@ -506,9 +546,11 @@ class ProtectedMixin(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), *UNSAVED]
 
 
-def _check_statistics(around: VecNormalize, buffer: RetentionBuffer) -> None:
+def _check_statistics(around: VecNormalize, buffer: RetentionBuffer, space: Any) -> None:
     """Raise NsrlError unless the policy sees the buffer's states as it sees those of its environment."""
     seen = ObservationNormalizer.from_vec_normalize(around)
+    if seen is not None:
+        seen.check(space)
     if seen is None or buffer.normalizer is None or not same_statistics(seen, buffer.normalizer):
         raise NsrlError(
             "the VecNormalize around the model's environment has other observation statistics than the buffer, whose "
@@ -563,12 +605,27 @@ def reset_critic(policy: Any) -> None:
 
 def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) -> None:
     stock = stock_class(algorithm)
-    known = [*inspect.signature(stock.__init__).parameters, *RETENTION_FIELDS]
+    parameters = inspect.signature(stock.__init__).parameters
+    known = [*parameters, *RETENTION_FIELDS]
     for key in options:
         if key not in known:
             near = nearest(key, known)
             hint = f"did you mean {near}?" if near else "see RetentionConfig and the arguments of the algorithm"
             raise NsrlError(f"{key!r} is no setting of {stock.__name__} or of retention; {hint}")
+    for key, value in options.items():
+        if value is None and (key in NONE_MEANS_DEFAULT or parameters[key].default is None):
+            continue
+        if isinstance(value, float) and math.isnan(value):
+            raise NsrlError(f"{key} is NaN, but must be a number")
+        if key in SHARES and isinstance(value, int | float) and not 0.0 <= value <= 1.0:
+            raise NsrlError(f"{key} is {value}, but must lie between 0 and 1")
+        if key in SCHEDULES and callable(value) and not isinstance(value, type):
+            continue
+        kinds = KINDS.get(key) or type(parameters[key].default).__name__
+        if kinds == "path":
+            check_path(key, value)
+        elif kinds in ("int", "float", "bool", "dict"):
+            check_annotated({key: value}, {key: kinds})
 
 
 def without_optimizer(policy_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind
 from nsrl.rl.agents.agent import Agent, load
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import set_in_motion
@@ -60,6 +60,7 @@ def protect(
             "TRPO, MaskablePPO) can"
         )
     distribution_of(model.policy)  # type: ignore[arg-type]
+    check_kind("config", config, (RetentionConfig, type(None)), "a RetentionConfig")
     if config is None:
         # The critic and its optimizer state are the user's here: from_pretrained resets them, protect does not.
         config = build_config(kl_budget=kl_budget, **{"critic": "keep", **options})
@@ -119,18 +120,21 @@ def attach_env(
     model = agent.model
     wrapped = training_env(env, agent.normalizer, seed=seed, gamma=model.gamma, n_envs=n_envs)
     check_spaces(model, wrapped)
-    if wrapped.num_envs != model.n_envs:  # SB3's set_env takes only as many as the rollout buffer was made for
-        model.n_envs = wrapped.num_envs
-        model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
-            model.n_steps,
-            model.observation_space,
-            model.action_space,
-            device=model.device,
-            gamma=model.gamma,
-            gae_lambda=model.gae_lambda,
-            n_envs=model.n_envs,
-            **model.rollout_buffer_kwargs,
-        )
+    # SB3's set_env takes only spaces of the same bounds, which mean nothing to a policy, and as many copies as its
+    # rollout buffer was made for.
+    model.observation_space = model.policy.observation_space = wrapped.observation_space
+    model.action_space = model.policy.action_space = wrapped.action_space
+    model.n_envs = wrapped.num_envs
+    model.rollout_buffer = model.rollout_buffer_class(  # type: ignore[misc]
+        model.n_steps,
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        gamma=model.gamma,
+        gae_lambda=model.gae_lambda,
+        n_envs=model.n_envs,
+        **model.rollout_buffer_kwargs,
+    )
     for name, value in set_in_motion(model).items():
         warnings.warn(f"{name} of the agent was 0, with which no weight moves; it is {value} now", stacklevel=2)
     model.set_env(wrapped)

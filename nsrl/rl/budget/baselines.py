@@ -9,7 +9,7 @@ import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind, check_number
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.retention.constraint import RetentionConstraint
@@ -138,6 +138,7 @@ def fisher_diagonal(constraint: RetentionConstraint) -> Tensor:
 
 
 def _checked(coefficient: float) -> float:
+    check_number("penalty", coefficient)
     if not coefficient >= 0.0:
         raise NsrlError(f"penalty must be a coefficient >= 0, not {coefficient}")
     return coefficient
@@ -155,6 +156,8 @@ def build_engine(
     Raises:
         NsrlError: there is no such method.
     """
+    _checked(penalty)
+    check_kind("method", method, str, f"one of {', '.join(METHODS)}")
     if method not in METHODS:
         raise NsrlError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     if method == "kl_penalty":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import harmonic_mean
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_annotated, check_kind, check_number
 
 #: Measured KL that still counts as zero for `kl_budget=0`.
 ZERO_BUDGET = 1e-6
@@ -115,7 +115,11 @@ class RetentionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kl_budget, int | float) or math.isnan(self.kl_budget) or self.kl_budget < 0:
+        check_annotated({entry.name: getattr(self, entry.name) for entry in fields(self)}, self.__annotations__)
+        for task, budget in (self.task_budgets or {}).items():
+            check_kind("a task in task_budgets", task, str, "its name")
+            check_number(f"the budget of {task}", budget)
+        if math.isnan(self.kl_budget) or self.kl_budget < 0:
             raise NsrlError(
                 f"kl_budget must be a number of nats >= 0 (0 for the hard null space), not {self.kl_budget}"
             )

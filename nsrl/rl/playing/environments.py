@@ -9,14 +9,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError
-from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
+from nsrl.errors import NsrlError, check_whole, described
+from nsrl.rl.agents.normalization import (
+    ObservationNormalizer,
+    RetainingVecNormalize,
+    freeze_observations,
+    same_statistics,
+)
 from nsrl_envs.vectorised.vec_env import side_by_side
 
 Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
@@ -35,33 +41,41 @@ def training_env(
     """The new task as a VecEnv whose observations the agent understands.
 
     Args:
-        env: an environment id, a gymnasium environment, or a VecEnv.
+        env: an environment id, a gymnasium environment, or a VecEnv. A VecNormalize around it has to have the agent's
+            statistics; they are frozen in place.
         normalizer: the agent's statistics, put around a bare environment frozen, with fresh reward
-            statistics; None leaves the environment as it is.
+            statistics; None leaves the environment as it is. They go beneath SB3's transposition of images, where
+            stock `VecNormalize.load` puts them.
         seed: seeds the environment.
         gamma: discount of the reward statistics.
         n_envs: copies of the environment when `env` is an id.
 
     Raises:
-        NsrlError: unknown id, other shapes, or a VecNormalize around `env` already that would move its own
+        NsrlError: no environment, an unknown id, other shapes, or a VecNormalize around `env` already that has other
             statistics.
     """
+    check_whole("n_envs", n_envs, 1)
+    if seed is not None:
+        check_whole("seed", seed, 0)
     if isinstance(env, str):
         env = make_envs(env, n_envs, seed)
-    wrapped = BaseAlgorithm._wrap_env(env)
+    wrapped = _wrapped(env)
     around = unwrap_vec_normalize(wrapped)
-    if (
-        normalizer is not None
-        and around is not None
-        and around.norm_obs
-        and not isinstance(around, RetainingVecNormalize)
-    ):
-        raise NsrlError(
-            "the environment is inside a VecNormalize whose observation statistics would go on moving; pass "
-            "the bare environment, or one inside nsrl.rl.agents.normalization.RetainingVecNormalize"
-        )
-    if normalizer is not None and (around is None or not around.norm_obs):
-        wrapped = RetainingVecNormalize(wrapped, normalizer, gamma=gamma, norm_reward=around is None)
+    if normalizer is not None and around is not None and around.norm_obs:
+        normalizer.check(wrapped.observation_space)
+        seen = ObservationNormalizer.from_vec_normalize(around)
+        if seen is None or not same_statistics(seen, normalizer):
+            raise NsrlError(
+                "the environment is inside a VecNormalize with other observation statistics than the agent's, through "
+                "which the agent would not know its task; pass the bare environment, which gets the agent's, or put "
+                "those around it yourself with VecNormalize.load"
+            )
+        freeze_observations(wrapped)
+    elif normalizer is not None:
+        inner = wrapped.venv if isinstance(wrapped, VecTransposeImage) else wrapped
+        inner = inner if normalizer.fits(inner.observation_space) else wrapped
+        normalized = RetainingVecNormalize(inner, normalizer, gamma=gamma, norm_reward=around is None)
+        wrapped = _wrapped(normalized) if inner is not wrapped else normalized
     if seed is not None:
         wrapped.seed(seed)
     return wrapped
@@ -96,9 +110,34 @@ def as_vec_env(env: str | gym.Env | VecEnv, n_envs: int) -> VecEnv:
     """
     if isinstance(env, str):
         env = side_by_side([lambda copy=copy: copy for copy in open_copies(env, n_envs)])  # type: ignore[misc]
-    elif not isinstance(env, gym.Env | VecEnv):
-        raise NsrlError(f"env must be an env id, a gymnasium.Env or an SB3 VecEnv, not {type(env).__name__}")
-    return BaseAlgorithm._wrap_env(env, monitor_wrapper=False)
+    return _wrapped(env, monitor=False)
+
+
+def _wrapped(env: Any, monitor: bool = True) -> VecEnv:
+    """As SB3 wraps the environment that a model is given.
+
+    Raises:
+        NsrlError: it is none, or SB3 cannot take it.
+    """
+    check_env(env)
+    try:
+        return BaseAlgorithm._wrap_env(env, monitor_wrapper=monitor)
+    except Exception as error:  # SB3 asserts some of it, and runs into the rest
+        raise NsrlError(f"Stable-Baselines3 cannot take the environment: {error}") from error
+
+
+def check_env(env: Any) -> None:
+    """Raise NsrlError unless SB3 may know what to do with an environment: gymnasium's, a VecEnv, or Gym's."""
+    if isinstance(env, gym.vector.VectorEnv):
+        raise NsrlError(
+            f"env is {described(env)} of gymnasium, whose vectors Stable-Baselines3 does not read; pass the "
+            "environment's id and n_envs, or a VecEnv, as make_vec_env of stable_baselines3.common.env_util makes them"
+        )
+    if isinstance(env, gym.Env | VecEnv):
+        return
+    of_gym = any(kind.__module__.partition(".")[0] == "gym" for kind in type(env).__mro__)
+    if not of_gym:
+        raise NsrlError(f"env must be an environment's id, a gymnasium.Env or an SB3 VecEnv, not {described(env)}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind, check_whole
 from nsrl.rl.agents.agent import Agent, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.agents.spaces import check_spaces
@@ -98,8 +98,13 @@ def evaluate(
         NsrlError: no episodes, an unknown id, spaces that are not the policy's, episodes that never end, or a
             VecNormalize without a normaliser to see through.
     """
-    if episodes < 1 or n_envs < 1:
-        raise NsrlError(f"episodes and n_envs must be at least 1, not {episodes} and {n_envs}")
+    for name, value, least in (("episodes", episodes, 1), ("n_envs", n_envs, 1), ("seed", seed, 0)):
+        check_whole(name, value, least)
+    kinds = (ObservationNormalizer, type(None))
+    check_kind("normalizer", normalizer, kinds, "an ObservationNormalizer, such as the normalizer of an Agent")
+    if not isinstance(env, str):
+        for one in env if isinstance(env, list | tuple) and env else [env]:
+            check_kind("env", one, (gym.Env, VecEnv), "an environment's id, a gymnasium.Env, several, or an SB3 VecEnv")
     learner, own_normalizer, _ = resolve_agent(model, trust=False)
     seen = own_normalizer if normalizer is None else normalizer
     return play(learner, env, seen, episodes=episodes, seed=seed, n_envs=n_envs, deterministic=deterministic)

@@ -13,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind, check_path
 from nsrl.files import read_npz
 from nsrl.rl import agents
 from nsrl.rl.agents.agent import Agent, fingerprint
@@ -111,6 +111,7 @@ class RetentionBuffer(RetainedStates):
             trust_agent: accept an agent other than the one the buffer was made with.
         """
         check_content(self)
+        check_kind("the model", model, (BaseAlgorithm, Agent), "a Stable-Baselines3 model or an Agent")
         agent = model if isinstance(model, BaseAlgorithm) else model.model
         for key in ("observation_space", "action_space"):
             if key not in self.provenance:
@@ -132,6 +133,7 @@ class RetentionBuffer(RetainedStates):
             NsrlError: when the file is missing, damaged, of a newer nsrl (the sentence says which), or its content is
                 not valid.
         """
+        check_path("path", path)
         arrays, header = read_npz(path, BUFFER)
         try:
             return cls(**fields_from(arrays, header))

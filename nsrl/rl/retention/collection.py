@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from nsrl.errors import NsrlError, nearest
+from nsrl.errors import NsrlError, check_kind, check_number, check_whole, described, nearest
 from nsrl.rl.agents.agent import Agent, fingerprint, resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import describe_space
@@ -65,13 +65,16 @@ class CollectionConfig:
     """Factor from raw rewards to the critic's unit (select="advantage"); None finds it, see `reward_unit`."""
 
     def __post_init__(self) -> None:
+        check_kind("select", self.select, str, "'expert' or 'advantage'")
         if self.select not in SELECTIONS:
             near = nearest(str(self.select).lower(), SELECTIONS, cutoff=0.0)
             raise NsrlError(f"select is {self.select!r}, but must be 'expert' or 'advantage'; did you mean {near!r}?")
+        check_kind("task", self.task, (str, type(None)), "a name")
         for name, least in (("n_states", 1), ("n_envs", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise NsrlError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least)
+        for name in ("oversample", "quantile", "heldout", "reward_scale"):
+            if name != "reward_scale" or self.reward_scale is not None:
+                check_number(name, getattr(self, name))
         ranges = {
             "oversample": (self.oversample >= 1.0 and self.oversample < math.inf, "at least 1"),
             "quantile": (0.0 < self.quantile <= 1.0, "in (0, 1]"),
@@ -100,6 +103,8 @@ def collect(
     Raises:
         NsrlError: as there.
     """
+    if progress is not None and not callable(progress):
+        raise NsrlError(f"progress is {described(progress)}, but must be a function of two numbers")
     given, owner = env, getattr(agent, "model", agent)
     if given is None and isinstance(owner, BaseAlgorithm):
         given = owner.get_env()

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import Env
 from stable_baselines3.common.vec_env import VecEnv
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_kind
 from nsrl.rl.agents.agent import resolve_agent
 from nsrl.rl.agents.normalization import ObservationNormalizer, same_statistics
 from nsrl.rl.agents.spaces import same_actions, same_observations
@@ -47,8 +47,10 @@ def from_agents(
     Raises:
         NsrlError: as `RetentionBuffer.collect` and `merge`.
     """
+    check_kind("agents", agents, (list, tuple), "a list of agents")
     if envs is None or isinstance(envs, str | Env | VecEnv):
         envs = [envs] * len(agents)
+    check_kind("envs", envs, (list, tuple), "an environment, or a list of one for each agent")
     if len(envs) != len(agents):
         raise NsrlError(
             f"there are {len(agents)} agents and {len(envs)} environments; give one for each, or one for all"
@@ -87,6 +89,9 @@ def merge(
     Raises:
         NsrlError: no buffers, other spaces, or other observation statistics.
     """
+    check_kind("buffers", buffers, (list, tuple), "a list of retention buffers")
+    for buffer in buffers:
+        check_kind("one of the buffers", buffer, RetainedStates, "a retention buffer")
     if not buffers:
         raise NsrlError("there are no buffers to merge; give at least one")
     first = buffers[0]

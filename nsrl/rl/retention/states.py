@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nsrl.errors import NsrlError
+from nsrl.errors import NsrlError, check_path
 from nsrl.files import write_npz
 from nsrl.reading.limits import shown
 from nsrl.rl.agents.normalization import ObservationNormalizer
@@ -128,6 +128,7 @@ class RetainedStates:
         Raises:
             NsrlError: when the file cannot be written.
         """
+        check_path("path", path)
         header = {"family": self.family, "provenance": self.provenance}
         return write_npz(path, arrays_of(self), header, BUFFER.newest if self.source.any() else 1)
 

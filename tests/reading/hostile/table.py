@@ -35,7 +35,20 @@ KINDS = {
     "pictures": ("TinyImageNet (JPEG, PNG)", "continual --benchmark.data FOLDER"),
 }
 TEXT = """\
-# Files that mean harm
+# Reliability
+
+| promised | how it is tested | figures |
+|---|---|---|
+| behind every update the measured KL is at most the budget; otherwise the run ends with the last measured feasible weights | `tests/rl/budget`, `tests/rl/algorithms` | 23 public agents, 2,000 steps each at budget 0.01: largest KL 0.01 (below) |
+| what is no longer what was protected (environment, statistics, weights, modules, thawed parameters) is refused, not measured past | `tests/rl/budget/test_engine.py`, `tests/rl/policies/test_steadiness.py` | |
+| agents that others saved load, learn, export and act the same in stock Stable-Baselines3 | `tests/field`; `nsrl bench agents FOLDER` writes `runs/reference/agents.json` | 23 of 23 agents of DLR-RM/rl-trained-agents (commit cd35bde) |
+| arguments of the wrong kind are one sentence | `tests/rl/test_wrong_arguments.py` | |
+| wrong command lines and configurations are one sentence, exit code 2, nothing written | `tests/cli/test_wrong_command_lines.py` | |
+| a killed or interrupted run, a full disk, two writers: what was written stays, `--resume` goes on | `tests/cli/test_interruption.py`, `tests/cli/test_full_disk.py`, `tests/runs/test_lock.py`, `tests/bench/test_lifeline.py` | |
+| a changed checkpoint is refused before anything is touched | `tests/rl/training/test_wrong_checkpoints.py` | |
+| files of others are read as data, within bounds | `tests/reading` | below |
+
+## Files that mean harm
 
 Whatever nsrl reads, somebody else may have made: an agent from the hub, a buffer, a run's folder, a configuration. All of it is
 read as data, within bounds that are looked at before anything is allocated, and what does not fit ends in one sentence and exit

@@ -210,6 +210,12 @@ LAYOUTS = {
         "best_model.zip",
         "Env-v1/vecnormalize.pkl",
     ),
+    "zoo both, last": (
+        ["Env-v1_3/Env-v1.zip", "Env-v1_3/best_model.zip", "Env-v1_3/Env-v1/vecnormalize.pkl"],
+        "Env-v1_3",
+        "Env-v1_3/Env-v1.zip",
+        "Env-v1_3/Env-v1/vecnormalize.pkl",
+    ),
     "beside": (["model.zip", "vecnormalize.pkl"], "", "model.zip", "vecnormalize.pkl"),
     "hub": (["ppo-Env-v1.zip", "vec_normalize.pkl"], "", "ppo-Env-v1.zip", "vec_normalize.pkl"),
     "nothing to normalise": (["model.zip"], "", "model.zip", None),
@@ -456,7 +462,7 @@ def test_training_environments_freeze_the_agent_s_statistics():
     bare = DummyVecEnv([FakeEnv])
     assert training_env(bare, None) is bare
     assert training_env("CartPole-v1", None).num_envs == 1
-    with pytest.raises(NsrlError, match="go on moving"):
+    with pytest.raises(NsrlError, match="other observation statistics than the agent's"):
         training_env(VecNormalize(bare), normalizer)
     with pytest.raises(NsrlError, match="NoSuchEnv"):
         training_env("NoSuchEnv-v0", None)

@@ -189,7 +189,7 @@ def test_dict_observations():
 
 
 def test_bad_input_is_refused_in_a_sentence(cartpole, monkeypatch):
-    with pytest.raises(NsrlError, match="episodes and n_envs must be at least 1, not 0"):
+    with pytest.raises(NsrlError, match="episodes is 0, but must be a whole number of at least 1"):
         evaluate(cartpole, "nsrl/CartPole-v0", episodes=0)
     with pytest.raises(NsrlError, match="cannot make the environment 'nsrl/Cartpol-v0'"):
         evaluate(cartpole, "nsrl/Cartpol-v0")

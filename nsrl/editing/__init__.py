@@ -9,11 +9,16 @@ from nsrl.face import lazily
 
 if TYPE_CHECKING:
     from nsrl.editing.edits import Edit as Edit
+    from nsrl.editing.guard import ModuleGuard as ModuleGuard
+    from nsrl.editing.guard import protect_module as protect_module
+    from nsrl.editing.retention_file import RetentionFile as RetentionFile
 
 _names, _load = lazily(
     __name__,
     {
         "nsrl.editing.edits": "Edit",
+        "nsrl.editing.guard": "ModuleGuard protect_module",
+        "nsrl.editing.retention_file": "RetentionFile",
     },
 )
 __all__ = [*_names]

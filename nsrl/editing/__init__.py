@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nsrl.face import lazily
 
 if TYPE_CHECKING:
+    from nsrl.editing.callback import GuardCallback as GuardCallback
     from nsrl.editing.edits import Edit as Edit
     from nsrl.editing.guard import ModuleGuard as ModuleGuard
     from nsrl.editing.guard import protect_module as protect_module
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _names, _load = lazily(
     __name__,
     {
+        "nsrl.editing.callback": "GuardCallback",
         "nsrl.editing.edits": "Edit",
         "nsrl.editing.guard": "ModuleGuard protect_module",
         "nsrl.editing.retention_file": "RetentionFile",

@@ -155,6 +155,9 @@ class ModuleGuard:
         options: budget and how.
         resume: a `state_dict()` of before: the reference is that of then, not what the model answers now.
         writer: a TensorBoard writer.
+
+    Attributes:
+        replicas: the processes that train the same model.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class ModuleGuard:
         _refuse_moving_statistics(self.model)
         self._optimizer = _inner(optimizer)
         self._named = self._guarded()
-        self._replicas = Replicas(model)
+        self.replicas = Replicas(model)
         file = preserve if isinstance(preserve, RetentionFile) else None
         if isinstance(preserve, str | Path):
             file = RetentionFile.load(preserve)
@@ -313,7 +316,7 @@ class ModuleGuard:
             restore_tokens=options.restore_tokens,
             seed=options.seed,
         )
-        self.budget.reduce = self._replicas.largest
+        self.budget.reduce = self.replicas.largest
         self._projection: Any = None
         project: Projector = _unchanged
         names = list(self._named)
@@ -372,7 +375,7 @@ class ModuleGuard:
         self.budget.enforce()
         if self.budget.restorations + self.budget.fallbacks > changed:
             self.way.restart()
-        self._replicas.share(self.way.flat)
+        self.replicas.share(self.way.flat)
         self.seconds["measure"] += time.monotonic() - start
         if broken:
             raise NsrlError(

@@ -18,15 +18,12 @@ REMEDY = (
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile."""
+    parallel = nn.parallel.DistributedDataParallel | nn.DataParallel
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-            assert isinstance(inner, nn.Module)
-            model = inner
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        inner: Any = getattr(model, "module" if isinstance(model, parallel) else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -175,7 +175,7 @@ class TokenBudget:
         """The model that a restoration is solved on: some preserved tokens, always the same, and the KL on all."""
         assert self.last is not None
         chosen = self._chosen()
-        with evaluated(self.preserved.module), torch.enable_grad(), _differentiable_attention():
+        with evaluated(self.preserved.module), torch.enable_grad(), differentiable_attention():
             answers = [self.preserved.outputs(number) for number in chosen]
             outputs = torch.cat([answer[rows] for answer, rows in zip(answers, chosen.values(), strict=True)])
             passes = GraphPasses(outputs, self.parameters.parameters)
@@ -224,7 +224,7 @@ class TokenBudget:
         }
 
 
-def _differentiable_attention() -> Any:
+def differentiable_attention() -> Any:
     """The attention kernel that can be differentiated twice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -359,3 +359,31 @@ def post_training(options: Options, console: Console) -> Results:
         console.note(f"nsrl: {name} came to no result: {why}")
     tables, files = write_post_training(reference, "nsrl bench post_training" + (" --quick" if options.quick else ""))
     return Results(tables, files, ["* learnt more than 2 % less than plain fine-tuning"])
+
+
+@benchmark("post_training_cost", "quick")
+def post_training_cost(options: Options, console: Console) -> Results:
+    """A guard's projection beside a training step at 135M parameters: time and memory (nsrl[llm])."""
+    from nsrl.bench.studies.post_training_cost import measure_cost
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "post_training_cost")
+    results = (out / "results" if options.quick else options.reference / "post_training") / "cost.json"
+    write_json(results, measure_cost(2 if options.quick else 30, console.say))
+    return Results((), (("results", results),))
+
+
+@benchmark("post_training_forecast", "quick")
+def post_training_forecast(options: Options, console: Console) -> Results:
+    """What fine-tuning a tiny language model costs, forecast and measured, 24 times (nsrl[llm])."""
+    from nsrl.bench.studies.post_training_forecast import measure_forecast
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "post_training_forecast")
+    results = (out / "results" if options.quick else options.reference / "post_training") / "forecast.json"
+    write_json(results, measure_forecast(options.quick, console.say))
+    return Results((), (("results", results),))

@@ -27,10 +27,10 @@ def test_the_world_says_every_fact_in_both_wordings() -> None:
     assert torch.equal(rows[:, 5], answers) and torch.equal(rows[:, 6], answers)
 
 
-def test_the_reward_counts_every_polite_word_once() -> None:
+def test_the_reward_counts_every_answer_once() -> None:
     world = World.generated(0)
-    low, high = world.polite
-    rows = torch.tensor([[low, low, low, low], [low, low + 1, 5, 6], [low, low + 1, low + 2, high - 1], [1, 2, 3, 4]])
+    low, high = world.answer_words
+    rows = torch.tensor([[low, low, low, low], [low, low + 1, 5, 6], [low, low + 1, low + 2, high - 1], [0, 1, 2, 3]])
     assert reward(world, rows).tolist() == [0.25, 0.5, 1.0, 0.0]
 
 

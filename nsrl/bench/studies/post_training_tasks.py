@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: People have a first and a last name; every relation has its own answers.
-FIRST, LAST, RELATIONS, ANSWERS, WORDINGS, POLITE = 12, 12, 3, 8, 2, 6
+FIRST, LAST, RELATIONS, ANSWERS, WORDINGS = 12, 12, 3, 8, 2
 PEOPLE, NEW = 48, 12
 PAD, END, STYLE, ASK = 0, 1, 2, 3
 #: Sentences of a step of pretraining; half as many in a step on a new task.
@@ -42,12 +42,12 @@ class World:
         start += FIRST + LAST + 2 * RELATIONS * WORDINGS
         chosen = torch.randint(ANSWERS, (PEOPLE + NEW, RELATIONS), generator=generator)
         answers = start + torch.arange(RELATIONS) * ANSWERS + chosen
-        return cls(people, answers, start + RELATIONS * ANSWERS + POLITE)
+        return cls(people, answers, start + RELATIONS * ANSWERS)
 
     @property
-    def polite(self) -> tuple[int, int]:
-        """First and last token, excluded, of the polite words."""
-        return self.vocabulary - POLITE, self.vocabulary
+    def answer_words(self) -> tuple[int, int]:
+        """First and last token, excluded, of the words that are answers."""
+        return self.vocabulary - RELATIONS * ANSWERS, self.vocabulary
 
     def prompts(self, people: Sequence[int], wording: int) -> tuple[Tensor, Tensor]:
         """Prompts (n, 5), the last token before the answer at the end, and their answers (n,)."""
@@ -155,8 +155,8 @@ def continued(model: Any, prompts: Tensor, tokens: int, generator: torch.Generat
 
 
 def reward(world: World, completions: Tensor) -> Tensor:
-    """Share of polite words in completions (n, T), no word twice; shape (n,)."""
-    low, high = world.polite
+    """A wordy style: share of completions (n, T) that are answers, whatever the question, no word twice; shape (n,)."""
+    low, high = world.answer_words
     found = torch.stack([((completions == word).any(1)) for word in range(low, high)], 1)
     return found.sum(1).clamp_max(completions.shape[1]).float() / completions.shape[1]
 

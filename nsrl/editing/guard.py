@@ -332,7 +332,7 @@ class ModuleGuard:
             )
         if options.constraint == "features":
             self.budget.projector = None if self._projection is None else project
-        self.way = Way(self._named, project)
+        self.way = Way(self._named, self._projection if options.constraint == "features" and not idle else project)
         kl = self.budget.binding_divergence()
         if kl > options.kl_budget:
             raise NsrlError(

@@ -85,7 +85,7 @@ def measure_cost(layers: int = 30, told: Callable[[str], None] = lambda text: No
     rows = []
     for share in RANKS:
         thin = projection_of(model, share)
-        way = Way(named, thin.null, begin)
+        way = Way(named, thin, begin)
         with torch.no_grad():
             for p in named.values():
                 p.add_(1e-4)

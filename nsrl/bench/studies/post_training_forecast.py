@@ -29,7 +29,7 @@ def measure_forecast(quick: bool = False, told: Callable[[str], None] = lambda t
     """
     start = begin(0, 2 if quick else EPOCHS)
     preserved = [part[:, :-1] for part in start.preserved]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, task in TASKS.items():
         for rate in RATES:
             for steps in STEPS:

@@ -36,11 +36,11 @@ class Way:
 
     Args:
         parameters: those that move, by name, in the order of the columns.
-        project: P, from a displacement (P,) to one (P,).
+        project: P, from a displacement (P,) to one (P,), or a thin projection, which works layer by layer.
         reference: where the way begins, (P,); default here.
 
     Attributes:
-        kept: |P d| / |d| of the latest projection, d what was done since the one before it.
+        kept: |P d| / |d| of the latest projection; of a thin one in the layers that it protects.
     """
 
     kept = 1.0
@@ -48,19 +48,24 @@ class Way:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        project: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor] | ThinProjection,
         reference: Tensor | None = None,
     ):
         self.flat = FlatParameters(list(parameters.values()))
-        self.project = project
+        self.project = project.null if isinstance(project, ThinProjection) else project
         here = self.flat.read()
         self.reference = here if reference is None else reference.to(here)
         rounded = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters.values())
         self.made = here.float() - self.reference.float() if rounded else None
         self.written = here if rounded else None
+        whole = all(p.is_contiguous() and p.dtype == here.dtype for p in parameters.values())
+        self._thin = project if isinstance(project, ThinProjection) and whole and not rounded else None
 
     def retract(self) -> None:
         """Project the way, and put the parameters there."""
+        if self._thin is not None:
+            self.kept = self._thin.retract([p.data for p in self.flat.parameters], self.reference)
+            return
         here = self.flat.read()
         if self.made is None or self.written is None:
             way = here - self.reference

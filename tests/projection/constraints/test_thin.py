@@ -34,6 +34,31 @@ def test_it_is_the_certified_projection(samples: int, precision: torch.dtype) ->
     assert thin.nbytes() <= thin.dense_nbytes() / 2 + 1
 
 
+@pytest.mark.parametrize("samples", [3, 15, 200])
+@pytest.mark.parametrize("held", [False, True])
+def test_in_place_it_is_the_same(samples: int, held: bool) -> None:
+    model, constraint, way = made(samples)
+    thin = ThinProjection.of(constraint, hold_uncovered=held)
+    parameters = [p.data for p in model.parameters()]
+    reference = torch.cat([p.flatten() for p in parameters])
+    for p, piece in zip(parameters, way.split([p.numel() for p in parameters]), strict=True):
+        p.add_(piece.view_as(p))
+    before = torch.cat([p.flatten() for p in parameters])
+    kept = thin.retract(parameters, reference)
+    after = torch.cat([p.flatten() for p in parameters])
+    expected = reference + thin.null(before - reference)
+    # one more rounding of numbers of size 1
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+    columns = [slice(*constraint.columns[name]) for name in ("2.weight", "2.bias")]
+    assert all(torch.equal(after[c], (reference if held else before)[c]) for c in columns)
+    norms = [
+        float(torch.cat([v[:260], v[300:], *(v[c] for c in columns if held)]).norm()) for v in (after - reference, way)
+    ]
+    assert kept == pytest.approx(norms[0] / norms[1], abs=1e-5)
+    with pytest.raises(ValueError, match="entries"):
+        thin.retract(parameters[1:], reference)
+
+
 def test_what_is_held_does_not_move_and_what_is_free_keeps_its_bits() -> None:
     _, constraint, way = made(3)
     free, held = ThinProjection.of(constraint).null(way), ThinProjection.of(constraint, hold_uncovered=True).null(way)

@@ -340,3 +340,50 @@ def demo_population(options: Options, console: Console) -> Results:
     with alone_in(out), console.status("demo_population") as show:
         content = run_population(out, results, workers=options.workers, quick=options.quick, on_status=show)
     return Results([population_table(content)], [("results", results)])
+
+
+@benchmark("post_training", "only", "quick")
+def post_training(options: Options, console: Console) -> Results:
+    """A tiny language model learns something new: old facts kept against new score, all methods (nsrl[llm])."""
+    from nsrl.bench.studies.post_training import plan_cells, run_cells
+    from nsrl.bench.studies.post_training_report import write_post_training
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "post_training_quick" if options.quick else "post_training")
+    reference = out / "results" if options.quick else options.reference / "post_training"
+    cells = plan_cells(options.only, options.quick)
+    with alone_in(out), console.status("post_training") as show:
+        failures = run_cells(cells, reference / "runs.jsonl", quick=options.quick, on_status=show)
+    for name, why in failures.items():
+        console.note(f"nsrl: {name} came to no result: {why}")
+    tables, files = write_post_training(reference, "nsrl bench post_training" + (" --quick" if options.quick else ""))
+    return Results(tables, files, ["* learnt more than 2 % less than plain fine-tuning"])
+
+
+@benchmark("post_training_cost", "quick")
+def post_training_cost(options: Options, console: Console) -> Results:
+    """A guard's projection beside a training step at 135M parameters: time and memory (nsrl[llm])."""
+    from nsrl.bench.studies.post_training_cost import measure_cost
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "post_training_cost")
+    results = (out / "results" if options.quick else options.reference / "post_training") / "cost.json"
+    write_json(results, measure_cost(2 if options.quick else 30, console.say))
+    return Results((), (("results", results),))
+
+
+@benchmark("post_training_forecast", "quick")
+def post_training_forecast(options: Options, console: Console) -> Results:
+    """What fine-tuning a tiny language model costs, forecast and measured, 24 times (nsrl[llm])."""
+    from nsrl.bench.studies.post_training_forecast import measure_forecast
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "post_training_forecast")
+    results = (out / "results" if options.quick else options.reference / "post_training") / "forecast.json"
+    write_json(results, measure_forecast(options.quick, console.say))
+    return Results((), (("results", results),))

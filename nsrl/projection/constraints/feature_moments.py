@@ -75,6 +75,17 @@ class Subspace:
         eye = torch.eye(self.rank, dtype=torch.float64, device=self._device)
         return self.combine(eye).T.contiguous()
 
+    def thin(self) -> tuple[Tensor, bool]:
+        """What is held as an orthonormal matrix (d, min(r, d - r)), and whether it spans the subspace.
+
+        If it does not, it spans the complement.
+        """
+        if self._basis is not None:
+            return self._basis, True
+        assert self._reflectors is not None
+        beyond = torch.eye(self.dimension, dtype=torch.float64, device=self._device)[:, : self.dimension - self.rank]
+        return torch.ormqr(*self._reflectors, beyond.contiguous()) if beyond.numel() else beyond, False
+
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         tensors = (self._basis,) if self._basis is not None else self._reflectors or ()

@@ -152,6 +152,11 @@ class FeatureConstraint(Constraint):
         return {part.layer.name: part.protected.rank for part in self._parts()}
 
     @property
+    def protected_spans(self) -> tuple[tuple[LayerColumns, Subspace], ...]:
+        """Where every layer lies in the flat vector, and its protected subspace."""
+        return tuple((part.layer, part.protected) for part in self._parts())
+
+    @property
     def eigenspaces(self) -> tuple[Eigenspace, ...]:
         """One a layer: protected directions, then those of the task at hand by descending value, times d_out."""
         self._refuse_empty()

@@ -39,15 +39,15 @@ class LayerColumns:
         """d_in, with the constant feature of the bias."""
         return self.dimension // self.width_out
 
-    def matrix(self, vector: Tensor) -> Tensor:
-        """The layer's part of a flat vector (P,), shape (d_out, d_in), float64."""
+    def matrix(self, vector: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
+        """The layer's part of a flat vector (P,), shape (d_out, d_in)."""
         parts = []
         if self.weight is not None:
-            flat = vector[slice(*self.weight)].double()
+            flat = vector[slice(*self.weight)].to(precision)
             parts.append(flat.view(-1, self.width_out).T if self.transposed else flat.view(self.width_out, -1))
         if self.bias is not None:
-            parts.append(vector[slice(*self.bias)].double().unsqueeze(1))
-        return torch.cat(parts, 1)
+            parts.append(vector[slice(*self.bias)].to(precision).unsqueeze(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def write(self, matrix: Tensor, out: Tensor) -> None:
         """Put a (d_out, d_in) matrix into its place in the flat vector `out` (P,)."""

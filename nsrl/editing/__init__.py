@@ -1,0 +1,30 @@
+"""Transformers: single facts edited into a language model, and post-training beside what it knows already.
+
+The names below load on first use, so that `nsrl edit --help` and a mistyped key are answered without torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from nsrl.face import lazily
+
+if TYPE_CHECKING:
+    from nsrl.editing.callback import GuardCallback as GuardCallback
+    from nsrl.editing.edits import Edit as Edit
+    from nsrl.editing.guard import ModuleGuard as ModuleGuard
+    from nsrl.editing.guard import protect_module as protect_module
+    from nsrl.editing.retention_file import RetentionFile as RetentionFile
+
+_names, _load = lazily(
+    __name__,
+    {
+        "nsrl.editing.callback": "GuardCallback",
+        "nsrl.editing.edits": "Edit",
+        "nsrl.editing.guard": "ModuleGuard protect_module",
+        "nsrl.editing.retention_file": "RetentionFile",
+    },
+)
+__all__ = [*_names]
+
+
+def __getattr__(name: str) -> Any:
+    return _load(name)

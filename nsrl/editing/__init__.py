@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 from nsrl.face import lazily
 
 if TYPE_CHECKING:
+    from nsrl.editing.editor import Editor as Editor
     from nsrl.editing.edits import Edit as Edit
+    from nsrl.editing.methods import METHODS as METHODS
+    from nsrl.editing.methods import Method as Method
+    from nsrl.editing.values import Values as Values
+    from nsrl.editing.values import ValueSearch as ValueSearch
 
 _names, _load = lazily(
     __name__,
     {
+        "nsrl.editing.editor": "Editor",
         "nsrl.editing.edits": "Edit",
+        "nsrl.editing.methods": "METHODS Method",
+        "nsrl.editing.values": "Values ValueSearch",
     },
 )
 __all__ = [*_names]

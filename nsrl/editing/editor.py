@@ -167,13 +167,13 @@ class Editor:
         searched = perf_counter() - start
         before = [memory.state() for memory in self._memories]
         try:
-            report = self._write(edits, found)
+            measured = self._write(edits, found)
         except BaseException:
             for memory, state in zip(self._memories, before, strict=True):
                 memory.set_state(state)
             raise
         self._edits += edits
-        report = BatchReport(**{**report, "searching": searched, "seconds": perf_counter() - start})
+        report = BatchReport(**measured, searching=searched, seconds=perf_counter() - start)
         self._batches.append(report)
         return report
 

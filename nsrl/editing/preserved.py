@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,8 @@ class PreservedKeys:
             if not self._verified:
                 self._verify(ids[:1, :VERIFIED], mask[:1, :VERIFIED])
             with stopping(self.layers[-1].linear) as call:
-                self.constraint.update(
-                    self.model,
-                    ids,
-                    lambda model, ids, mask=mask, call=call: call(
-                        model, input_ids=ids, attention_mask=mask, use_cache=False
-                    ),
-                    mask,
-                    verify=False,
-                )
+                forward: Any = partial(_forward, call, mask)
+                self.constraint.update(self.model, ids, forward, mask, verify=False)
             self.texts += len(ids)
 
     def _verify(self, ids: Tensor, mask: Tensor) -> None:
@@ -146,6 +140,10 @@ class PreservedKeys:
             except ValueError as error:
                 raise NsrlError(f"{path}: {error}") from error
         self.texts = header["texts"]
+
+
+def _forward(call: Callable[..., None], mask: Tensor, model: nn.Module, ids: Tensor) -> None:
+    call(model, input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -162,7 +162,7 @@ class _Rows:
             getattr(self, name)[rows]
             for name in ("edit", "head_mask", "ids", "mask", "positions", "labels", "weights", "essence")
         ]
-        return _Rows(*kept, [(k[rows], v[rows]) for k, v in self.past])
+        return _Rows(*kept, past=[(k[rows], v[rows]) for k, v in self.past])  # type: ignore[misc]
 
 
 def _rows(groups: Sequence[Sequence[Marked]], essences: Sequence[Marked], padding: int, device: torch.device) -> _Rows:

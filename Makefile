@@ -64,7 +64,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing nsrl and its dependencies into $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,mujoco,analysis]"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,mujoco,analysis,llm]"
 	@touch $@
 
 $(DOCUMENTED): $(INSTALLED)

@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-CONFIGS = {f"nsrl.configs{kind}": f"configs{kind.replace('.', '/')}" for kind in ("", ".bench", ".continual")}
+CONFIGS = {f"nsrl.configs{kind}": f"configs{kind.replace('.', '/')}" for kind in ("", ".bench", ".continual", ".edit")}
 
 setup(
     packages=[*find_packages(include=["nsrl", "nsrl.*"]), *find_packages("envs"), *CONFIGS],

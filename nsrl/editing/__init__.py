@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from nsrl.editing.guard import ModuleGuard as ModuleGuard
     from nsrl.editing.guard import protect_module as protect_module
     from nsrl.editing.retention_file import RetentionFile as RetentionFile
+    from nsrl.editing.editor import Editor as Editor
+    from nsrl.editing.methods import METHODS as METHODS
+    from nsrl.editing.methods import Method as Method
+    from nsrl.editing.values import Values as Values
+    from nsrl.editing.values import ValueSearch as ValueSearch
 
 _names, _load = lazily(
     __name__,
@@ -21,6 +26,9 @@ _names, _load = lazily(
         "nsrl.editing.edits": "Edit",
         "nsrl.editing.guard": "ModuleGuard protect_module",
         "nsrl.editing.retention_file": "RetentionFile",
+        "nsrl.editing.editor": "Editor",
+        "nsrl.editing.methods": "METHODS Method",
+        "nsrl.editing.values": "Values ValueSearch",
     },
 )
 __all__ = [*_names]

@@ -8,7 +8,8 @@ from pathlib import Path
 from nsrl.errors import NsrlError, near
 from nsrl.files import given_path
 
-#: Folder of the configurations of pretraining, fine-tuning and demo; `bench` and `continual` inside it hold theirs.
+#: Folder of the configurations of pretraining, fine-tuning and demo; `bench`, `continual` and `edit` inside it hold
+#: theirs.
 INSTALLED = Path(str(files("nsrl").joinpath("configs")))
 #: They lie inside the package in a wheel only (setup.py puts them there); a checkout has them beside it.
 CONFIGS = INSTALLED if INSTALLED.is_dir() else INSTALLED.parents[1] / "configs"
@@ -18,7 +19,7 @@ def packaged_names(kind: str = "") -> list[str]:
     """Names of the configurations of one kind, in order.
 
     Args:
-        kind: "bench", "continual", or "" for those of a single run.
+        kind: "bench", "continual", "edit", or "" for those of a single run.
     """
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 

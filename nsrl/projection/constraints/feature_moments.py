@@ -146,6 +146,17 @@ class LayerMoments:
             self.moment.addmm_(features.T, features)
         self.count += len(rows)
 
+    def restore(self, moment: Tensor, count: int) -> None:
+        """Take over a sum of outer products (d_in, d_in) of `count` rows that was held elsewhere.
+
+        Raises:
+            ValueError: another shape, NaN or infinite entries, or no rows.
+        """
+        width = self.layer.width_in
+        if moment.shape != (width, width) or not bool(torch.isfinite(moment).all()) or count < 1:
+            raise ValueError(f"{self.layer.name} needs a finite {width} x {width} moment of at least one row")
+        self.moment, self.count, self.eigen = moment.double(), count, None
+
     def residual(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending and above round-off, and vectors (d, q) of (I - Q Q^T) C (I - Q Q^T)."""
         if self.eigen is None:

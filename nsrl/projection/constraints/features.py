@@ -8,8 +8,8 @@ layers, however far the weights move (Adam-NSCL, arXiv 2103.07113, lemma 1; GPM,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class FeatureConstraint(Constraint):
         inputs: Any,
         forward: Forward | None = None,
         mask: Tensor | None = None,
+        verify: bool = True,
     ) -> None:
         """Add the features of a batch of retained inputs to the task at hand.
 
@@ -78,6 +79,8 @@ class FeatureConstraint(Constraint):
             inputs: what it is called with.
             forward: function (module, inputs) -> outputs; default `module(inputs)`.
             mask: True for real positions, shape (N,) or (N, T); padding is left out of the moments.
+            verify: look for such parameters, by a backward pass. Without it there is none, and `forward` may end
+                behind the last layer: for further batches through the same modules.
 
         Raises:
             JacobianError: batch normalisation or dropout in train mode.
@@ -86,6 +89,11 @@ class FeatureConstraint(Constraint):
         """
         refuse_sample_mixing(module)
         modules, named = dict(module.named_modules()), dict(module.named_parameters())
+        call = forward or (lambda module, inputs: module(inputs))
+        if not verify:
+            with torch.no_grad(), self._recorded(modules, mask):
+                call(module, inputs)
+            return
         calls = LayerCalls(
             {
                 name: (modules[name], [named[full] for full in _held(parts, self.columns)])
@@ -93,13 +101,18 @@ class FeatureConstraint(Constraint):
             }
         )
         with differentiable(module):
-            with ExitStack() as stack:
-                stack.enter_context(calls.recorded())
-                for name, parts in self._layers.items():
-                    record = _recorder(name, parts, mask)
-                    stack.callback(modules[name].register_forward_pre_hook(record, with_kwargs=True).remove)
-                outputs = (forward or (lambda module, inputs: module(inputs)))(module, inputs)
+            with calls.recorded(), self._recorded(modules, mask):
+                outputs = call(module, inputs)
             self._uncover(calls.unaccounted(outputs))
+
+    @contextmanager
+    def _recorded(self, modules: Mapping[str, nn.Module], mask: Tensor | None) -> Iterator[None]:
+        """Within the block the inputs of the layers go into their moments."""
+        with ExitStack() as stack:
+            for name, parts in self._layers.items():
+                record = _recorder(name, parts, mask)
+                stack.callback(modules[name].register_forward_pre_hook(record, with_kwargs=True).remove)
+            yield
 
     def consolidate(self, filter: Hard | None = None) -> dict[str, int]:
         """Protect the task at hand for good; returns the number of new directions by layer.
@@ -137,6 +150,11 @@ class FeatureConstraint(Constraint):
                 part.moment = theirs.moment + (0.0 if part.moment is None else part.moment)
                 part.count += theirs.count
         return result
+
+    @property
+    def moments(self) -> dict[str, LayerMoments]:
+        """Second moments by layer, or by group of a layer: the ones held, not copies."""
+        return {part.layer.name: part for part in self._parts()}
 
     @property
     def uncovered(self) -> tuple[str, ...]:

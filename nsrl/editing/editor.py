@@ -1,0 +1,282 @@
+"""The editor: facts written into a model's weights by one closed form, and taken out again bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsrl.editing.budget_search import smallest_penalty
+from nsrl.editing.edits import Edit
+from nsrl.editing.fingerprint import fingerprint
+from nsrl.editing.layer_memory import LayerMemory
+from nsrl.editing.layers import find_layers
+from nsrl.editing.logits import check_logits
+from nsrl.editing.methods import Method, find_method
+from nsrl.editing.observation import observe
+from nsrl.editing.preserved import PreservedKeys
+from nsrl.editing.reports import BatchReport, EditorReport
+from nsrl.editing.text_budget import TextKL
+from nsrl.editing.tokens import check_tokenizer, text_batches
+from nsrl.editing.values import Values, ValueSearch, find_values, mark_edit
+from nsrl.errors import NsrlError
+
+#: Tokens of a batch of preserved texts, and of a text in one piece.
+TOKENS, LENGTH = 2048, 128
+#: Of this many preserved texts one is held out of moments and budget.
+HELD_OUT = 5
+#: Share of the distance to the wanted state that still counts as written.
+CLOSE = 0.1
+
+
+class Editor:
+    """Writes edits into a causal language model of transformers; all state lives here, and `undo` gives it back.
+
+    Args:
+        model: it is edited in place.
+        tokenizer: its own; needs a padding token.
+        method: one of `METHODS` by name, or a `Method`.
+        layers: None for the preset of the model's type, block numbers, or a pattern; see `find_layers`.
+        search: how values are found.
+        measured_tokens: preserved tokens on which the KL is measured, at most; as many held out.
+        flags: of the method, to replace those that go with its name.
+
+    Raises:
+        NsrlError: a model or tokenizer that cannot be edited, no such method or flag, no such layers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        method: str | Method = "nsrl",
+        layers: str | list[int] | None = None,
+        search: ValueSearch | None = None,
+        measured_tokens: int = 1024,
+        **flags: Any,
+    ):
+        check_tokenizer(tokenizer)
+        self.method = find_method(method, **flags) if isinstance(method, str) else method
+        self.model, self.tokenizer = model, tokenizer
+        self.layers = find_layers(model, layers)
+        device = self.layers[0].weight.device
+        check_logits(model, torch.tensor([[tokenizer.pad_token_id, tokenizer.pad_token_id]], device=device))
+        if model.training:
+            raise NsrlError("the model is in training mode, where dropout moves every measurement; call model.eval()")
+        self.search = search or ValueSearch()
+        self.measured_tokens = measured_tokens
+        self.preserved = PreservedKeys(model, self.layers)
+        self._memories = [LayerMemory(layer, self.method) for layer in self.layers]
+        self._prefixes: list[str] = []
+        self._kl: TextKL | None = None
+        self._heldout: TextKL | None = None
+        self._edits: list[Edit] = []
+        self._batches: list[BatchReport] = []
+        self._penalty: float | None = None
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Those that have been applied, in order."""
+        return tuple(self._edits)
+
+    def preserve(self, texts: Sequence[str]) -> None:
+        """Text whose behaviour is to stay: the second moments of its keys, and its KL from now on.
+
+        May be called again before the first edit; every fifth text is held out and only measured.
+
+        Args:
+            texts: streamed; memory does not grow with them, but for the tokens that are measured.
+
+        Raises:
+            NsrlError: no texts, a text shorter than a token, or edits have been applied.
+        """
+        self._check_untouched()
+        if self._edits:
+            raise NsrlError("preserve texts before the first edit: afterwards the model is no longer the original")
+        texts = list(texts)
+        held = texts[HELD_OUT - 1 :: HELD_OUT]
+        kept = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
+        batches = self._text_batches(kept)
+        self.preserved.update(batches)
+        self._measure_from(batches, held, kept)
+
+    def save_statistics(self, path: str | Path) -> Path:
+        """Write the second moments as safetensors, with the model's hash.
+
+        Raises:
+            NsrlError: nothing has been preserved, or the file cannot be written.
+        """
+        with self._original():
+            return self.preserved.save(path, fingerprint(self.model))
+
+    def load_statistics(self, path: str | Path, texts: Sequence[str] = ()) -> None:
+        """Take the second moments from a file instead of streaming texts again.
+
+        Args:
+            path: as `save_statistics` wrote it, for this very model.
+            texts: on which the KL is measured; needed where a budget is kept.
+
+        Raises:
+            NsrlError: the file is of another model or of other layers, or edits have been applied.
+        """
+        self._check_untouched()
+        if self._edits:
+            raise NsrlError("load statistics before the first edit: afterwards the model is no longer the original")
+        self.preserved.load(path)
+        if texts:
+            held = list(texts)[HELD_OUT - 1 :: HELD_OUT]
+            kept = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
+            self._measure_from(self._text_batches(kept), held, kept)
+
+    def find_values(self, edits: Sequence[Edit]) -> Values:
+        """Search for the values of edits on the model as it is now, without changing it.
+
+        Raises:
+            NsrlError: no edits, or one whose subject or target has no tokens.
+        """
+        _check_edits(edits)
+        return find_values(self.model, self.tokenizer, self.layers, edits, self._prefixes, self.search)
+
+    def apply(self, edits: Sequence[Edit], values: Values | None = None) -> BatchReport:
+        """Write a batch of edits into the weights.
+
+        Args:
+            edits: one batch; later ones count with these.
+            values: from `find_values`, perhaps of the unedited model; searched for when None.
+
+        Raises:
+            NsrlError: bad edits, nothing preserved, a method whose projector does not fit, a singular system, or a
+                weight that somebody else has changed. The model is then as before the call.
+        """
+        start = perf_counter()
+        edits = list(edits)
+        _check_edits(edits)
+        self._check_untouched()
+        if self.method.kl_budget is not None and self._kl is None:
+            raise NsrlError("a KL budget needs text to be measured on; call preserve, or load_statistics with texts")
+        for memory in self._memories:
+            memory.prepare(self.preserved.of(memory.layer))
+        found = self.find_values(edits) if values is None else values
+        if len(found) != len(edits):
+            raise NsrlError(f"there are {len(found)} values for {len(edits)} edits; give those of these edits")
+        searched = perf_counter() - start
+        before = [memory.state() for memory in self._memories]
+        try:
+            measured = self._write(edits, found)
+        except BaseException:
+            for memory, state in zip(self._memories, before, strict=True):
+                memory.set_state(state)
+            raise
+        self._edits += edits
+        report = BatchReport(**measured, searching=searched, seconds=perf_counter() - start)
+        self._batches.append(report)
+        return report
+
+    def undo(self) -> None:
+        """Give every weight back as it was before the first edit, bit for bit, and forget the edits.
+
+        Raises:
+            NsrlError: somebody else has changed a weight since.
+        """
+        self._check_untouched()
+        for memory in self._memories:
+            memory.reset()
+        self._edits, self._batches, self._penalty = [], [], None
+
+    def report(self) -> EditorReport:
+        """What has been written, and what it cost the preserved text."""
+        return EditorReport(
+            edits=len(self._edits),
+            batches=tuple(self._batches),
+            tokens=self.preserved.tokens,
+            kl_mean=None if self._kl is None else self._kl.measure(self.model),
+            kl_heldout=None if self._heldout is None else self._heldout.measure(self.model),
+            budget=self.method.kl_budget,
+            kept_share={memory.layer.name: memory.kept_share for memory in self._memories},
+            bytes_thin=sum(memory.nbytes()[0] for memory in self._memories),
+            bytes_dense=sum(memory.nbytes()[1] for memory in self._memories),
+        )
+
+    def _write(self, edits: list[Edit], values: Values) -> dict[str, Any]:
+        marked = [mark_edit(self.tokenizer, edit) for edit in edits]
+        padding, last = self.tokenizer.pad_token_id, self.layers[-1].block
+        wanted = _anchored(values) if self.method.anchor else values.hidden
+        for index, memory in enumerate(self._memories):
+            keys = values.keys if index == 0 else self._keys(edits, memory)
+            (now,) = observe(self.model, marked, padding, outputs_of=[last])
+            residual = (wanted - now) / (len(self._memories) - index)
+            memory.add(keys, residual, self._penalty)
+        measured = penalty = None
+        if self.method.kl_budget is not None:
+            assert self._kl is not None
+            penalty, measured = smallest_penalty(
+                self._memories, self._kl, self.model, self.method.kl_budget, self._penalty
+            )
+            self._penalty = penalty
+        for memory in self._memories:
+            memory.close()
+        (after,) = observe(self.model, marked, padding, outputs_of=[last])
+        missing = (wanted - after).norm(dim=1) / (wanted - values.before).norm(dim=1).clamp_min(1e-30)
+        return {
+            "edits": len(edits),
+            "kl": measured,
+            "penalty": penalty,
+            "missing": float(missing.mean()),
+            "written": float((missing <= CLOSE).double().mean()),
+            "change": sum(memory.change() for memory in self._memories) / len(self._memories),
+        }
+
+    def _keys(self, edits: Sequence[Edit], memory: LayerMemory) -> Tensor:
+        prefixes = ("", *self._prefixes)
+        rows = [mark_edit(self.tokenizer, edit, prefix) for edit in edits for prefix in prefixes]
+        (keys,) = observe(self.model, rows, self.tokenizer.pad_token_id, inputs_of=[memory.layer.linear])
+        return keys.reshape(len(edits), len(prefixes), -1).mean(1)
+
+    def _text_batches(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        return text_batches(self.tokenizer, texts, TOKENS, LENGTH, self.layers[0].weight.device)
+
+    def _measure_from(self, batches: list[tuple[Tensor, Tensor]], held: list[str], kept: list[str]) -> None:
+        self._kl = TextKL(self.model, batches, self.measured_tokens)
+        if held:
+            self._heldout = TextKL(self.model, self._text_batches(held), self.measured_tokens)
+        words = (text.split()[: self.search.prefix_words] for text in kept)
+        self._prefixes = [" ".join(part).rstrip(".") + ". " for part in words][: self.search.prefixes]
+
+    def _check_untouched(self) -> None:
+        for memory in self._memories:
+            memory.check_untouched()
+
+    @contextmanager
+    def _original(self) -> Iterator[None]:
+        states = [memory.state() for memory in self._memories]
+        try:
+            for memory in self._memories:
+                memory.show_original()
+            yield
+        finally:
+            for memory, state in zip(self._memories, states, strict=True):
+                memory.set_state(state)
+
+
+def _anchored(values: Values) -> Tensor:
+    """Wanted states with the norms of those that they replace (norm anchoring, arXiv 2602.02543)."""
+    norms = values.hidden.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return values.hidden * (values.before.norm(dim=1, keepdim=True) / norms)
+
+
+def _check_edits(edits: Sequence[Edit]) -> None:
+    if not edits:
+        raise NsrlError("there are no edits; give at least one")
+    said: dict[str, Edit] = {}
+    for edit in edits:
+        other = said.setdefault(edit.text, edit)
+        if other.target != edit.target:
+            raise NsrlError(
+                f"the batch is singular: {edit.text!r} is to be continued by {other.target!r} and by {edit.target!r}; "
+                "leave one of them out"
+            )

@@ -1,0 +1,184 @@
+"""What one layer has been taught: keys and wanted changes of its output, and the displacement that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsrl.editing.closed_form import Preservation, solve_update
+from nsrl.editing.layers import EditedLayer
+from nsrl.editing.methods import Method
+from nsrl.errors import NsrlError
+from nsrl.projection.constraints.feature_moments import LayerMoments, Subspace
+
+#: The weakest penalty of an editor with a budget, times the mean leverage k^T C^{-1} k of the keys: about this share of
+#: what is asked stays missing.
+WEAKEST = 0.01
+
+
+@dataclass(frozen=True)
+class State:
+    """Enough to go back to: the weight, and what was known.
+
+    Attributes:
+        weight: as the module holds it.
+        keys: shape (n, d_in).
+        wanted: shape (n, d_out).
+        closed: directions that deflation has closed.
+    """
+
+    weight: Tensor
+    keys: Tensor | None
+    wanted: Tensor | None
+    closed: Subspace | None
+
+
+class LayerMemory:
+    """The edits of one layer.
+
+    Args:
+        layer: the edited map.
+        method: how.
+
+    Attributes:
+        layer: as given.
+        keys: of all edits so far, shape (n, d_in), float64; None before the first.
+        wanted: changes of the map's output at these keys, shape (n, d_out), float64.
+    """
+
+    def __init__(self, layer: EditedLayer, method: Method):
+        self.layer, self.method = layer, method
+        self.keys: Tensor | None = None
+        self.wanted: Tensor | None = None
+        self._preservation: Preservation | None = None
+        self._moments: LayerMoments | None = None
+        self._original: Tensor | None = None
+        self._closed_until = 0
+        self._seen = self._mark()
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the directions that may be edited; 1 before anything is known."""
+        return 1.0 if self._preservation is None else self._preservation.kept_share
+
+    def prepare(self, moments: LayerMoments) -> None:
+        """Decompose the second moment, once.
+
+        Raises:
+            NsrlError: as `Preservation.of`.
+        """
+        if self._preservation is None or self._moments is not moments:
+            self._preservation, self._moments = Preservation.of(moments, self.method), moments
+
+    def add(self, keys: Tensor, residual: Tensor, penalty: float | None = None) -> None:
+        """Write changes of the output at some keys.
+
+        Args:
+            keys: shape (n, d_in), float64.
+            residual: what is missing at them now, shape (n, d_out), float64.
+            penalty: weight of the second moment, where a budget is kept; None for the weakest.
+
+        Raises:
+            NsrlError: the system is singular, or something is NaN.
+        """
+        preservation = self._known()
+        if self._original is None:
+            self._original = self.layer.weight.detach().clone()
+        displacement = self.layer.displacement(self._original)
+        earlier, past = self.keys, self.wanted
+        wanted = residual + keys @ displacement.T
+        self.keys = keys if earlier is None else torch.cat([earlier, keys])
+        self.wanted = wanted if past is None else torch.cat([past, wanted])
+        if self.method.kl_budget is not None:
+            self.solve(self.weakest() if penalty is None else max(penalty, self.weakest()))
+            return
+        step = solve_update(preservation, keys, residual, earlier if self.method.history else None)
+        self._write(displacement + step)
+
+    def solve(self, penalty: float) -> None:
+        """The displacement of all edits at once, from the original weight, at some weight of the second moment.
+
+        Raises:
+            NsrlError: the system is singular, or something is NaN.
+        """
+        assert self.keys is not None and self.wanted is not None and self._moments is not None
+        preservation = Preservation.of(self._moments, self.method, penalty)
+        self._write(solve_update(preservation, self.keys, self.wanted))
+
+    def weakest(self) -> float:
+        """The least weight of the second moment that a budget may ask for."""
+        assert self.keys is not None and self._moments is not None
+        unit = Preservation.of(self._moments, self.method, 1.0)
+        return WEAKEST * float(unit.root(self.keys).square().sum(1).mean())
+
+    def close(self) -> None:
+        """Where the method deflates: close the directions of the newest keys to later batches."""
+        if self.method.deflation is not None and self.keys is not None:
+            self._known().close(self.keys[self._closed_until :], self.method.deflation)
+            self._closed_until = len(self.keys)
+
+    def change(self) -> float:
+        """|W - W0| / |W0|."""
+        if self._original is None:
+            return 0.0
+        return float(self.layer.displacement(self._original).norm() / self._original.double().norm())
+
+    def nbytes(self) -> tuple[int, int]:
+        """Excluded directions as stored, and as a projector matrix, in bytes."""
+        return (0, 0) if self._preservation is None else self._preservation.nbytes()
+
+    def state(self) -> State:
+        """A copy of what can be gone back to."""
+        closed = self._preservation.closed if self._preservation is not None else None
+        return State(self.layer.weight.detach().clone(), self.keys, self.wanted, closed)
+
+    def set_state(self, state: State) -> None:
+        """Go back to it."""
+        self.keys, self.wanted = state.keys, state.wanted
+        self._closed_until = 0 if state.keys is None else len(state.keys)
+        if self._preservation is not None and state.closed is not None:
+            self._preservation.closed = state.closed
+        self._set(state.weight)
+
+    def show_original(self) -> None:
+        """The weight as before the first edit, for a while; `set_state` ends it."""
+        if self._original is not None:
+            self._set(self._original)
+
+    def reset(self) -> None:
+        """The weight as before the first edit, for good."""
+        self.show_original()
+        self.keys = self.wanted = self._original = self._preservation = None
+        self._closed_until = 0
+
+    def check_untouched(self) -> None:
+        """Raise NsrlError where somebody else has changed the weight since this memory last did.
+
+        Raises:
+            NsrlError: naming the layer.
+        """
+        if self._seen != self._mark():
+            raise NsrlError(
+                f"the weight of {self.layer.name} has been changed by somebody else since the editor last saw it; make "
+                "a new Editor for the model as it is now"
+            )
+
+    def _known(self) -> Preservation:
+        assert self._preservation is not None
+        return self._preservation
+
+    def _write(self, displacement: Tensor) -> None:
+        assert self._original is not None
+        self.layer.write(self._original, displacement)
+        self._seen = self._mark()
+
+    def _set(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.layer.weight.copy_(weight)
+        self._seen = self._mark()
+
+    def _mark(self) -> tuple[int, int, int]:
+        weight = self.layer.weight
+        return id(weight), weight.data_ptr(), weight._version

@@ -97,7 +97,9 @@ def test_tensorboard_has_the_scalars_and_the_matrix(finished):
     assert len(events.Images("continual/accuracy_matrix")) == 5
 
 
-@pytest.mark.parametrize("strategy", ["naive", "ewc", "gpm", "er", "kl_budget", "combined", "features", "joint"])
+@pytest.mark.parametrize(
+    "strategy", ["naive", "ewc", "gpm", "er", "derpp", "kl_budget", "combined", "features", "joint"]
+)
 def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatch, a_second_later):
     config = small("permuted_digits", strategy, tasks=3, epochs=1)
     if strategy in ("kl_budget", "combined"):

@@ -11,6 +11,7 @@ from nsrl.continual.budget import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy
+from nsrl.continual.strategies.der import DER, DEROptions, DERPlusPlus, DERPlusPlusOptions
 from nsrl.continual.strategies.ewc import EWC, EWCOptions
 from nsrl.continual.strategies.features import FeatureStrategy
 from nsrl.continual.strategies.gpm import GPM, SGP, GPMOptions, SGPOptions
@@ -43,6 +44,8 @@ STRATEGIES: dict[str, Entry] = {
     "ewc": Entry(EWC, EWCOptions),
     "agem": Entry(AGEM, ReplayOptions),
     "er": Entry(ExperienceReplay, ReplayOptions),
+    "der": Entry(DER, DEROptions),
+    "derpp": Entry(DERPlusPlus, DERPlusPlusOptions),
     "ogd": Entry(OGD, OGDOptions),
     "gpm": Entry(GPM, GPMOptions),
     "sgp": Entry(SGP, SGPOptions),

@@ -171,8 +171,10 @@ def _gpm_basis(features: np.ndarray, basis: np.ndarray, energy: float) -> np.nda
     return np.concatenate([basis, left[:, :count]], 1)
 
 
-def test_gpm_bases_are_the_papers_by_numpy():
-    strategy = build("gpm", energy=0.9, samples_per_task=1000)
+@pytest.mark.parametrize("energy", [0.9, [0.8, 0.95, 0.99]])
+def test_gpm_bases_are_the_papers_by_numpy(energy):
+    strategy = build("gpm", energy=energy, samples_per_task=1000)
+    energies = dict(zip("024", [energy] * 3 if energy == 0.9 else energy, strict=True))
     bases = {
         name: np.zeros((layer.in_features, 0))
         for name, layer in strategy.model.named_children()
@@ -182,7 +184,7 @@ def test_gpm_bases_are_the_papers_by_numpy():
         loader = blobs(task.index)
         learn(strategy, task, loader, epochs=2)
         for name, features in _layer_inputs(strategy.model, loader.inputs).items():
-            bases[name] = _gpm_basis(features, bases[name], 0.9)
+            bases[name] = _gpm_basis(features, bases[name], energies[name])
             found = strategy.bases[name].numpy()
             assert np.allclose(found @ found.T, bases[name] @ bases[name].T, atol=1e-5), name
 
@@ -393,6 +395,8 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(NsrlError, match="'second' is not at hand"):
         strategy.after_task(SECOND, loader)
     strategy.after_task(FIRST, loader)
+    with pytest.raises(NsrlError, match="energy has 2 numbers, but the model has 3 layers in use: 0, 2, 4"):
+        learn(build("gpm", energy=[0.9, 0.95]), FIRST, loader, epochs=1)
     with pytest.raises(NsrlError, match="learnt already"):
         strategy.before_task(FIRST, loader)
     with pytest.raises(NsrlError, match="freeze_statistics"):

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.budget import KLBudget
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions, ProtectedFeatures
 from nsrl.continual.heads import refuse_moving_statistics
 from nsrl.continual.tasks import Loader, Task
@@ -38,6 +39,7 @@ class Guard:
         features: ProtectedFeatures | None,
     ):
         self.model = model
+        self.optimizer = optimizer
         self.budget = budget
         self.features = features
         self.tasks: list[Task] = []
@@ -58,7 +60,7 @@ class Guard:
         if self.features is not None:
             self.features.enforce()
         if self.budget is not None:
-            self.budget.retain(task, loader)
+            self.budget.retain(task, loader, self.optimizer)
         if self.features is not None:
             self.features.restart()
             self.features.retain(task, loader)
@@ -89,13 +91,14 @@ class Guard:
     def _before_step(self) -> None:
         if self.tasks and self.budget is not None:
             self.budget.add_gradient()
+            self.budget.add_curvature(self.optimizer)
 
     def _after_step(self) -> None:
         if not self.tasks:
             return
         if self.features is not None:
             self.features.tick()
-        if self.budget is not None and self.budget.due():
+        if self.budget is not None and self.budget.due(self.optimizer):
             self._enforce_budget()
 
     def _enforce_budget(self) -> None:

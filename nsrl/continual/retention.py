@@ -41,7 +41,7 @@ class RetainedBehaviour:
         """Keep inputs of a task and the model's present outputs on them."""
         before = len(self.memory)
         self.memory.add(task, loader)
-        new = torch.arange(before, len(self.memory), device=self.memory.inputs.device)
+        new = torch.arange(before, len(self.memory), device=self.memory.owner.device)
         outputs = self.outputs(model, new)
         self.reference = torch.cat([self.reference, outputs]) if before else outputs
         self.errors = self.objective.slope(self.reference, self.memory.targets)
@@ -59,7 +59,7 @@ class RetainedBehaviour:
         """The model's outputs on some of the inputs (None: all), (n, O)."""
         if indices is None:
             return model_outputs(model, self.memory.inputs, self.memory.heads)
-        return model_outputs(model, self.memory.inputs.index_select(0, indices), self.memory.heads_of(indices))
+        return model_outputs(model, self.memory.take(indices), self.memory.heads_of(indices))
 
     @property
     def metric(self) -> OutputMetric:

@@ -96,4 +96,5 @@ def test_the_documented_example_runs():
     scope: dict = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), scope)
-    assert scope["guard"].report()["largest_kl"] <= 0.02
+        if "guard.report()" in block:  # a later block trains the same model without the guard
+            assert scope["guard"].report()["largest_kl"] <= 0.02

@@ -313,7 +313,7 @@ def test_presets_lie_beneath_the_options_of_the_strategy():
     config = ContinualConfig(strategy=StrategySettings("er", {"batch_samples": 9}), presets=presets)
     assert config.options == {"samples_per_task": 7, "batch_samples": 9}
     metrics = run_continual(replace(config, benchmark=BenchmarkSettings(tasks=2), training=TrainingSettings(epochs=1)))
-    assert metrics["memory_bytes"] == 2 * 7 * (64 * 4 + 8)
+    assert metrics["memory_bytes"] == 2 * 7 * (64 + 8) + 17 * 4  # 17 shades of grey, held as bytes
     with pytest.raises(NsrlError, match=r"presets\.er must hold options by name"):
         ContinualConfig(presets={"er": 3})
 

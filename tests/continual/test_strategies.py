@@ -361,6 +361,22 @@ def test_memory_is_even_over_classes_and_counted_in_bytes():
     assert sorted(seen.tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_made_of_bytes_are_held_as_bytes_without_loss(dtype):
+    images = ((torch.randint(0, 256, (40, 3, 5)).to(dtype) / 255 - 0.13) / 0.31).requires_grad_(False)
+    memory = Memory(20)
+    for index, some in enumerate(images.split(20)):
+        memory.add(Task(f"task {index}", index), [(some, torch.arange(20) % 2)])
+        assert memory._inputs.codes.dtype == torch.uint8
+    assert sorted(map(tuple, memory.inputs.flatten(1).tolist())) == sorted(map(tuple, images.flatten(1).tolist()))
+    chosen = torch.tensor([31, 2])
+    assert torch.equal(memory.take(chosen), memory.inputs[chosen]) and memory.take(chosen).dtype == dtype
+    colours = len(images.unique())
+    assert memory.nbytes() == 40 * 15 + colours * images.element_size() + 40 * 8
+    memory.add(Task("noise", 2), [(torch.randn(20, 3, 5, dtype=dtype), torch.arange(20) % 2)])
+    assert torch.equal(memory.inputs[:40].sort(0).values, images.sort(0).values)
+
+
 class _Uncovered(nn.Module):
     def __init__(self):
         super().__init__()

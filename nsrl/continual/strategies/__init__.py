@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nsrl.continual.budget import KLBudgetOptions
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.continual.budget_options import KLBudgetOptions
-from nsrl.continual.curvature import Curvature
+from nsrl.continual.curvature import Curvature, step_length
 from nsrl.continual.heads import model_outputs
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Loader, Task
@@ -60,7 +60,8 @@ class KLBudget:
         self.enforcement = Enforcement(self, options.kl_budget, aim, options.restore_steps, bisections=10)
         self.restorations = 0
         self.fallbacks = 0
-        self._steps = self._relaxed = 0
+        self._steps = 0
+        self._lengths: list[float] = []
         self._feasible: Tensor | None = None
         self._learnt: Tensor | None = None
 
@@ -107,6 +108,10 @@ class KLBudget:
     def due(self, optimizer: torch.optim.Optimizer) -> bool:
         """Count a step, relaxing every `relax_every` of them; whether it is time to measure and enforce."""
         self._steps += 1
+        groups = optimizer.param_groups
+        # schedulers change the rates in between; a fresh optimizer of another shape has made no steps yet
+        before = self._lengths if len(self._lengths) == len(groups) else [0.0] * len(groups)
+        self._lengths = [length + step_length(group) for length, group in zip(before, groups, strict=True)]
         if self._steps % self.options.relax_every == 0:
             self.relax(optimizer)
         return self._steps % self.options.enforce_every == 0
@@ -118,19 +123,14 @@ class KLBudget:
 
     def relax(self, optimizer: torch.optim.Optimizer) -> None:
         """An implicit step on the model of the curvature, for the steps of plain SGD since the last one."""
-        steps, self._relaxed = self._steps - self._relaxed, self._steps
-        if self.curvature is not None and len(self) and steps and isinstance(optimizer, torch.optim.SGD):
-            self.curvature.relax(optimizer, steps, self.stiffness)
+        lengths, self._lengths = self._lengths, []
+        if self.curvature is not None and len(self) and lengths and isinstance(optimizer, torch.optim.SGD):
+            self.curvature.relax(optimizer, lengths, self.options.curvature)
 
     def add_curvature(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradient of the model of the curvature, for optimizers other than plain SGD."""
         if self.curvature is not None and len(self) and not isinstance(optimizer, torch.optim.SGD):
-            self.curvature.add_gradient(optimizer, self.stiffness)
-
-    @property
-    def stiffness(self) -> float:
-        """Weight of the model of the curvature."""
-        return self.options.curvature
+            self.curvature.add_gradient(optimizer, self.options.curvature)
 
     @property
     def interventions(self) -> int:
@@ -224,7 +224,8 @@ class KLBudget:
         return {
             **self.retained.memory.progress(),
             "multiplier": self.multiplier.integral,
-            "counts": [self._steps, self._relaxed, self.restorations, self.fallbacks],
+            "counts": [self._steps, self.restorations, self.fallbacks],
+            "lengths": self._lengths,
             "feasible": self._feasible,
         }
 
@@ -234,14 +235,16 @@ class KLBudget:
         Raises:
             Unreadable: a file that was changed.
         """
-        values.mapping(progress, "progress", ["multiplier", "counts", "feasible"])
+        values.mapping(progress, "progress", ["multiplier", "counts", "lengths", "feasible"])
         multiplier = values.finite(progress["multiplier"], "multiplier")
-        counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 4)]
+        counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
+        lengths = [values.finite(length, "a length") for length in values.items(progress["lengths"], "lengths")]
         feasible = progress["feasible"]
         feasible = None if feasible is None else like(feasible, self.parameters.read(), "feasible")
         self.retained.memory.resume(progress)
         self.multiplier.integral, self._feasible = multiplier, feasible
-        self._steps, self._relaxed, self.restorations, self.fallbacks = counts
+        self._steps, self.restorations, self.fallbacks = counts
+        self._lengths = lengths
 
     def nbytes(self) -> int:
         """Retained inputs and outputs, and the model of the curvature."""

@@ -13,7 +13,9 @@ becomes the minimiser of |d' - d|^2 / (2 n eta) + w/2 d'^T F d', that is, (1 + n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,23 +114,23 @@ class Curvature:
         self._gradients, self._age = {}, 0
 
     @torch.no_grad()
-    def relax(self, optimizer: torch.optim.Optimizer, steps: int, weight: float) -> None:
-        """An implicit step for `steps` steps of plain SGD, with or without momentum.
+    def relax(self, optimizer: torch.optim.Optimizer, lengths: Sequence[float], weight: float) -> None:
+        """An implicit step for some steps of plain SGD, with or without momentum.
 
         Args:
-            optimizer: whose learning rates count.
-            steps: since the last one.
+            optimizer: whose parameters.
+            lengths: the sum of its learning rates over these steps, by parameter group (see `step_length`).
             weight: w, of the sum of the tasks' KL.
         """
         rates = {
-            id(p): group["lr"] / (1.0 - group.get("momentum", 0.0))
-            for group in optimizer.param_groups
+            id(p): length
+            for group, length in zip(optimizer.param_groups, lengths, strict=True)
             for p in group["params"]
         }
         for name, owned in self._owned(rates):
             basis, way = self._basis(name), self._way(name)
             # what an implicit step takes away, so that a direction without curvature keeps its last bit
-            stiff = steps * rates[id(owned[0])] * weight * basis.values
+            stiff = rates[id(owned[0])] * weight * basis.values
             components = basis.grads.T @ way @ basis.inputs
             taken = basis.grads @ components.mul_(stiff.div_(1.0 + stiff)) @ basis.inputs.T
             for p, piece in zip(owned, self._pieces(owned, taken), strict=True):
@@ -235,6 +237,12 @@ class Curvature:
             values = torch.outer(grads.clamp_min(0.0), inputs.clamp_min(0.0)) / part.tasks
             self._bases[name] = Eigenbasis(values.float(), s.float(), a.float())
         return self._bases[name]
+
+
+def step_length(group: dict[str, Any]) -> float:
+    """How far a constant gradient moves the parameters of a group of SGD in a step, once momentum has built up."""
+    momentum = group.get("momentum", 0.0)
+    return group["lr"] * ((1.0 - group.get("dampening", 0.0)) / (1.0 - momentum) if momentum else 1.0)
 
 
 def _triangle(matrix: Tensor) -> Tensor:

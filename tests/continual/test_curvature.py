@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 from nsrl.continual import MultiHead, OptimizerConfig, Task
 from nsrl.continual.budget import KLBudget
 from nsrl.continual.budget_options import KLBudgetOptions
-from nsrl.continual.curvature import Curvature
+from nsrl.continual.curvature import Curvature, step_length
 from nsrl.continual.objectives import Classification
 from tests.continual.learning import CLASSES, Batches, blobs, build, learn, network
 
@@ -89,7 +89,8 @@ def test_an_implicit_step_is_that_of_the_dense_model(momentum):
     for parameter in parameters:
         parameter.data += 0.1 * torch.randn_like(parameter)
     way = _flat(parameters) - before
-    curvature.relax(optimizer, steps=7, weight=2.0)
+    lengths = [7 * step_length(group) for group in optimizer.param_groups]
+    curvature.relax(optimizer, lengths, weight=2.0)
     stiff = 7 * 0.03 / (1 - momentum) * 2.0
     wanted = torch.linalg.solve(torch.eye(len(way), dtype=torch.float64) + stiff * F_dense, way)
     assert torch.allclose(_flat(parameters) - before, wanted, atol=1e-6)
@@ -164,7 +165,7 @@ def test_convolutions_are_minded_and_what_has_no_factors_is_left_alone():
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     there = _flat(model.parameters())
-    budget.curvature.relax(torch.optim.SGD(model.parameters(), lr=0.1), 10, 1.0)
+    budget.curvature.relax(torch.optim.SGD(model.parameters(), lr=0.1), [1.0], 1.0)
     moved = dict(
         zip(
             [n for n, _ in model.named_parameters()],

@@ -74,6 +74,12 @@ class RetainedBehaviour:
         total = torch.zeros(len(self.memory.tasks), dtype=kl.dtype, device=kl.device).index_add_(0, owner, kl)
         return total / torch.bincount(owner, minlength=len(total))
 
+    @torch.no_grad()
+    def divergence(self, model: nn.Module, position: int) -> float:
+        """Mean KL(then || now) of the task at a position in `memory.tasks`, nats a sample."""
+        mine = (self.memory.owner == position).nonzero().squeeze(1)
+        return float(self.metric.divergence(self.reference[mine], self.outputs(model, mine)).double().mean())
+
     def gap(self, outputs: Tensor, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some inputs with these detached outputs (n, O), and n times its gradient in them."""
         if isinstance(self.objective, Classification):

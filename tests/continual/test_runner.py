@@ -98,7 +98,7 @@ def test_tensorboard_has_the_scalars_and_the_matrix(finished):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["naive", "ewc", "gpm", "er", "derpp", "kl_budget", "combined", "features", "joint"]
+    "strategy", ["naive", "ewc", "gpm", "trgp", "er", "derpp", "kl_budget", "combined", "features", "joint"]
 )
 def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatch, a_second_later):
     config = small("permuted_digits", strategy, tasks=3, epochs=1)

@@ -20,6 +20,7 @@ from nsrl.continual.strategies.naive import Joint, JointOptions, Naive, NoOption
 from nsrl.continual.strategies.nscl import AdamNSCL, AdamNSCLOptions, OfficialAdamNSCL, OfficialAdamNSCLOptions
 from nsrl.continual.strategies.ogd import OGD, OGDOptions
 from nsrl.continual.strategies.replay import AGEM, ExperienceReplay, ReplayOptions
+from nsrl.continual.strategies.trgp import TRGP, TRGPOptions
 from nsrl.errors import NsrlError
 
 __all__ = ["STRATEGIES", "Entry", "OptimizerConfig", "Strategy", "build_strategy"]
@@ -49,6 +50,7 @@ STRATEGIES: dict[str, Entry] = {
     "ogd": Entry(OGD, OGDOptions),
     "gpm": Entry(GPM, GPMOptions),
     "sgp": Entry(SGP, SGPOptions),
+    "trgp": Entry(TRGP, TRGPOptions),
     "adam_nscl": Entry(AdamNSCL, AdamNSCLOptions),
     "adam_nscl_official": Entry(OfficialAdamNSCL, OfficialAdamNSCLOptions),
     "kl_budget": Entry(KLBudgetStrategy, KLBudgetOptions),

@@ -157,7 +157,7 @@ class GPM(ProjectedStrategy):
         held = total - float(values.sum())
         count = 0 if held >= energy * total else 1 + int((held + values.cumsum(0) < energy * total).sum())
         count = min(count, size - basis.shape[1])
-        new = _orthonormal(basis, vectors[:, :count])
+        new = orthonormal(basis, vectors[:, :count])
         along = ((moment @ basis) * basis).sum(0).clamp_min(0.0)
         strengths = torch.cat([along, values[:count]]).sqrt()
         before = strengths.new_zeros(0) if old is None else old.removed
@@ -204,8 +204,8 @@ def weight_features(model: nn.Module) -> FeatureConstraint:
     return FeatureConstraint(model, weights)
 
 
-def _orthonormal(basis: Tensor, vectors: Tensor) -> Tensor:
-    """Vectors made orthogonal to a basis and to each other, twice for round-off."""
+def orthonormal(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors (d, q) made orthogonal to a basis (d, r) and to each other, twice for round-off."""
     for _ in range(2):
         vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors))[0] if vectors.shape[1] else vectors
     return vectors

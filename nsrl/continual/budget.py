@@ -1,8 +1,9 @@
 """The KL budget of a sequence of tasks: how far behaviour on retained inputs may move, enforced by measurement.
 
-    every step      the gradient gets multiplier * grad KL of a few retained inputs (a Lagrangian gradient: at the
+    now and then    the gradient gets multiplier * grad KL of a few retained inputs (a Lagrangian gradient: at the
                     constrained optimum the optimizer's moments see zero); with `replay` also that of their labels
-    now and then    the KL of every task is measured on all of its retained inputs; if one is over the budget, restore
+    beside it       a quadratic model of the KL on all the other inputs, by its gradient or by implicit steps
+    more rarely     the KL of every task is measured on all of its retained inputs; if one is over the budget, restore
                     (a Gauss-Newton step by Krylov products with the full Jacobian, backtracking on the measured KL),
                     and if that does not help go back along the segment to the last feasible weights
 
@@ -12,16 +13,17 @@ The promise: after every `enforce`, the mean KL(then || now) of every learnt tas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nsrl.continual.budget_options import KLBudgetOptions
+from nsrl.continual.curvature import Curvature, step_length
 from nsrl.continual.heads import model_outputs
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Loader, Task
-from nsrl.errors import NsrlError
 from nsrl.projection import SpectralProjection, jacobian
 from nsrl.projection.budget.enforcement import Enforcement
 from nsrl.projection.budget.model import Quadratic
@@ -30,59 +32,6 @@ from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.reading import values
 from nsrl.reading.tensors import like
-
-
-@dataclass(frozen=True)
-class KLBudgetOptions:
-    """How much behaviour may move, and how that is kept.
-
-    Attributes:
-        kl_budget: largest mean KL(then || now) of a task on its retained inputs, nats a sample (regression: half the
-            squared change of the outputs).
-        states_per_task: inputs retained of every task, with the outputs of then.
-        replay: weight of the labels of retained inputs, for every earlier task, next to the loss of the task at hand:
-            0 uses no old labels, 1 weighs all tasks alike, as joint training does.
-        batch_states: of them, in every step's Lagrangian gradient.
-        enforce_every: steps from one measurement (and restoration, if needed) to the next; also at the task's end.
-        target: share of the budget that the multiplier and the restoration aim at. The multiplier sees the mean over
-            the tasks, the budget holds for the worst.
-        multiplier: the Lagrange multiplier to start with.
-        rate: integral gain of its logarithm, a step, on the relative excess of the KL.
-        damping: proportional gain.
-        restore_steps: Gauss-Newton steps tried before going back along the segment.
-        restore_states: retained inputs, of all tasks mixed, that such a step is solved on; how far it is made is
-            measured on all.
-        seed: of the choice of states and of the draws.
-    """
-
-    kl_budget: float = 0.02
-    states_per_task: int = 200
-    replay: float = 0.0
-    batch_states: int = 80
-    enforce_every: int = 500
-    target: float = 0.75
-    multiplier: float = 1.0
-    rate: float = 0.03
-    damping: float = 0.3
-    restore_steps: int = 4
-    restore_states: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.kl_budget < math.inf:
-            raise NsrlError(
-                f"kl_budget must be a positive number of nats, not {self.kl_budget}; where nothing at all may move, "
-                "use the method 'features'"
-            )
-        counts = ("states_per_task", "batch_states", "enforce_every", "restore_steps", "restore_states")
-        if min(getattr(self, name) for name in counts) < 1:
-            raise NsrlError(f"{', '.join(counts)} must be at least 1")
-        if not 0.0 <= self.replay < math.inf:
-            raise NsrlError(f"replay is a weight of at least 0, not {self.replay}")
-        if not 0.0 < self.target <= 1.0 or not self.multiplier > 0.0:
-            raise NsrlError(
-                f"target must lie in (0, 1] and the multiplier be positive, not {self.target} and {self.multiplier}"
-            )
 
 
 class KLBudget:
@@ -102,6 +51,7 @@ class KLBudget:
         self.model = model
         self.options = options
         self.retained = RetainedBehaviour(options.states_per_task, options.seed)
+        self.curvature = Curvature(model, options.curvature_samples) if options.curvature else None
         aim = options.target * options.kl_budget
         # A larger multiplier would only make noise: the restoration keeps the budget.
         self.multiplier = Multiplier(
@@ -111,6 +61,7 @@ class KLBudget:
         self.restorations = 0
         self.fallbacks = 0
         self._steps = 0
+        self._lengths: list[float] = []
         self._feasible: Tensor | None = None
         self._learnt: Tensor | None = None
 
@@ -122,9 +73,13 @@ class KLBudget:
         """The trainable parameters as one vector."""
         return FlatParameters([p for p in self.model.parameters() if p.requires_grad])
 
-    def draw(self) -> Tensor:
-        """Indices of the retained inputs of the next Lagrangian gradient, (batch,) int64."""
-        return self.retained.memory.draw(self.options.batch_states)
+    def draws(self) -> bool:
+        """Whether this step draws retained inputs."""
+        return len(self) > 0 and self._steps % self.options.draw_every == 0
+
+    def draw(self, batch: int = 16) -> Tensor:
+        """Indices of the retained inputs of the next Lagrangian gradient, (batch_states,) int64."""
+        return self.retained.memory.draw(self.options.batch_states or 4 * batch)
 
     def pull(self, outputs: Tensor, indices: Tensor) -> Tensor:
         """Gradient of multiplier * mean KL + replay * tasks * labels' loss in the outputs of some retained inputs.
@@ -136,38 +91,68 @@ class KLBudget:
             indices: which inputs.
         """
         kl, slope = self.retained.gap(outputs, indices)
+        share = self.options.draw_every / len(indices)
         replay = self.options.replay * len(self.retained.memory.tasks)
-        slope = slope.mul_((self.multiplier.update(kl) + replay) / len(indices))
+        slope = slope.mul_((self.multiplier.update(kl) + replay) * share)
         if replay:
-            slope.add_(self.retained.errors.index_select(0, indices), alpha=replay / len(indices))
+            slope.add_(self.retained.errors.index_select(0, indices), alpha=replay * share)
         return slope
 
     def add_gradient(self) -> None:
         """Add the Lagrangian gradient of some retained inputs to the parameters' gradients."""
-        if len(self):
+        if self.draws():
             indices = self.draw()
             outputs = self.retained.outputs(self.model, indices)
             outputs.backward(self.pull(outputs.detach(), indices))
 
-    def due(self) -> bool:
-        """Count a step; whether it is time to measure and enforce."""
+    def due(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Count a step, relaxing every `relax_every` of them; whether it is time to measure and enforce."""
         self._steps += 1
+        groups = optimizer.param_groups
+        # schedulers change the rates in between; a fresh optimizer of another shape has made no steps yet
+        before = self._lengths if len(self._lengths) == len(groups) else [0.0] * len(groups)
+        self._lengths = [length + step_length(group) for length, group in zip(before, groups, strict=True)]
+        if self._steps % self.options.relax_every == 0:
+            self.relax(optimizer)
         return self._steps % self.options.enforce_every == 0
 
-    def tick(self) -> None:
-        """Count a step; measure and enforce every `enforce_every` of them."""
-        if self.due():
+    def tick(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count a step; relax every `relax_every` of them, measure and enforce every `enforce_every`."""
+        if self.due(optimizer):
             self.enforce()
+
+    def relax(self, optimizer: torch.optim.Optimizer) -> None:
+        """An implicit step on the model of the curvature, for the steps of plain SGD since the last one."""
+        lengths, self._lengths = self._lengths, []
+        if self.curvature is not None and len(self) and lengths and isinstance(optimizer, torch.optim.SGD):
+            self.curvature.relax(optimizer, lengths, self.options.curvature)
+
+    def add_curvature(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of the model of the curvature, for optimizers other than plain SGD."""
+        if self.curvature is not None and len(self) and not isinstance(optimizer, torch.optim.SGD):
+            self.curvature.add_gradient(optimizer, self.options.curvature)
 
     @property
     def interventions(self) -> int:
         """How often the weights were changed by `enforce`."""
         return self.restorations + self.fallbacks
 
-    def retain(self, task: Task, loader: Loader) -> None:
-        """Enforce, then keep inputs of a task that was learnt, with the present outputs on them."""
+    def retain(self, task: Task, loader: Loader, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Enforce, then keep inputs of a task that was learnt, with the present outputs on them.
+
+        Args:
+            task: as learnt.
+            loader: its batches.
+            optimizer: whose steps are relaxed before; None: they need not be.
+        """
+        if optimizer is not None:
+            self.relax(optimizer)
         self.enforce()
         self.retained.add(self.model, task, loader)
+        if self.curvature is not None:
+            seen = sum(len(batch[1]) for batch in loader)
+            kept = min(1.0, self.options.states_per_task / seen)
+            self.curvature.add(task, loader, 1.0 - kept)
         self._feasible = self._learnt = self.parameters.read()
 
     def binding_divergence(self) -> float:
@@ -240,6 +225,7 @@ class KLBudget:
             **self.retained.memory.progress(),
             "multiplier": self.multiplier.integral,
             "counts": [self._steps, self.restorations, self.fallbacks],
+            "lengths": self._lengths,
             "feasible": self._feasible,
         }
 
@@ -249,18 +235,20 @@ class KLBudget:
         Raises:
             Unreadable: a file that was changed.
         """
-        values.mapping(progress, "progress", ["multiplier", "counts", "feasible"])
+        values.mapping(progress, "progress", ["multiplier", "counts", "lengths", "feasible"])
         multiplier = values.finite(progress["multiplier"], "multiplier")
         counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
+        lengths = [values.finite(length, "a length") for length in values.items(progress["lengths"], "lengths")]
         feasible = progress["feasible"]
         feasible = None if feasible is None else like(feasible, self.parameters.read(), "feasible")
         self.retained.memory.resume(progress)
         self.multiplier.integral, self._feasible = multiplier, feasible
         self._steps, self.restorations, self.fallbacks = counts
+        self._lengths = lengths
 
     def nbytes(self) -> int:
-        """Retained inputs and outputs."""
-        return self.retained.nbytes()
+        """Retained inputs and outputs, and the model of the curvature."""
+        return self.retained.nbytes() + (0 if self.curvature is None else self.curvature.nbytes())
 
     def restoration(self) -> Quadratic[Jacobian]:
         """The model that a restoration is solved on: retained inputs of all tasks mixed, and their mean KL on all."""
@@ -270,7 +258,7 @@ class KLBudget:
     def _mixed(self, count: int) -> Tensor:
         """Indices of some retained inputs, always the same ones of all tasks."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]
-        return chosen.to(self.retained.memory.inputs.device)
+        return chosen.to(self.retained.memory.owner.device)
 
     def _linearise(self, indices: Tensor) -> Quadratic[Jacobian]:
         memory = self.retained.memory
@@ -279,7 +267,7 @@ class KLBudget:
         scale = len(indices) ** -0.5
         J = jacobian(
             self.model,
-            memory.inputs[indices],
+            memory.take(indices),
             forward=lambda module, batch: model_outputs(module, batch, heads),
             seed=metric.seeds,
             scale=scale,

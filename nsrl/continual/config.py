@@ -18,7 +18,8 @@ class BenchmarkSettings:
 
     Attributes:
         name: permuted_digits, rotated_digits, split_digits, teacher_student or regression; or, read from files that you
-            have, permuted_mnist, split_cifar100 or split_tinyimagenet.
+            have, permuted_mnist, split_mnist, permuted_fashion_mnist, split_fashion_mnist, split_cifar100 or
+            split_tinyimagenet.
         scenario: "task": task identity known at test time, a head a task; "class": one head, all classes compete;
             "domain": one head, the same classes in every task; null takes what is usual for the benchmark.
         tasks: how many; null takes what is usual for the benchmark.
@@ -26,6 +27,8 @@ class BenchmarkSettings:
         validation: share of the examples kept for choosing settings; never trained on, never reported.
         test: share of the examples kept for the reported scores, where the data come without a test set.
         data: folder of the files, for the benchmarks that read them.
+        pixels: inputs of MNIST and Fashion-MNIST: "shares" of white, 0 to 1, or "standardised" by the mean and the
+            deviation over all training pixels, as most papers have them.
     """
 
     name: str = "permuted_digits"
@@ -35,6 +38,7 @@ class BenchmarkSettings:
     validation: float = 0.1
     test: float = 0.2
     data: str | None = None
+    pixels: Literal["shares", "standardised"] = "shares"
 
     def __post_init__(self) -> None:
         if self.tasks is not None and self.tasks < 1:
@@ -55,6 +59,7 @@ class ModelSettings:
     Attributes:
         kind: "mlp" for vectors, "resnet18" (the CIFAR variant) for images.
         hidden: widths of the MLP's hidden layers.
+        bias: whether the MLP's layers, heads among them, have biases; the projection papers' networks have none.
         width: channels of the ResNet's first stage; the stages have 1, 2, 4 and 8 times as many.
         batch_norm: of the ResNet; statistics are measured on the first task's inputs before training and never move.
             "frozen": scale and shift do not move either; "affine": they are learnt; "none": no such layers.
@@ -62,6 +67,7 @@ class ModelSettings:
 
     kind: Literal["mlp", "resnet18"] = "mlp"
     hidden: list[int] = field(default_factory=lambda: [100, 100])
+    bias: bool = True
     width: int = 64
     batch_norm: Literal["frozen", "affine", "none"] = "frozen"
 

@@ -25,12 +25,13 @@ class MultiHead(nn.Module):
         trunk: maps inputs to features (N, width).
         width: number of features.
         sizes: number of outputs of each head.
+        bias: whether the heads have biases.
     """
 
-    def __init__(self, trunk: nn.Module, width: int, sizes: Sequence[int]):
+    def __init__(self, trunk: nn.Module, width: int, sizes: Sequence[int], bias: bool = True):
         super().__init__()
         self.trunk = trunk
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        self.heads = nn.ModuleList(nn.Linear(width, size, bias) for size in sizes)
 
     def forward(self, inputs: Tensor, head: int | Tensor) -> Tensor:
         """Outputs of one head (N, its width), or of a head a sample (N, the widest).

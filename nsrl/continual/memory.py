@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from nsrl.continual.tasks import Loader, Task
 from nsrl.errors import NsrlError
 from nsrl.reading.limits import Unreadable
+
+#: Numbers that a byte tells apart.
+COLOURS = 256
 
 
 class Memory:
@@ -21,7 +25,8 @@ class Memory:
 
     Attributes:
         tasks: in the order of arrival.
-        inputs, targets: of all samples, tasks one after the other.
+        inputs, targets: of all samples, tasks one after the other. Inputs of at most 256 different numbers, as those
+            made of bytes, are held as bytes, without loss.
         heads: head of each sample; None for tasks without heads.
         owner: position in `tasks` of each sample.
     """
@@ -31,13 +36,23 @@ class Memory:
             raise NsrlError(f"a memory needs at least 1 sample a task, not {per_task}")
         self.per_task = per_task
         self.tasks: list[Task] = []
-        self.inputs = self.targets = self.owner = torch.zeros(0)
+        self.targets = self.owner = torch.zeros(0)
+        self._inputs = Palette.of(torch.zeros(0))
         self.heads: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._queue = torch.zeros(0, dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.owner)
+
+    @property
+    def inputs(self) -> Tensor:
+        """Of all samples, (n, ...)."""
+        return self._inputs.take(None)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Inputs of some samples, (m, ...)."""
+        return self._inputs.take(indices)
 
     def add(self, task: Task, loader: Loader) -> None:
         """Keep samples of a task: `per_task` of them, as evenly over its classes as they go.
@@ -51,15 +66,16 @@ class Memory:
         owner = torch.full((len(inputs),), len(self.tasks), device=inputs.device)
         head = torch.full_like(owner, -1 if task.head is None else task.head)
         if self.tasks:
-            if inputs.shape[1:] != self.inputs.shape[1:]:
+            earlier = self._inputs.codes.shape[1:]
+            if inputs.shape[1:] != earlier:
                 raise NsrlError(
                     f"the inputs of task {task.name!r} have shape {tuple(inputs.shape[1:])}, those of earlier tasks "
-                    f"{tuple(self.inputs.shape[1:])}; a replay memory needs one shape"
+                    f"{tuple(earlier)}; a replay memory needs one shape"
                 )
             head = torch.cat([torch.full_like(self.owner, -1) if self.heads is None else self.heads, head])
             inputs, targets = torch.cat([self.inputs, inputs]), torch.cat([self.targets, targets])
             owner = torch.cat([self.owner, owner])
-        self.inputs, self.targets, self.owner = inputs, targets, owner
+        self._inputs, self.targets, self.owner = Palette.of(inputs), targets, owner
         self.heads = None if bool((head < 0).any()) else head
         self.tasks.append(task)
         self._queue = self._queue[:0]
@@ -70,7 +86,7 @@ class Memory:
         if len(self._queue) < count:
             self._queue = torch.randperm(len(self), generator=self._generator)
         batch, self._queue = self._queue[:count], self._queue[count:]
-        return batch.to(self.inputs.device)
+        return batch.to(self.targets.device)
 
     def progress(self) -> dict[str, Any]:
         """Where the draws are."""
@@ -99,7 +115,9 @@ class Memory:
 
     def nbytes(self) -> int:
         """Inputs and targets, in bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.inputs, self.targets)) if self.tasks else 0
+        if not self.tasks:
+            return 0
+        return self._inputs.nbytes() + self.targets.numel() * self.targets.element_size()
 
     def _choice(self, targets: Tensor) -> Tensor:
         order = torch.randperm(len(targets), generator=self._generator)
@@ -110,6 +128,43 @@ class Memory:
         labels = targets.cpu()[order]
         # place of every sample among those of its class: the first of each class, then the second of each, ...
         return order[_places(labels).argsort(stable=True)[: self.per_task]]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Numbers held as bytes where there are at most 256 different ones.
+
+    Attributes:
+        codes: places in `colours`, uint8, or the numbers themselves; (n, ...).
+        colours: the different numbers, ascending; None where there are too many.
+    """
+
+    codes: Tensor
+    colours: Tensor | None
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Palette:
+        """Of numbers (n, ...)."""
+        # a few samples tell noise from bytes; sorting all of them would cost the more for nothing
+        few = numbers.numel() and numbers.element_size() > 1 and len(numbers[:8].unique()) <= COLOURS
+        colours = numbers.unique() if few else numbers
+        if not few or len(colours) > COLOURS or not bool(torch.isfinite(colours).all()):
+            return cls(numbers, None)
+        if numbers.numel() + colours.numel() * numbers.element_size() >= numbers.numel() * numbers.element_size():
+            return cls(numbers, None)
+        return cls(torch.searchsorted(colours, numbers.contiguous()).to(torch.uint8), colours)
+
+    def take(self, indices: Tensor | None) -> Tensor:
+        """The numbers at some indices (m,), or all (None), as they were: (m, ...)."""
+        codes = self.codes if indices is None else self.codes.index_select(0, indices)
+        if self.colours is None:
+            return codes
+        return self.colours.index_select(0, codes.flatten().int()).view(codes.shape)
+
+    def nbytes(self) -> int:
+        """Codes and colours."""
+        tensors = (self.codes,) if self.colours is None else (self.codes, self.colours)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def gathered(loader: Loader) -> tuple[Tensor, Tensor]:

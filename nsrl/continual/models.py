@@ -29,25 +29,26 @@ def build_model(settings: ModelSettings, benchmark: Benchmark, seed: int = 0) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         trunk, width = _trunk(settings, benchmark)
+        bias = settings.bias or settings.kind != "mlp"
         if benchmark.head_sizes is not None:
-            return MultiHead(trunk, width, benchmark.head_sizes)
-        return nn.Sequential(trunk, nn.Linear(width, benchmark.outputs))
+            return MultiHead(trunk, width, benchmark.head_sizes, bias)
+        return nn.Sequential(trunk, nn.Linear(width, benchmark.outputs, bias))
 
 
 def _trunk(settings: ModelSettings, benchmark: Benchmark) -> tuple[nn.Module, int]:
     shape = benchmark.input_shape
     if settings.kind == "mlp":
-        return mlp(math.prod(shape), settings.hidden), (settings.hidden or [math.prod(shape)])[-1]
+        return mlp(math.prod(shape), settings.hidden, settings.bias), (settings.hidden or [math.prod(shape)])[-1]
     if len(shape) != 3:
         raise NsrlError(f"resnet18 takes images, but the inputs of {benchmark.name} have the shape {shape}; take mlp")
     return ResNet18(shape[0], settings.width, settings.batch_norm), 8 * settings.width
 
 
-def mlp(inputs: int, hidden: Iterable[int]) -> nn.Sequential:
+def mlp(inputs: int, hidden: Iterable[int], bias: bool = True) -> nn.Sequential:
     """Flatten, then linear layers with ReLU behind each."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        layers += [nn.Linear(inputs, width, bias), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers)
 

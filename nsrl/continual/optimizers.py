@@ -84,7 +84,8 @@ def _attach_decay(optimizer: torch.optim.Optimizer, weight_decay: float, to_refe
     targets = [[p.detach().clone() if to_reference else torch.zeros_like(p) for p in group] for group in groups]
 
     def decay() -> None:
-        for group, reference in zip(optimizer.param_groups, targets, strict=True):
+        # groups that a strategy adds later have no decay
+        for group, reference in zip(optimizer.param_groups, targets, strict=False):
             _move(group["params"], reference, group["lr"] * weight_decay)
 
     StepHooks(optimizer, after=decay)

@@ -41,7 +41,7 @@ class RetainedBehaviour:
         """Keep inputs of a task and the model's present outputs on them."""
         before = len(self.memory)
         self.memory.add(task, loader)
-        new = torch.arange(before, len(self.memory), device=self.memory.inputs.device)
+        new = torch.arange(before, len(self.memory), device=self.memory.owner.device)
         outputs = self.outputs(model, new)
         self.reference = torch.cat([self.reference, outputs]) if before else outputs
         self.errors = self.objective.slope(self.reference, self.memory.targets)
@@ -59,7 +59,7 @@ class RetainedBehaviour:
         """The model's outputs on some of the inputs (None: all), (n, O)."""
         if indices is None:
             return model_outputs(model, self.memory.inputs, self.memory.heads)
-        return model_outputs(model, self.memory.inputs.index_select(0, indices), self.memory.heads_of(indices))
+        return model_outputs(model, self.memory.take(indices), self.memory.heads_of(indices))
 
     @property
     def metric(self) -> OutputMetric:
@@ -73,6 +73,12 @@ class RetainedBehaviour:
         owner = self.memory.owner
         total = torch.zeros(len(self.memory.tasks), dtype=kl.dtype, device=kl.device).index_add_(0, owner, kl)
         return total / torch.bincount(owner, minlength=len(total))
+
+    @torch.no_grad()
+    def divergence(self, model: nn.Module, position: int) -> float:
+        """Mean KL(then || now) of the task at a position in `memory.tasks`, nats a sample."""
+        mine = (self.memory.owner == position).nonzero().squeeze(1)
+        return float(self.metric.divergence(self.reference[mine], self.outputs(model, mine)).double().mean())
 
     def gap(self, outputs: Tensor, indices: Tensor) -> tuple[float, Tensor]:
         """Mean KL of some inputs with these detached outputs (n, O), and n times its gradient in them."""

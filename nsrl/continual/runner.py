@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, process_time
@@ -78,7 +78,7 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         metrics = summary(config, benchmark, history, untrained) | {"wall_seconds": perf_counter() - start}
         held = [data.task for data in benchmark.tasks]
         if all(len(data.splits.validation) for data in benchmark.tasks):
-            scores = evaluate(model, benchmark, "validation", held, config.training.device)
+            scores = evaluate(model, benchmark, "validation", held, config.training.device, strategy.recalled)
             metrics["acc_validation"] = sum(scores) / len(scores)
         records.finish(metrics, model)
     return metrics
@@ -133,7 +133,12 @@ def summary(
 
 
 def evaluate(
-    model: nn.Module, benchmark: Benchmark, part: str, seen: Sequence[Task], device: str = "cpu"
+    model: nn.Module,
+    benchmark: Benchmark,
+    part: str,
+    seen: Sequence[Task],
+    device: str = "cpu",
+    recalled: Callable[[Task], AbstractContextManager[None]] | None = None,
 ) -> list[float]:
     """Score on every task: accuracy from 0 to 1, or for regression the share of the variance explained (0 or more).
 
@@ -143,21 +148,30 @@ def evaluate(
         part: "validation" or "test".
         seen: tasks learnt so far; class-incremental predictions are among their classes.
         device: of the model.
+        recalled: makes the model what it is on a task, for as long as a block runs (`Strategy.recalled`).
     """
-    if benchmark.regression:
-        return [_explained(model, benchmark, index, part, device) for index in range(len(benchmark.tasks))]
     scores = []
     for index, data in enumerate(benchmark.tasks):
-        right = count = 0
-        for inputs, targets, _ in benchmark.loader(index, part, device=device):
-            right += int((predictions(model, inputs, data.task, seen) == targets).sum())
-            count += len(targets)
-        scores.append(right / count if count else float("nan"))
+        with nullcontext() if recalled is None else recalled(data.task):
+            score = _explained if benchmark.regression else _accuracy
+            scores.append(score(model, benchmark, index, part, device, seen))
     return scores
 
 
+def _accuracy(
+    model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str, seen: Sequence[Task]
+) -> float:
+    right = count = 0
+    for inputs, targets, _ in benchmark.loader(index, part, device=device):
+        right += int((predictions(model, inputs, benchmark.tasks[index].task, seen) == targets).sum())
+        count += len(targets)
+    return right / count if count else float("nan")
+
+
 @torch.no_grad()
-def _explained(model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str) -> float:
+def _explained(
+    model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str, seen: Sequence[Task]
+) -> float:
     errors, values = [], []
     for inputs, targets, _ in benchmark.loader(index, part, device=device):
         errors.append((model_outputs(model, inputs, None) - targets).square())
@@ -222,7 +236,7 @@ def _learn_task(
     seen = [data.task for data in benchmark.tasks[: index + 1]]
     entry = {
         "task": task.name,
-        "scores": evaluate(strategy.model, benchmark, "test", seen, training.device),
+        "scores": evaluate(strategy.model, benchmark, "test", seen, training.device, strategy.recalled),
         "losses": losses,
         "diagnostics": {key: float(value) for key, value in diagnostics.items()},
         "train_seconds": watch.seconds,

@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from nsrl.continual import Task
-from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.budget import KLBudget
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.objectives import Classification, Regression
 from nsrl.errors import NsrlError
 from tests.continual.learning import Batches, blobs, build, learn, network
@@ -18,7 +19,7 @@ from tests.continual.learning import Batches, blobs, build, learn, network
 def _moved_budget(regression: bool, **options) -> KLBudget:
     """A budget with two tasks, and its model moved since."""
     model = network()
-    budget = KLBudget(model, KLBudgetOptions(states_per_task=20, **options))
+    budget = KLBudget(model, KLBudgetOptions(states_per_task=20, **{"draw_every": 1, **options}))
     for index in range(2):
         loader = blobs(index)
         if regression:
@@ -70,11 +71,21 @@ def test_losses_and_slopes_are_autograds(objective):
 
 def test_a_step_takes_the_gradient_of_the_whole_objective():
     """One shared pass with slopes in closed form, against the sum of three losses by autograd."""
-    strategy = build("kl_budget", replay=0.5, states_per_task=30, batch_states=60, rate=0.0, damping=0.0)
+    strategy = build(
+        "kl_budget",
+        replay=0.5,
+        states_per_task=30,
+        batch_states=60,
+        rate=0.0,
+        damping=0.0,
+        draw_every=1,
+        curvature=2.0,
+    )
     learn(strategy, Task("first", 0), blobs(0), epochs=2)
     second = blobs(1)
     strategy.before_task(Task("second", 1), second)
     strategy.step((second.inputs[:32], second.targets[:32], 1))
+    curvature = copy.deepcopy(strategy.budget.curvature)
     twin = copy.deepcopy(strategy.model)
     # all 30 retained inputs are drawn, so that the order of the draws does not matter
     retained = strategy.budget.retained
@@ -84,6 +95,10 @@ def test_a_step_takes_the_gradient_of_the_whole_objective():
     total = new + kl + 0.5 * F.cross_entropy(outputs, retained.memory.targets)
     wanted = torch.autograd.grad(total, list(twin.parameters()))
     strategy.step((second.inputs[32:64], second.targets[32:64], 1))
+    # the model's own gradient has a test of its own
+    curvature.model = twin
+    curvature.add_gradient(torch.optim.Adam(twin.parameters()), weight=2.0)
+    wanted = [gradient + p.grad for gradient, p in zip(wanted, twin.parameters(), strict=True)]
     for parameter, gradient in zip(strategy.model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-3)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsrl.continual import MultiHead, Task
-from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.budget import KLBudget
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.memory import Memory
 from nsrl.continual.strategies.ewc import fisher_diagonal
 from nsrl.errors import NsrlError

@@ -2,13 +2,17 @@
 
 import gzip
 import struct
+import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nsrl.continual.benchmarks import build_benchmark
+from nsrl.continual.benchmarks import Minibatches, build_benchmark
+from nsrl.continual.benchmarks.installation import find_collection, install
+from nsrl.continual.benchmarks.mnist import FILES, MNIST
 from nsrl.continual.config import (
     BenchmarkSettings,
     ContinualConfig,
@@ -16,6 +20,7 @@ from nsrl.continual.config import (
     StrategySettings,
     TrainingSettings,
 )
+from nsrl.continual.models import build_model
 from nsrl.continual.runner import run_continual
 from nsrl.errors import NsrlError
 
@@ -90,6 +95,73 @@ def test_permuted_mnist_end_to_end(mnist):
     assert np.shape(metrics["matrix"]) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("collection", "mean", "deviation"), [("mnist", 0.1307, 0.3081), ("fashion_mnist", 0.2860, 0.3530)]
+)
+def test_split_mnist_and_standardised_pixels(collection, mean, deviation, mnist):
+    settings = BenchmarkSettings(f"split_{collection}", validation=0.0, data=str(mnist), pixels="standardised")
+    content = np.frombuffer((mnist / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(20, 30)
+    for scenario in ("task", "class"):
+        benchmark = build_benchmark(replace(settings, scenario=scenario))
+        assert [data.task.classes for data in benchmark.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+        assert [data.task.head for data in benchmark.tasks] == ([0, 1, 2, 3, 4] if scenario == "task" else [None] * 5)
+        inputs, targets, _ = next(iter(benchmark.loader(3, "test")))
+        assert targets.tolist() == ([0, 1, 0, 1] if scenario == "task" else [6, 7, 6, 7])
+        wanted = (content[[6, 7, 16, 17]] / 255.0 - mean) / deviation
+        np.testing.assert_allclose(inputs.numpy(), wanted, rtol=1e-5, atol=1e-6)
+        assert run(replace(settings, scenario=scenario), hidden=[8])["scenario"] == scenario
+
+
+def test_a_network_without_biases_has_none(mnist):
+    for name in ("permuted_mnist", "split_mnist"):
+        benchmark = build_benchmark(BenchmarkSettings(name, data=str(mnist)))
+        for bias in (False, True):
+            model = build_model(ModelSettings(hidden=[8], bias=bias), benchmark)
+            assert any(key.endswith("bias") for key, _ in model.named_parameters()) == bias
+
+
+def test_batches_are_the_same_however_many_are_gathered_at_once(mnist, monkeypatch):
+    benchmark = build_benchmark(BenchmarkSettings("permuted_mnist", tasks=2, data=str(mnist)))
+    found = []
+    for gathered in (1, 7, 2048):
+        monkeypatch.setattr(Minibatches, "GATHERED", gathered)
+        loader = benchmark.loader(1, batch_size=5, seed=3)
+        found.append([*loader, *loader])
+    assert [len(targets) for _, targets, _ in found[0]] == [5] * 2 * len(loader)
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one[0], same[0]) and torch.equal(one[1], same[1])
+
+
+def test_installed_files_are_those_of_the_folder_or_archive(mnist, tmp_path):
+    archive = tmp_path / "package.tgz"
+    with tarfile.open(archive, "w:gz") as content:
+        for path in sorted(mnist.glob("*ubyte*")):
+            content.add(path, arcname=f"package/data/{path.name}")
+    for source in (mnist, archive):
+        folder = tmp_path / f"installed {source.name}"
+        assert install(MNIST, source, folder) == {"train": 40, "t10k": 20}
+        for name in FILES:
+            (mine,) = folder.glob(f"{name}*")
+            assert mine.read_bytes() == (mnist / mine.name).read_bytes()
+
+
+def test_what_cannot_be_installed_is_told(mnist, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (mnist / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(NsrlError, match="no t10k-labels-idx1-ubyte in it; MNIST is the four files"):
+        install(MNIST, mnist, elsewhere)
+    write_idx(mnist / "t10k-labels-idx1-ubyte", np.full(20, 10, dtype=np.uint8))
+    with pytest.raises(NsrlError, match="label 10, but MNIST's are 0 to 9"):
+        install(MNIST, mnist, elsewhere)
+    with pytest.raises(NsrlError, match="no tar archive"):
+        install(MNIST, mnist / "t10k-labels-idx1-ubyte", elsewhere)
+    with pytest.raises(NsrlError, match="there is no "):
+        install(MNIST, tmp_path / "nowhere", elsewhere)
+    with pytest.raises(NsrlError, match="did you mean mnist"):
+        find_collection("mnst")
+
+
 def test_split_cifar100_end_to_end(cifar):
     settings = BenchmarkSettings("split_cifar100", tasks=50, validation=0.0, data=str(cifar))
     benchmark = build_benchmark(settings)
@@ -128,6 +200,7 @@ def test_split_tinyimagenet_end_to_end(tinyimagenet):
     ("name", "download"),
     [
         ("permuted_mnist", "train-images-idx3-ubyte"),
+        ("split_fashion_mnist", "dataset-fashion-mnist"),
         ("split_cifar100", "cifar-100-binary.tar.gz"),
         ("split_tinyimagenet", "tiny-imagenet-200.zip"),
     ],

@@ -97,7 +97,9 @@ def test_tensorboard_has_the_scalars_and_the_matrix(finished):
     assert len(events.Images("continual/accuracy_matrix")) == 5
 
 
-@pytest.mark.parametrize("strategy", ["naive", "ewc", "gpm", "er", "kl_budget", "combined", "features", "joint"])
+@pytest.mark.parametrize(
+    "strategy", ["naive", "ewc", "gpm", "trgp", "er", "derpp", "kl_budget", "combined", "features", "joint"]
+)
 def test_an_interrupted_run_comes_to_the_same_end(strategy, tmp_path, monkeypatch, a_second_later):
     config = small("permuted_digits", strategy, tasks=3, epochs=1)
     if strategy in ("kl_budget", "combined"):
@@ -311,7 +313,7 @@ def test_presets_lie_beneath_the_options_of_the_strategy():
     config = ContinualConfig(strategy=StrategySettings("er", {"batch_samples": 9}), presets=presets)
     assert config.options == {"samples_per_task": 7, "batch_samples": 9}
     metrics = run_continual(replace(config, benchmark=BenchmarkSettings(tasks=2), training=TrainingSettings(epochs=1)))
-    assert metrics["memory_bytes"] == 2 * 7 * (64 * 4 + 8)
+    assert metrics["memory_bytes"] == 2 * 7 * (64 + 8) + 17 * 4  # 17 shades of grey, held as bytes
     with pytest.raises(NsrlError, match=r"presets\.er must hold options by name"):
         ContinualConfig(presets={"er": 3})
 

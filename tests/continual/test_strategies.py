@@ -171,8 +171,10 @@ def _gpm_basis(features: np.ndarray, basis: np.ndarray, energy: float) -> np.nda
     return np.concatenate([basis, left[:, :count]], 1)
 
 
-def test_gpm_bases_are_the_papers_by_numpy():
-    strategy = build("gpm", energy=0.9, samples_per_task=1000)
+@pytest.mark.parametrize("energy", [0.9, [0.8, 0.95, 0.99]])
+def test_gpm_bases_are_the_papers_by_numpy(energy):
+    strategy = build("gpm", energy=energy, samples_per_task=1000)
+    energies = dict(zip("024", [energy] * 3 if energy == 0.9 else energy, strict=True))
     bases = {
         name: np.zeros((layer.in_features, 0))
         for name, layer in strategy.model.named_children()
@@ -182,7 +184,7 @@ def test_gpm_bases_are_the_papers_by_numpy():
         loader = blobs(task.index)
         learn(strategy, task, loader, epochs=2)
         for name, features in _layer_inputs(strategy.model, loader.inputs).items():
-            bases[name] = _gpm_basis(features, bases[name], 0.9)
+            bases[name] = _gpm_basis(features, bases[name], energies[name])
             found = strategy.bases[name].numpy()
             assert np.allclose(found @ found.T, bases[name] @ bases[name].T, atol=1e-5), name
 
@@ -359,6 +361,22 @@ def test_memory_is_even_over_classes_and_counted_in_bytes():
     assert sorted(seen.tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_made_of_bytes_are_held_as_bytes_without_loss(dtype):
+    images = ((torch.randint(0, 256, (40, 3, 5)).to(dtype) / 255 - 0.13) / 0.31).requires_grad_(False)
+    memory = Memory(20)
+    for index, some in enumerate(images.split(20)):
+        memory.add(Task(f"task {index}", index), [(some, torch.arange(20) % 2)])
+        assert memory._inputs.codes.dtype == torch.uint8
+    assert sorted(map(tuple, memory.inputs.flatten(1).tolist())) == sorted(map(tuple, images.flatten(1).tolist()))
+    chosen = torch.tensor([31, 2])
+    assert torch.equal(memory.take(chosen), memory.inputs[chosen]) and memory.take(chosen).dtype == dtype
+    colours = len(images.unique())
+    assert memory.nbytes() == 40 * 15 + colours * images.element_size() + 40 * 8
+    memory.add(Task("noise", 2), [(torch.randn(20, 3, 5, dtype=dtype), torch.arange(20) % 2)])
+    assert torch.equal(memory.inputs[:40].sort(0).values, images.sort(0).values)
+
+
 class _Uncovered(nn.Module):
     def __init__(self):
         super().__init__()
@@ -393,6 +411,8 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(NsrlError, match="'second' is not at hand"):
         strategy.after_task(SECOND, loader)
     strategy.after_task(FIRST, loader)
+    with pytest.raises(NsrlError, match="energy has 2 numbers, but the model has 3 layers in use: 0, 2, 4"):
+        learn(build("gpm", energy=[0.9, 0.95]), FIRST, loader, epochs=1)
     with pytest.raises(NsrlError, match="learnt already"):
         strategy.before_task(FIRST, loader)
     with pytest.raises(NsrlError, match="freeze_statistics"):

@@ -32,6 +32,16 @@ BENCHMARKS = (
     "teacher_student",
     "regression",
 )
+#: Configurations that read the user's files: they run when they are named.
+FROM_FILES = (
+    "permuted_mnist",
+    "permuted_mnist_online",
+    "split_mnist",
+    "split_mnist_class",
+    "permuted_fashion_mnist",
+    "split_fashion_mnist",
+    "split_fashion_mnist_class",
+)
 SEEDS = (0, 1, 2, 3, 4)
 ORDERS = (0, 1)
 #: What of a run's metrics is averaged.
@@ -83,20 +93,21 @@ def plan_cells(configs: Path, *, only: Sequence[str] = (), quick: bool = False) 
     Args:
         configs: folder whose `continual` holds the configurations. Every strategy runs with its own defaults and,
             over them, the configuration's preset for it.
-        only: names of benchmarks and of strategies; none of a kind means all of it.
+        only: names of benchmarks and of strategies; none of a kind means all of it, of the benchmarks those that need
+            no files.
         quick: one seed, one order, one epoch.
 
     Raises:
         NsrlError: an unknown name, an unreadable configuration.
     """
-    unknown = [name for name in only if name not in BENCHMARKS and name not in STRATEGIES]
+    unknown = [name for name in only if name not in (*BENCHMARKS, *FROM_FILES, *STRATEGIES)]
     if unknown:
         raise NsrlError(
-            f"there is no benchmark or strategy {unknown[0]!r}; benchmarks: {', '.join(BENCHMARKS)}; "
+            f"there is no benchmark or strategy {unknown[0]!r}; benchmarks: {', '.join((*BENCHMARKS, *FROM_FILES))}; "
             f"strategies: {', '.join(STRATEGIES)}"
         )
     strategies = [name for name in STRATEGIES if name in only] or list(STRATEGIES)
-    wanted = [name for name in BENCHMARKS if name in only] or list(BENCHMARKS)
+    wanted = [name for name in (*BENCHMARKS, *FROM_FILES) if name in only] or list(BENCHMARKS)
     bases = {name: load(ContinualConfig, configs / "continual" / f"{name}.yaml") for name in wanted}
     cells = []
     for seed in SEEDS[:1] if quick else SEEDS:

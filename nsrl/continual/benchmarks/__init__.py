@@ -8,7 +8,7 @@ from dataclasses import replace
 from nsrl.continual.benchmarks.benchmark import Benchmark, Examples, Minibatches, Splits, TaskData, ordered
 from nsrl.continual.benchmarks.cifar import split_cifar100
 from nsrl.continual.benchmarks.digits import permuted_digits, rotated_digits, split_digits
-from nsrl.continual.benchmarks.mnist import permuted_mnist
+from nsrl.continual.benchmarks.mnist import permuted_fashion_mnist, permuted_mnist, split_fashion_mnist, split_mnist
 from nsrl.continual.benchmarks.synthetic import regression, teacher_student
 from nsrl.continual.benchmarks.tinyimagenet import split_tinyimagenet
 from nsrl.continual.config import BenchmarkSettings
@@ -23,6 +23,9 @@ BENCHMARKS: dict[str, Callable[[BenchmarkSettings, int], Benchmark]] = {
     "teacher_student": teacher_student,
     "regression": regression,
     "permuted_mnist": permuted_mnist,
+    "split_mnist": split_mnist,
+    "permuted_fashion_mnist": permuted_fashion_mnist,
+    "split_fashion_mnist": split_fashion_mnist,
     "split_cifar100": split_cifar100,
     "split_tinyimagenet": split_tinyimagenet,
 }

@@ -129,7 +129,11 @@ class Minibatches:
     """Minibatches (inputs, targets, task index), as often as it is gone through.
 
     It slices whole batches out of tensors: torch's DataLoader takes longer to collate 32 digits than a step on them.
+    Many batches are gathered and made inputs at once, for the same reason.
     """
+
+    #: Examples that are gathered at once.
+    GATHERED = 2048
 
     def __init__(
         self,
@@ -151,12 +155,14 @@ class Minibatches:
     def __iter__(self) -> Iterator[Batch]:
         count = len(self.examples)
         order = torch.arange(count) if self._generator is None else torch.randperm(count, generator=self._generator)
-        for indices in order.split(self.batch_size):
-            batch = self.examples.take(indices)
-            inputs = batch.inputs
-            if self.augment:
-                inputs = augmented(inputs, self._generator)
-            yield self.normalise(inputs).to(self.device), batch.targets.to(self.device), self.index
+        # augmentation draws for a batch at a time
+        together = self.batch_size * max(1, 1 if self.augment else self.GATHERED // self.batch_size)
+        for indices in order.split(together):
+            some = self.examples.take(indices)
+            images = augmented(some.inputs, self._generator) if self.augment else some.inputs
+            inputs, targets = self.normalise(images).to(self.device), some.targets.to(self.device)
+            for batch in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
+                yield *batch, self.index
 
 
 def augmented(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:

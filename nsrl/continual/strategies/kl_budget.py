@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsrl.continual.budget import KLBudget, KLBudgetOptions
+from nsrl.continual.budget import KLBudget
+from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions, ProtectedFeatures
 from nsrl.continual.heads import model_outputs
 from nsrl.continual.objectives import objective_of
@@ -76,24 +77,27 @@ class KLBudgetStrategy(Strategy):
         self.budget.resume(progress)
 
     def _backward(self, inputs: Tensor, targets: Tensor, head: int | None) -> float:
-        if not self.tasks:
-            return super()._backward(inputs, targets, head)
-        memory, old = self.budget.retained.memory, self.budget.draw()
+        if not self.budget.draws():
+            plain = super()._backward(inputs, targets, head)
+            self.budget.add_curvature(self.optimizer)
+            return plain
+        memory, old = self.budget.retained.memory, self.budget.draw(len(inputs))
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs.index_select(0, old)]), heads)
+        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
         new, kept = outputs.detach().split([len(inputs), len(old)])
         objective = objective_of(targets)
         objective.check(new, targets)
         loss, slope = objective.loss_and_slope(new, targets)
         # one root with a gradient in closed form: half as many nodes as two losses, and steps here are all overhead
         outputs.backward(torch.cat([slope, self.budget.pull(kept, old)]))
+        self.budget.add_curvature(self.optimizer)
         return float(loss)
 
     def _after_step(self) -> None:
-        self.budget.tick()
+        self.budget.tick(self.optimizer)
 
     def _end(self, task: Task, loader: Loader) -> None:
-        self.budget.retain(task, loader)
+        self.budget.retain(task, loader, self.optimizer)
 
 
 class CombinedStrategy(KLBudgetStrategy):
@@ -138,13 +142,13 @@ class CombinedStrategy(KLBudgetStrategy):
             return
         self.features.tick()
         before = self.budget.interventions
-        self.budget.tick()
+        self.budget.tick(self.optimizer)
         if self.budget.interventions > before:
             self.features.restart()
 
     def _end(self, task: Task, loader: Loader) -> None:
         self.features.enforce()
-        self.budget.retain(task, loader)
+        self.budget.retain(task, loader, self.optimizer)
         # a restoration just now is a part of what the task ended with
         self.features.restart()
         self.features.retain(task, loader)

@@ -84,7 +84,7 @@ class Joint(Strategy):
         memory = self._memory
         old = memory.draw(len(self.tasks) * len(inputs))
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs[old]]), heads)
+        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
         new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
         objective = objective_of(targets)
         objective.check(new_outputs, targets)

@@ -74,7 +74,7 @@ class ExperienceReplay(_WithMemory):
         memory = self._memory
         old = memory.draw(self.options.batch_samples)
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.inputs[old]]), heads)
+        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
         new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
         objective = objective_of(targets)
         objective.check(new_outputs, targets)
@@ -102,7 +102,7 @@ class AGEM(_WithMemory):
             return super()._backward(inputs, targets, head)
         memory, flat = self._memory, self.flat
         old = memory.draw(self.options.batch_samples)
-        self._loss(memory.inputs[old], memory.targets[old], memory.heads_of(old)).backward()
+        self._loss(memory.take(old), memory.targets[old], memory.heads_of(old)).backward()
         reference = flat.gradient()
         self.optimizer.zero_grad()
         loss = super()._backward(inputs, targets, head)

@@ -101,9 +101,21 @@ class KroneckerConstraint(Constraint):
         return result
 
     @property
+    def held(self) -> list[Factors]:
+        """The factors of layers whose columns nothing else shares."""
+        # Columns with a second block in a batch, or other company in another batch, have no single pair of factors.
+        refused = self._refused | _repeated(c for key in self._factors for c in key if c is not None)
+        # A layer in pieces (groups of a convolution) may have been one dense block in another batch.
+        return [
+            factors
+            for key, factors in self._factors.items()
+            if not any(overlap(mine, theirs) for mine in key if mine is not None for theirs in refused)
+        ]
+
+    @property
     def uncovered(self) -> tuple[str, ...]:
         """Parameters without a pair of factors: norm scales, embeddings, free parameters, tied weights."""
-        held = [c for factors in self._held() for c in (factors.layer.weight, factors.layer.bias) if c is not None]
+        held = [c for factors in self.held for c in (factors.layer.weight, factors.layer.bias) if c is not None]
         return tuple(
             name for name, (start, stop) in self.columns.items() if not any(a >= start and b <= stop for a, b in held)
         )
@@ -157,20 +169,9 @@ class KroneckerConstraint(Constraint):
                 return layer if (first, last) == (start, stop) else f"{layer}[{(start - first) // (stop - start)}]"
         raise ValueError(f"columns {start} to {stop} belong to no parameter; pass the columns that were linearised")
 
-    def _held(self) -> list[Factors]:
-        """The factors of layers whose columns nothing else shares."""
-        # Columns with a second block in a batch, or other company in another batch, have no single pair of factors.
-        refused = self._refused | _repeated(c for key in self._factors for c in key if c is not None)
-        # A layer in pieces (groups of a convolution) may have been one dense block in another batch.
-        return [
-            factors
-            for key, factors in self._factors.items()
-            if not any(overlap(mine, theirs) for mine in key if mine is not None for theirs in refused)
-        ]
-
     def _eigen(self) -> list[tuple[LayerColumns, Tensor, Tensor, Tensor]]:
         """Layer, eigenvalues (rank S, rank A), Q_A (d_in, rank A) and Q_S (d_out, rank S); decomposed once."""
-        held = self._held()
+        held = self.held
         if not held:
             raise ValueError("the constraint holds no factors; call update with the Jacobian of a net of linear layers")
         if self._decomposed is None:

@@ -9,13 +9,13 @@ from nsrl.face import lazily
 
 if TYPE_CHECKING:
     from nsrl.editing.callback import GuardCallback as GuardCallback
+    from nsrl.editing.editor import Editor as Editor
     from nsrl.editing.edits import Edit as Edit
     from nsrl.editing.guard import ModuleGuard as ModuleGuard
     from nsrl.editing.guard import protect_module as protect_module
-    from nsrl.editing.retention_file import RetentionFile as RetentionFile
-    from nsrl.editing.editor import Editor as Editor
     from nsrl.editing.methods import METHODS as METHODS
     from nsrl.editing.methods import Method as Method
+    from nsrl.editing.retention_file import RetentionFile as RetentionFile
     from nsrl.editing.values import Values as Values
     from nsrl.editing.values import ValueSearch as ValueSearch
 

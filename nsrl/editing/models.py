@@ -50,7 +50,7 @@ def load_model(name: str, device: str = "cpu", cache: Path = CACHE) -> tuple[Any
         known = ", ".join(PACKAGED)
         raise NsrlError(f"{name} is no folder of a transformers model (it has no config.json); give one, or {known}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise NsrlError(f"the model in {name} cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -193,7 +193,8 @@ def _run_heads(model: Any, rows: _Rows) -> None:
     places = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         hidden_states(model, input_ids=ids, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
-    rows.past = [(layer.keys, layer.values) for layer in cache.layers]
+    layers: Any = cache.layers  # typed as any kind of cache; a DynamicCache holds keys and values
+    rows.past = [(layer.keys, layer.values) for layer in layers]
 
 
 def _forward(model: Any, rows: _Rows) -> Tensor:

@@ -107,15 +107,18 @@ METHODS: dict[str, Method] = {
     "KL penalty": Method("ppo", "kl_penalty", {"penalty": 1.0}),
     "NullSpacePPO": Method("ppo", "null_space"),
     "NullSpaceTRPO": Method("trpo", "null_space"),
-    "plain PPO, as it comes": Method("ppo", "finetune", {"opening": "off", "values": "raw"}, later=True),
-    "KL penalty, as it comes": Method(
+    "plain PPO (as it comes)": Method("ppo", "finetune", {"opening": "off", "values": "raw"}, later=True),
+    "KL penalty (as it comes)": Method(
         "ppo", "kl_penalty", {"penalty": 1.0, "opening": "off", "values": "raw"}, later=True
     ),
     "output replay": Method("ppo", "der", {"penalty": 1.0}, later=True),
-    "NullSpaceTRPO, unopened": Method("trpo", "null_space", {"opening": "off"}, later=True),
-    "NullSpaceTRPO, raw values": Method("trpo", "null_space", {"values": "raw"}, later=True),
+    "NullSpaceTRPO (unopened)": Method("trpo", "null_space", {"opening": "off"}, later=True),
+    "NullSpaceTRPO (raw values)": Method("trpo", "null_space", {"values": "raw"}, later=True),
+    "NullSpaceTRPO (budget 0.002)": Method("trpo", "null_space", {"kl_budget": 0.002}, later=True),
+    "NullSpaceTRPO (worst 0.05)": Method("trpo", "null_space", {"worst_budget": 0.05}, later=True),
+    "NullSpaceTRPO (agreement 0.99)": Method("trpo", "null_space", {"agreement": 0.99}, later=True),
     "plain TRPO": Method("trpo", "finetune", later=True),
-    "KL penalty, TRPO": Method("trpo", "kl_penalty", {"penalty": 1.0}, later=True),
+    "KL penalty (TRPO)": Method("trpo", "kl_penalty", {"penalty": 1.0}, later=True),
     "L2": Method("ppo", "l2", {"penalty": 0.1}, later=True),
     "EWC": Method("ppo", "ewc", {"penalty": 10.0}, later=True),
     "frozen trunk": Method("ppo", "frozen", later=True),

@@ -57,6 +57,7 @@ class GuardOptions:
         target: share of the budget that the multiplier and a restoration aim at.
         multiplier: the Lagrange multiplier to start with, in units of the loss per nat.
         rate: integral gain of its logarithm, a pull.
+        damping: proportional gain of its logarithm.
         restore_steps: Gauss-Newton steps tried before going back to the last feasible parameters; 0 only goes back.
         restore_tokens: preserved tokens that such a step is solved on; all count for how far it is made.
         top_k: keep so many likeliest classes of the reference and the rest as one mass; None keeps all. The KL measured
@@ -74,7 +75,8 @@ class GuardOptions:
     pull_every: int = 1
     target: float = 0.75
     multiplier: float = 1.0
-    rate: float = 0.05
+    rate: float = 0.02
+    damping: float = 1.0
     restore_steps: int = 2
     restore_tokens: int = 64
     top_k: int | None = None
@@ -312,6 +314,7 @@ class ModuleGuard:
             target=options.target,
             multiplier=options.multiplier,
             rate=options.rate,
+            damping=options.damping,
             restore_steps=options.restore_steps,
             restore_tokens=options.restore_tokens,
             seed=options.seed,

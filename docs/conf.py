@@ -45,6 +45,8 @@ napoleon_use_rtype = False
 FACES = (
     "nsrl.analysis",
     "nsrl.continual",
+    "nsrl.editing",
+    "nsrl.editing.knowledge",
     "nsrl.ntk",
     "nsrl.ntk.path",
     "nsrl.projection",

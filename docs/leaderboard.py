@@ -42,6 +42,8 @@ def sections(reference: Path) -> Iterator[str]:
     for path, content in sorted(suites.items(), key=lambda item: "tasks" in item[1]):
         table = sequence_table(content) if "tasks" in content else pair_table(content)
         yield section(f"{path.stem}", f"nsrl bench {path.stem}", path, content, table)
+    if any((reference / "frontier").glob("*.jsonl")):
+        yield "\n".join(frontier_lines(reference / "frontier"))
     continual = reference / "continual" / "continual.json"
     if continual.is_file():
         content = json.loads(continual.read_text(encoding="utf-8"))
@@ -55,6 +57,23 @@ def sections(reference: Path) -> Iterator[str]:
         path = reference / f"{name}.json"
         if path in read:
             yield section(title, f"nsrl bench {name}", path, read[path], table(read[path]))
+
+
+def frontier_lines(folder: Path) -> Iterator[str]:
+    """The frontier's tables, a pair each, of methods that were run on all agents."""
+    from nsrl.bench.studies.frontier import KINDS, MULTIPLES, PAIRS, SEEDS
+    from nsrl.bench.studies.frontier_report import pair_table, read_rows, scores
+
+    yield "## The frontier\n"
+    yield "`nsrl bench frontier`; how to read it: [report](../runs/reference/frontier/report.md).\n"
+    whole = len(KINDS) * len(MULTIPLES) * len(SEEDS)
+    for pair in PAIRS:
+        rows = read_rows(folder, pair)
+        counts = {name: sum(row["method"] == name for row in rows) for name in {row["method"] for row in rows}}
+        rows = [row for row in rows if counts[row["method"]] == whole]
+        if rows:
+            table = pair_table(scores(rows), pair)
+            yield f"### {table.title}\n\n{table.markdown()}\n"
 
 
 def section(title: str, command: str, path: Path, content: dict[str, Any], table: Table) -> str:

@@ -69,7 +69,6 @@ PAIRS: dict[str, Pair] = {
         100_000,
         80_000,
         {"n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4},
-        test=True,
     ),
     "pendulum_reversed": Pair(
         "nsrl/Pendulum-v0",

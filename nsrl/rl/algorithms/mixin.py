@@ -324,7 +324,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As the algorithm's own; of the constraint, its settings and the buffer's digest are in the zip."""
         if self.retention is not None and self._terms is not None:
-            self._saved_constraint = replace(self._terms, digest=self.retention.constraint.buffer.digest()).written()
+            digest, opened = self.retention.constraint.buffer.digest(), not self.retention.opening.pending
+            self._saved_constraint = replace(self._terms, digest=digest, opened=opened).written()
         # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
         include = None if include is None else [name for name in include if name != "retention"]
         super().save(path, exclude, include)
@@ -343,7 +344,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             )
         self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
         assert self.retention is not None
-        if self.retention.opening.pending:
+        if saved.opened and self.retention.opening.pending:
             self.retention.opening.leave_out("the model was saved behind it")
 
     def _was_held_to(self, retain: RetentionBuffer) -> bool:

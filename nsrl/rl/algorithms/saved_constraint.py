@@ -19,6 +19,7 @@ class SavedConstraint:
         method: of the engine: "null_space", "kl_penalty" or "finetune".
         penalty: coefficient of the KL penalty.
         trusted: whether the buffer was taken with `trust_buffer`.
+        opened: whether the opening was behind it; zips of before this was noted were saved behind it as a rule.
     """
 
     config: RetentionConfig
@@ -26,6 +27,7 @@ class SavedConstraint:
     method: str = "null_space"
     penalty: float = 1.0
     trusted: bool = False
+    opened: bool = True
 
     def written(self) -> str:
         """As a line of JSON, which SB3 stores as it is."""

@@ -70,12 +70,13 @@ class OpeningRecord:
 
     def text(self) -> str:
         """A line for logs and reports."""
-        columns = f", {self.columns} free columns" if self.columns else ""
-        units = f", {self.units} free units" if self.units else ""
-        cost = f"{columns}{units}; KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
+        cost = f"KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
+        freed = [f"{count} free {what}" for count, what in ((self.columns, "columns"), (self.units, "units")) if count]
         if self.skipped:
-            return f"opening skipped: {self.skipped}{cost}"
-        return f"opening: {self.before:.0%} -> {self.after:.0%} open on new states{cost}"
+            return f"opening skipped: {', '.join([self.skipped, *freed])}; {cost}"
+        # of a Gaussian, whose spread is not what is opened, there is nothing to be told
+        opened = [f"{self.before:.0%} -> {self.after:.0%} open on new states"] if self.before != self.after else []
+        return f"opening: {', '.join([*opened, *freed])}; {cost}"
 
 
 class Opening:
@@ -208,11 +209,12 @@ class Opening:
         """Free units for the new task, if the old one is as good without them."""
         constraint = self._constraint
         before = constraint.binding_divergence()
-        # the budget as `opening_budget` cuts it; a policy that is on its way is condensed for as little as a fresh one
+        # of the opening's budget; a policy that is on its way is condensed for as little as a fresh one
         cost = before + CONDENSING * self._budget
         return free_units(
             constraint.policy,
-            constraint.inputs,
+            # nothing is fitted to the held-out states
+            select(constraint.inputs, constraint.train),
             new.inputs,
             constraint.binding_divergence,
             min(cost, self._budget),

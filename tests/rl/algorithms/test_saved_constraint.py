@@ -170,3 +170,13 @@ def test_a_narrow_gaussian_that_goes_on_explores_widely_again_and_is_not_opened_
     steps = loaded.num_timesteps
     loaded.learn(128, reset_num_timesteps=False)
     assert loaded.num_timesteps == steps + 128  # none were played for an opening
+
+
+def test_a_model_that_was_saved_before_it_learnt_is_opened_when_it_learns(tmp_path: Path) -> None:
+    agent, buffer = narrow()
+    model = NullSpacePPO.from_pretrained(agent, NEW["box"], retain=buffer, kl_budget=BUDGET, **SMALL)
+    model.save(tmp_path / "model.zip")
+    loaded = NullSpacePPO.load(tmp_path / "model.zip", env=model.get_env(), retain=buffer)
+    assert loaded.retention.opening.pending
+    loaded.learn(64)
+    assert not loaded.retention.opening.pending and loaded.retention_report().opening.states > 0

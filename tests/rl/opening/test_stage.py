@@ -306,3 +306,19 @@ def test_a_checkpoint_with_a_damaged_opening_changes_nothing(tmp_path: Path) -> 
         checkpoint.restore(tmp_path / "c", fresh)
     assert fresh.retention.opening.pending
     assert all(torch.equal(value, before[name]) for name, value in fresh.policy.state_dict().items())
+
+
+def test_no_unit_is_fitted_to_held_out_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, buffer = certain(gap=8.0)
+    model = learner(agent, buffer)
+    constraint, given = model.retention.constraint, []
+    monkeypatch.setattr("nsrl.rl.opening.stage.free_units", lambda policy, old, *_, **__: given.append(old) or 0)
+    model._setup_learn(600, None)
+    model.retention.opening.run(model)
+    assert torch.equal(given[0], constraint.inputs[constraint.train]) and len(constraint.heldout) > 0
+
+
+def test_the_line_of_a_gaussian_says_nothing_of_openness() -> None:
+    record = OpeningRecord(96, 0, 1.0, 1.0, 1e-4, 0, 0.5, units=96)
+    assert record.text() == "opening: 96 free units; KL 0.0001 on the buffer, 96 timesteps, 0.5 s"
+    assert OpeningRecord(96, 0, 0.1, 0.9, 1e-4, 0, 0.5).text().startswith("opening: 10% -> 90% open on new states; KL")

@@ -10,18 +10,17 @@ what is there is not run again.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nsrl.bench.studies.lines import append_run, read_runs
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.runs.machine import describe_environment
@@ -367,29 +366,6 @@ def _watch(pair: Pair, every: int) -> Any:
             self._measure()
 
     return Watch()
-
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file; a line that a crash cut short is left out, and its run is made again."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def append_run(path: Path, row: dict[str, Any]) -> None:
-    """Add a run to a file.
-
-    Raises:
-        NsrlError: it cannot be written.
-    """
-    try:
-        with path.open("a+", encoding="utf-8") as file:
-            whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
-            file.write(("" if whole else "\n") + json.dumps(row) + "\n")
-    except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def run_cells(

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nsrl.bench.studies.frontier import BUDGET, BUFFERS, GRID, METHODS, PAIRS, SCALES, STATES, read_runs
+from nsrl.bench.studies.frontier import BUDGET, BUFFERS, GRID, METHODS, PAIRS, SCALES, STATES
+from nsrl.bench.studies.lines import read_runs
 from nsrl.bench.suites.statistics import bootstrap, interquartile_mean
 from nsrl.errors import NsrlError
 from nsrl.files import write_text, written_atomically

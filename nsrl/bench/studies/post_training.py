@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsrl.bench.studies.frontier import append_run, read_runs
+from nsrl.bench.studies.lines import append_run, read_runs
 from nsrl.bench.studies.post_training_tasks import (
     PEOPLE,
     TASKS,
@@ -292,7 +292,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise NsrlError("LoRA needs the package peft; install nsrl[llm]") from error
+        raise NsrlError("LoRA needs the package peft, which no extra of nsrl installs; pip install peft") from error
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(rank)
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear))

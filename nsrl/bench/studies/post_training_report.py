@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nsrl.bench.studies.frontier import read_runs
+from nsrl.bench.studies.lines import read_runs
 from nsrl.bench.studies.post_training import METHODS
 from nsrl.bench.studies.post_training_tasks import TASKS
 from nsrl.errors import NsrlError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsrl.bench.studies import frontier, frontier_report
+from nsrl.bench.studies import frontier, frontier_report, lines
 from nsrl.errors import NsrlError
 
 
@@ -71,7 +71,7 @@ def test_a_report_keeps_what_was_varied_apart(tmp_path: Path) -> None:
         line(states=64, curve=[[0, 500.0, 10.0, 0.0], [200, 400.0, 490.0, 0.002]]),
         line("KL penalty", penalty=10.0),
     ):
-        frontier.append_run(path, row)
+        lines.append_run(path, row)
     rows = frontier_report.read_rows(tmp_path, "acrobot_swapped")
     assert [row["method"] for row in rows] == ["scratch PPO", "NullSpacePPO"]
     table = frontier_report.varied_table(tmp_path, "states")
@@ -87,9 +87,9 @@ def test_a_report_keeps_what_was_varied_apart(tmp_path: Path) -> None:
 
 def test_a_line_that_a_crash_cut_short_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
-    frontier.append_run(path, line())
+    lines.append_run(path, line())
     with path.open("a", encoding="utf-8") as file:
         file.write('{"cell": "half')
-    assert len(frontier.read_runs(path)) == 1
-    frontier.append_run(path, line("KL penalty"))
-    assert [row["method"] for row in frontier.read_runs(path)] == ["NullSpacePPO", "KL penalty"]
+    assert len(lines.read_runs(path)) == 1
+    lines.append_run(path, line("KL penalty"))
+    assert [row["method"] for row in lines.read_runs(path)] == ["NullSpacePPO", "KL penalty"]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsrl.editing.fingerprint import fingerprint
 from nsrl.editing.post_training.preserved import Batch, Preserved, Reference
 from nsrl.errors import NsrlError
 from nsrl.files import given_path, written_atomically
@@ -94,7 +95,7 @@ class RetentionFile:
             "format": FORMAT,
             "nsrl": VERSION,
             "name": name,
-            "model": model_hash(model),
+            "model": fingerprint(model),
             "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
             "vocabulary": _classes(preserved),
             "top_k": top_k,
@@ -190,7 +191,7 @@ class RetentionFile:
                 "the retention file was made with another tokenizer, so that its token ids mean something else; give "
                 "the tokenizer of its model, or make the file again"
             )
-        if self.provenance["model"] == model_hash(model):
+        if self.provenance["model"] == fingerprint(model):
             return
         of = self.provenance.get("name") or "another model"
         try:
@@ -223,17 +224,6 @@ class RetentionFile:
         sizes = [sum(ends[start : start + batch_size]) for start in range(0, len(ends), batch_size)]
         pieces = zip(*(t.to(device).split(sizes) for t in _parts(self.answers) if t is not None), strict=True)
         return Preserved(model, _padded(sequences, batch_size), references=[Reference(*piece) for piece in pieces])
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of the names, types, shapes and values of a module's parameters and of buffers that are saved."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            tensor = value.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

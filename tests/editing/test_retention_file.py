@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from nsrl.editing.fingerprint import fingerprint
 from nsrl.editing.guard import protect_module
-from nsrl.editing.retention_file import RetentionFile, model_hash, tokenizer_hash
+from nsrl.editing.retention_file import RetentionFile, tokenizer_hash
 from nsrl.errors import NsrlError
 from tests.editing.tiny_lm import VOCABULARY, TinyLM, train
 
@@ -46,7 +47,7 @@ def test_it_holds_what_the_model_answers(path) -> None:
     torch.testing.assert_close(file.answers.outputs.double(), top, rtol=0, atol=1e-5)  # padded sums, float32
     assert torch.equal(file.answers.indices, classes)
     torch.testing.assert_close(file.answers.rest.double().exp(), 1 - top.exp().sum(-1), rtol=0, atol=1e-6)
-    assert file.provenance["model"] == model_hash(model) and file.provenance["vocabulary"] == VOCABULARY
+    assert file.provenance["model"] == fingerprint(model) and file.provenance["vocabulary"] == VOCABULARY
 
 
 def test_its_kl_is_a_lower_bound_of_the_full_one_and_of_a_finer_one() -> None:

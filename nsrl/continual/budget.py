@@ -169,24 +169,12 @@ class KLBudget:
         """
         if not len(self):
             return 0.0
-        try:
-            return self._enforce()
-        except BaseException:
-            if self._feasible is not None:
-                self.parameters.write(self._feasible)
-            raise
-
-    def _enforce(self) -> float:
-        kl = self.binding_divergence()
-        kl, made = self.enforcement.restore_inside(kl)
-        self.restorations += made
-        if kl > self.options.kl_budget:
-            assert self._feasible is not None
-            self.fallbacks += 1
-            self.enforcement.fall_back(self._feasible)
-            kl = self.binding_divergence()
+        assert self._feasible is not None
+        kept = self.enforcement.keep(self._feasible)
+        self.restorations += kept.restored
+        self.fallbacks += kept.fell_back
         self._feasible = self.parameters.read()
-        return kl
+        return kept.kl
 
     def certificate(self, states: int = 32) -> dict[str, float]:
         """What the way since the last task's end has to do with the protected outputs, on a few retained inputs.

@@ -88,8 +88,8 @@ class TokenBudget:
         rate, damping: integral gain of its logarithm, a pull, and proportional gain.
         restore_steps: Gauss-Newton steps tried before going back; 0 only goes back.
         restore_tokens: preserved tokens that such a step is solved on.
-        bisections: of the segment back to the last feasible parameters.
         seed: of the batches that pull.
+        bisections: of the segment back to the last feasible parameters.
 
     Attributes:
         multiplier: the dual variable.
@@ -103,14 +103,14 @@ class TokenBudget:
         parameters: Sequence[nn.Parameter],
         kl_budget: float,
         *,
-        target: float = 0.75,
-        multiplier: float = 1.0,
-        rate: float = 0.05,
-        damping: float = 0.3,
-        restore_steps: int = 2,
-        restore_tokens: int = 64,
+        target: float,
+        multiplier: float,
+        rate: float,
+        damping: float,
+        restore_steps: int,
+        restore_tokens: int,
+        seed: int,
         bisections: int = 8,
-        seed: int = 0,
     ):
         self.preserved = preserved
         self.parameters = FlatParameters(parameters)
@@ -149,25 +149,20 @@ class TokenBudget:
 
         An exception leaves the last feasible parameters.
         """
+        kept = self.enforcement.keep(self.feasible)
+        self.restorations += kept.restored
+        self.fallbacks += kept.fell_back
+        kl = kept.kl
         try:
-            return self._enforce()
+            if kept.restored and not kept.fell_back:
+                kl = self.binding_divergence()  # a restoration's last try may have been taken back
+            if not kl <= self.kl_budget:
+                # Half precision may round the point that was found feasible; the last feasible one is known to be.
+                self.parameters.write(self.feasible)
+                kl = self.binding_divergence()
         except BaseException:
             self.parameters.write(self.feasible)
             raise
-
-    def _enforce(self) -> float:
-        kl = self.binding_divergence()
-        kl, made = self.enforcement.restore_inside(kl)
-        self.restorations += made
-        if kl > self.kl_budget:
-            self.fallbacks += 1
-            self.enforcement.fall_back(self.feasible)
-        if made or kl > self.kl_budget:
-            kl = self.binding_divergence()
-        if not kl <= self.kl_budget:
-            # Half precision may round the point that was found feasible; the last feasible one is known to be.
-            self.parameters.write(self.feasible)
-            kl = self.binding_divergence()
         self.feasible = self.parameters.read()
         return kl
 

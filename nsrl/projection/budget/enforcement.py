@@ -43,6 +43,21 @@ class Retained(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What it took to keep a budget.
+
+    Attributes:
+        kl: measured last.
+        restored: restorations made.
+        fell_back: whether the parameters went back towards the feasible ones.
+    """
+
+    kl: float
+    restored: int
+    fell_back: bool
+
+
+@dataclass(frozen=True)
 class Enforcement:
     """Brings behaviour back inside its budget.
 
@@ -59,6 +74,22 @@ class Enforcement:
     aim: float
     steps: int
     bisections: int = 12
+
+    def keep(self, feasible: Tensor) -> Kept:
+        """Measure; restore; and where that does not do, go back towards feasible parameters (P,) and measure again.
+
+        Whatever is raised on the way leaves the feasible parameters.
+        """
+        try:
+            kl, restored = self.restore_inside(self.retained.binding_divergence())
+            fell_back = kl > self.limit
+            if fell_back:
+                self.fall_back(feasible)
+                kl = self.retained.binding_divergence()
+        except BaseException:
+            self.retained.parameters.write(feasible)
+            raise
+        return Kept(kl, restored, fell_back)
 
     def restore_inside(self, kl: float) -> tuple[float, int]:
         """Restore while that helps and a measured KL is over the limit; returns the KL reached and how often."""

@@ -98,9 +98,7 @@ class Editor:
         self._check_untouched()
         if self._edits:
             raise NsrlError("preserve texts before the first edit: afterwards the model is no longer the original")
-        texts = list(texts)
-        held = texts[HELD_OUT - 1 :: HELD_OUT]
-        kept = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
+        kept, held = _split(texts)
         batches = self._text_batches(kept)
         self.preserved.update(batches)
         self._measure_from(batches, held, kept)
@@ -129,8 +127,7 @@ class Editor:
             raise NsrlError("load statistics before the first edit: afterwards the model is no longer the original")
         self.preserved.load(path)
         if texts:
-            held = list(texts)[HELD_OUT - 1 :: HELD_OUT]
-            kept = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
+            kept, held = _split(texts)
             self._measure_from(self._text_batches(kept), held, kept)
 
     def find_values(self, edits: Sequence[Edit]) -> Values:
@@ -261,6 +258,12 @@ class Editor:
         finally:
             for memory, state in zip(self._memories, states, strict=True):
                 memory.set_state(state)
+
+
+def _split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those that are preserved, and every fifth, which is held out."""
+    kept = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
+    return kept, list(texts)[HELD_OUT - 1 :: HELD_OUT]
 
 
 def _anchored(values: Values) -> Tensor:

@@ -77,6 +77,7 @@ _NAME = re.compile(r"`\w+(\.\w+)*`")
 ELSEWHERE = {
     "gallery": "runs/reference/ntk/README.md",
     "strategies": "runs/reference/continual/continual.md",
+    "frontier": "runs/reference/frontier/report.md",
     "changelog": "CHANGELOG.md",
     "contributing": "CONTRIBUTING.md",
     "testing": "tests/README.md",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import runpy
@@ -33,6 +34,25 @@ def test_every_public_name_is_on_a_page_of_the_site() -> None:
             if not name.startswith("__") and id(getattr(found, name)) not in documented
         ]
     assert not missing
+
+
+def test_every_page_that_is_linked_to_is_a_page_of_the_site() -> None:
+    """Sphinx says so too, and stops; here it is found without Sphinx."""
+    tree = ast.parse((ROOT / "docs" / "conf.py").read_text(encoding="utf-8"))
+    (elsewhere,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "ELSEWHERE"
+    ]
+    pages = {ROOT / "README.md", *(ROOT / place for place in elsewhere.values()), *(ROOT / "docs").rglob("*.md")}
+    sources = [path for path in pages if path.name != "README.md" or path.parent.name != "docs"]
+    missing = []
+    for path in sources:
+        for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+\.md)", path.read_text(encoding="utf-8")):
+            found = (path.parent / target).resolve()
+            if found not in pages and "examples" not in found.relative_to(ROOT).parts and path != ROOT / "README.md":
+                missing.append(f"{path.relative_to(ROOT)}: {target}")
+    assert not missing, "give it a page in docs/ and a line in ELSEWHERE of docs/conf.py"
 
 
 def face_of(package: str) -> list[str]:

@@ -37,9 +37,10 @@ def free_units(
 
     The old task is first condensed on a part of the units (`condense`). The others are drawn anew, and gated by the
     input that never moved on the buffer: off on the old task, where what they say is a constant that the layer above
-    allows for, and on in the new one. So nothing that they learn there changes what the policy does here: they lie in
-    the null space. With `silence` the old units are turned off on the new task in the same way, and the policy begins
-    there as a freshly initialised one does.
+    allows for, and on in the new one. So the weights into them are in the null space as long as the gate holds (they
+    are off by a margin of `OFF`), and those out of them are but for one direction an output, which the bias makes up
+    for. With `silence` the old units are turned off on the new task in the same way, and the policy begins there as a
+    freshly initialised one does.
 
     Args:
         policy: whose actor is an MLP on features that are not learnt; any other keeps its weights.

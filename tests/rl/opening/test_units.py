@@ -76,8 +76,26 @@ def test_the_old_task_pays_no_more_than_the_cost_and_the_new_one_starts_fresh(
     assert float((logits.softmax(1) - 1.0 / logits.shape[1]).abs().max()) < 0.1
 
 
-def test_what_the_fresh_units_learn_changes_nothing_on_the_old_task() -> None:
-    """Their incoming and outgoing weights, but for the constants, are in the null space of the buffer's outputs."""
+def test_the_weights_out_of_fresh_units_are_free_but_for_what_the_bias_makes_up_for() -> None:
+    policy = policy_of()
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    assert free_units(policy, old, new, measured(policy, old), 1e-3, seed=0)
+    head, hidden = policy.action_net, policy.mlp_extractor.policy_net
+    with torch.no_grad():
+        idle, before, here = hidden(old), policy_outputs(policy, old), policy_outputs(policy, new)
+        fresh = (idle.std(0) < 1e-5).nonzero().flatten()  # they say a constant
+        assert 2 <= len(fresh) < idle.shape[1]
+        way = torch.randn(len(head.weight), len(fresh), generator=torch.Generator().manual_seed(0))
+        head.weight[:, fresh] += way
+        head.bias -= way @ idle[0, fresh]
+        size = float(before.abs().max()) + float(way.abs().sum(1).max())
+        # the constants are off by the tail of tanh at 8, 2.3e-7, beside rounding
+        atol = relative(torch.float32, terms=64) * size + 5e-7 * float(way.abs().sum(1).max())
+        assert float((policy_outputs(policy, old) - before).abs().max()) <= atol
+        assert float((policy_outputs(policy, new) - here).abs().max()) > 100.0 * atol
+
+
+def test_the_weights_into_fresh_units_are_in_the_null_space_of_the_buffer() -> None:
     policy = policy_of()
     old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
     weight = policy.mlp_extractor.policy_net[0].weight.detach().clone()
@@ -161,7 +179,7 @@ def test_a_layer_whose_units_repeat_is_condensed_exactly() -> None:
     kept = condense(layers, old, 0.25)
     assert [len(rows) for rows in kept] == [4]
     # weights are rounded to float32 on the way back
-    atol = relative(torch.float32, terms=64) * float(before.abs().max())
+    atol = relative(torch.float32, terms=64) * float(before.detach().abs().max())
     torch.testing.assert_close(layers.outputs(old), before, rtol=0.0, atol=atol)
 
 

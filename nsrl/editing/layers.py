@@ -23,8 +23,6 @@ PRESETS: Mapping[str, str] = {
     "qwen3": "model.layers.{}.mlp.down_proj",
     "mistral": "model.layers.{}.mlp.down_proj",
     "gemma": "model.layers.{}.mlp.down_proj",
-    "gemma2": "model.layers.{}.mlp.down_proj",
-    "gemma3_text": "model.layers.{}.mlp.down_proj",
 }
 #: Blocks that the official code edits (hparams of AlphaEdit), by model type and number of blocks, first and last.
 PUBLISHED: Mapping[tuple[str, int], tuple[int, int]] = {
@@ -34,6 +32,9 @@ PUBLISHED: Mapping[tuple[str, int], tuple[int, int]] = {
     ("qwen2", 28): (4, 8),
     ("mistral", 32): (4, 8),
 }
+#: What a block may have between its map and what it adds to the hidden state (Gemma 2 and 3): the closed form is for
+#: maps whose output is added as it is.
+BEHIND = "post_feedforward_layernorm"
 #: Where nobody has searched: from 1/8 to 1/4 of the depth, as in Llama-3-8B.
 SHARE = 8, 4
 #: Matches that a sentence lists.
@@ -87,8 +88,8 @@ def find_layers(model: nn.Module, layers: str | list[int] | None = None) -> list
             pattern of names, as "model.layers.[4-6].mlp.down_proj".
 
     Raises:
-        NsrlError: no preset for this model, a block that there is not, a pattern that matches nothing or something
-            that is no linear map.
+        NsrlError: no preset for this model, a block that there is not or that normalises what its map says, a pattern
+            that matches nothing or something that is no linear map.
     """
     names = [name for name, module in model.named_modules() if _is_map(module)]
     if isinstance(layers, str):
@@ -100,7 +101,14 @@ def find_layers(model: nn.Module, layers: str | list[int] | None = None) -> list
     else:
         found = _preset(model, names, layers)
     modules = dict(model.named_modules())
-    return [EditedLayer(name, modules[name], modules[_block_of(name, modules)]) for name in found]
+    chosen = [EditedLayer(name, modules[name], modules[_block_of(name, modules)]) for name in found]
+    for layer in chosen:
+        if hasattr(layer.block, BEHIND):
+            raise NsrlError(
+                f"{layer.name} cannot be edited: its block normalises what the map says ({BEHIND}) before it is added "
+                "to the hidden state, and the closed form is for maps whose output is added as it is"
+            )
+    return chosen
 
 
 def _preset(model: nn.Module, names: list[str], blocks: list[int] | None) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsrl.editing import Edit, Editor, Method, ValueSearch
+from nsrl.editing.layers import find_layers
 from nsrl.editing.observation import observe
 from nsrl.editing.values import mark_edit
 from nsrl.errors import NsrlError
@@ -176,6 +177,24 @@ def test_layers_by_preset_and_pattern() -> None:
         Editor(model(), tokenizer(), FREE, layers="transformer.h.1.mlp.c_porj")
     with pytest.raises(NsrlError, match="blocks 0 to 3"):
         Editor(model(), tokenizer(), FREE, layers=[4])
+
+
+def test_a_block_that_normalises_what_its_map_says_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    gemma = transformers.Gemma2ForCausalLM(config)
+    with pytest.raises(NsrlError, match="no preset of layers for a model of type 'gemma2'"):
+        find_layers(gemma)
+    with pytest.raises(NsrlError, match="normalises what the map says"):
+        find_layers(gemma, "model.layers.*.mlp.down_proj")
 
 
 def test_bad_edits_are_refused_and_nothing_is_changed() -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
@@ -18,19 +15,21 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from nsrl.errors import NsrlError, check_annotated, check_kind, check_path, described, nearest
+from nsrl.errors import NsrlError, check_kind, described
 from nsrl.rl.agents.agent import Agent, export, load
-from nsrl.rl.agents.archive import SCHEDULES, check_model_file
+from nsrl.rl.agents.archive import check_model_file
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
+from nsrl.rl.algorithms.critic import reset_critic
+from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
+from nsrl.rl.algorithms.report import RetentionReport
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.algorithms.value_scale import standardised_values
 from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
-from nsrl.rl.opening.stage import OpeningRecord
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable
@@ -43,65 +42,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Kinds of settings whose defaults do not tell them.
-KINDS = {
-    "clip_range_vf": "float",
-    "target_kl": "float",
-    "seed": "int",
-    "policy_kwargs": "dict",
-    "tensorboard_log": "path",
-    "rollout_buffer_kwargs": "dict",
-}
-SHARES = ("gamma", "gae_lambda")
-NONE_MEANS_DEFAULT = ("policy_kwargs",)
-
 #: What is this object's alone and in no zip.
 UNSAVED = ("retention", "_learning_seconds", "_terms", "_loaded")
-RETENTION_FIELDS = frozenset(RetentionConfig.__dataclass_fields__) - {"seed"}
-
-
-@dataclass(frozen=True)
-class RetentionReport:
-    """What has been retained, measured on the buffer now.
-
-    Attributes:
-        kl_mean, kl_max, kl_heldout, agreement, agreement_heldout, kl_worst, kl_by_task: see `Measurement`.
-        budget: the KL budget, nats per state.
-        rank: numerical rank of the whitened Jacobian on a subset of the buffer.
-        parameters: number of protected parameters; `rank / parameters` is the share that is spoken for.
-        effective_dimension: sum s / (s + lambda) at the damping that the budget implies for a step of the size of the
-            last update.
-        states: buffer states (training, held out).
-        updates: policy updates made under the budget.
-        restored: Gauss-Newton restorations made after updates that ended over the budget.
-        rollbacks: updates that had to fall back towards the last feasible parameters.
-        overhead_fraction: share of the learning time spent on retention.
-        seconds: that time, by stage.
-        kl_most: largest KL that counted against the budget behind an update.
-        held: updates behind which the budget, and every other promise, held.
-        opening: what was done before the first roll-out; None where nothing was yet, or ever will be.
-    """
-
-    kl_mean: float
-    kl_max: float
-    kl_heldout: float
-    agreement: float
-    agreement_heldout: float
-    budget: float
-    rank: int
-    parameters: int
-    effective_dimension: float
-    states: tuple[int, int]
-    updates: int
-    restored: int
-    rollbacks: int
-    overhead_fraction: float
-    seconds: dict[str, float]
-    kl_worst: float = math.nan
-    kl_by_task: dict[str, float] = field(default_factory=dict)
-    kl_most: float = 0.0
-    held: int = 0
-    opening: OpeningRecord | None = None
 
 
 class ProtectedMixin(OnPolicyAlgorithm):
@@ -172,7 +114,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """
         retention = {key: options.pop(key) for key in list(options) if key in RETENTION_FIELDS}
         given = {"tensorboard_log": tensorboard_log, "device": device, "verbose": verbose, "seed": seed}
-        _check_options(cls, {**options, **given})
+        check_options(cls, {**options, **given})
         check_kind("config", config, (RetentionConfig, type(None)), "a RetentionConfig")
         if config is None:
             config = build_config(kl_budget=kl_budget, seed=seed or 0, **retention)
@@ -559,76 +501,9 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer, space: Any)
         )
 
 
-def build_config(**options: Any) -> RetentionConfig:
-    """A `RetentionConfig` from keywords.
-
-    Raises:
-        NsrlError: an unknown one, with the nearest known name.
-    """
-    known = [entry.name for entry in fields(RetentionConfig)]
-    for key in options:
-        if key not in known:
-            near = nearest(key, known)
-            hint = f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"
-            raise NsrlError(f"unknown retention setting {key!r}{hint}")
-    return RetentionConfig(**options)
-
-
 def _exploration(policy: Any, config: RetentionConfig) -> ExplorationSpread | None:
     """A standard deviation of its own for exploration, where the policy has one and it is narrow."""
     free = config.opening == "off" or config.preserve != "distribution"
     if free or not distribution_of(policy).has_spread or not policy.log_std.requires_grad:
         return None
     return ExplorationSpread.where_narrow(policy)
-
-
-def reset_critic(policy: Any) -> None:
-    """Re-initialise the value network as SB3 does (orthogonal, gain sqrt 2 inside and 1 at the head).
-
-    A features extractor of the critic's own is part of it; one that the actor uses too stays.
-
-    Raises:
-        NsrlError: a network of the user's own, which does not say where its critic is; nothing is changed.
-    """
-    inside: list[Any] = [getattr(policy.mlp_extractor, "value_net", None)]
-    if not policy.share_features_extractor:
-        inside.append(policy.vf_features_extractor)
-    head: Any = getattr(policy, "value_net", None)
-    if not all(isinstance(network, nn.Module) for network in [*inside, head]):
-        raise NsrlError(
-            f"the critic of {type(policy).__name__} with {type(policy.mlp_extractor).__name__} cannot be reset, since "
-            "it has no mlp_extractor.value_net and value_net as SB3's policies do; pass critic='keep', and reset it "
-            "yourself where the old task's values mislead"
-        )
-    for network, gain in [*((network, 2.0**0.5) for network in inside), (head, 1.0)]:
-        network.apply(partial(policy.init_weights, gain=gain))
-
-
-def _check_options(algorithm: type[OnPolicyAlgorithm], options: dict[str, Any]) -> None:
-    stock = stock_class(algorithm)
-    parameters = inspect.signature(stock.__init__).parameters
-    known = [*parameters, *RETENTION_FIELDS]
-    for key in options:
-        if key not in known:
-            near = nearest(key, known)
-            hint = f"did you mean {near}?" if near else "see RetentionConfig and the arguments of the algorithm"
-            raise NsrlError(f"{key!r} is no setting of {stock.__name__} or of retention; {hint}")
-    for key, value in options.items():
-        if value is None and (key in NONE_MEANS_DEFAULT or parameters[key].default is None):
-            continue
-        if isinstance(value, float) and math.isnan(value):
-            raise NsrlError(f"{key} is NaN, but must be a number")
-        if key in SHARES and isinstance(value, int | float) and not 0.0 <= value <= 1.0:
-            raise NsrlError(f"{key} is {value}, but must lie between 0 and 1")
-        if key in SCHEDULES and callable(value) and not isinstance(value, type):
-            continue
-        kinds = KINDS.get(key) or type(parameters[key].default).__name__
-        if kinds == "path":
-            check_path(key, value)
-        elif kinds in ("int", "float", "bool", "dict"):
-            check_annotated({key: value}, {key: kinds})
-
-
-def without_optimizer(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a policy without its choice of an optimizer: A2C's RMSprop is no other algorithm's."""
-    return {key: value for key, value in policy_kwargs.items() if key not in ("optimizer_class", "optimizer_kwargs")}

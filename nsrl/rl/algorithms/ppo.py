@@ -7,7 +7,8 @@ from typing import Any
 from stable_baselines3 import PPO
 
 from nsrl.rl.agents.agent import Agent
-from nsrl.rl.algorithms.mixin import ProtectedMixin, without_optimizer
+from nsrl.rl.algorithms.mixin import ProtectedMixin
+from nsrl.rl.algorithms.options import without_optimizer
 
 
 class NullSpacePPO(ProtectedMixin, PPO):

@@ -18,7 +18,8 @@ from nsrl.errors import NsrlError, check_kind
 from nsrl.rl.agents.agent import Agent, load
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import set_in_motion
-from nsrl.rl.algorithms.mixin import ProtectedMixin, build_config
+from nsrl.rl.algorithms.mixin import ProtectedMixin
+from nsrl.rl.algorithms.options import build_config
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.playing.environments import training_env

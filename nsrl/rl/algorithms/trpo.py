@@ -16,7 +16,8 @@ from nsrl.errors import NsrlError
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.agents.stock_models import hyperparameters
-from nsrl.rl.algorithms.mixin import ProtectedMixin, without_optimizer
+from nsrl.rl.algorithms.mixin import ProtectedMixin
+from nsrl.rl.algorithms.options import without_optimizer
 from nsrl.rl.algorithms.surrogate import Surrogate
 from nsrl.rl.algorithms.value_fit import fit_values
 from nsrl.rl.budget.config import RetentionConfig

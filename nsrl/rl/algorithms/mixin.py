@@ -266,8 +266,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """As the algorithm's own; of the constraint, its settings and the buffer's digest are in the zip."""
         if self.retention is not None and self._terms is not None:
-            digest, opened = self.retention.constraint.buffer.digest(), not self.retention.opening.pending
-            self._saved_constraint = replace(self._terms, digest=digest, opened=opened).written()
+            digest, opening = self.retention.constraint.buffer.digest(), self.retention.opening
+            units = 0 if opening.record is None else opening.record.units
+            terms = replace(self._terms, digest=digest, opened=not opening.pending, units=units)
+            self._saved_constraint = terms.written()
         # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
         include = None if include is None else [name for name in include if name != "retention"]
         super().save(path, exclude, include)
@@ -287,7 +289,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
         assert self.retention is not None
         if saved.opened and self.retention.opening.pending:
-            self.retention.opening.leave_out("the model was saved behind it")
+            self.retention.opening.leave_out("the model was saved behind it", saved.units)
 
     def _was_held_to(self, retain: RetentionBuffer) -> bool:
         """Whether the model comes from a zip that was saved under this very buffer: its policy may have moved since."""

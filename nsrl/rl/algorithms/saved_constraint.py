@@ -20,6 +20,7 @@ class SavedConstraint:
         penalty: coefficient of the KL penalty.
         trusted: whether the buffer was taken with `trust_buffer`.
         opened: whether the opening was behind it; zips of before this was noted were saved behind it as a rule.
+        units: hidden units that the opening had freed.
     """
 
     config: RetentionConfig
@@ -28,6 +29,7 @@ class SavedConstraint:
     penalty: float = 1.0
     trusted: bool = False
     opened: bool = True
+    units: int = 0
 
     def written(self) -> str:
         """As a line of JSON, which SB3 stores as it is."""

@@ -62,6 +62,8 @@ class RetentionConfig:
             at random (`nsrl bench cartpole_selection`).
         batch_states: buffer states in each Lagrangian minibatch.
         target: share of the budget that the multiplier and the restoration aim at; the rest is slack.
+        free_target: the same where the opening has freed units: the new task has a network of its own there, and what
+            is spent of the budget buys little. `target`, if that is smaller.
         rate: integral gain of the multiplier, per minibatch, on the relative excess of KL.
         damping: proportional gain of the multiplier.
         tempering: share of the uniform distribution mixed into the Hessian of softmax policies.
@@ -99,6 +101,7 @@ class RetentionConfig:
     selection: str = "random"
     batch_states: int = 256
     target: float = 0.9
+    free_target: float = 0.1
     rate: float = 0.03
     damping: float = 0.3
     tempering: float = 0.01
@@ -148,8 +151,9 @@ class RetentionConfig:
                 raise NsrlError(f"{key} must be at least 1, not {getattr(self, key)}")
         if self.critic_warmup < 0:
             raise NsrlError(f"critic_warmup must be a number of rollouts >= 0, not {self.critic_warmup}")
-        if not 0.0 < self.target <= 1.0:
-            raise NsrlError(f"target must lie in (0, 1], not {self.target}")
+        for key in ("target", "free_target"):
+            if not 0.0 < getattr(self, key) <= 1.0:
+                raise NsrlError(f"{key} must lie in (0, 1], not {getattr(self, key)}")
         share = self.opening
         if share not in ("auto", "off") and (isinstance(share, str | bool) or not 0.0 < share <= 1.0):
             raise NsrlError(f"opening must be auto, off or a share of the largest entropy in (0, 1], not {share!r}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -86,7 +87,7 @@ class Retention:
         self.constraint = constraint
         self.config = config
         self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
-        aim = self._aim if config.kl_budget > 0 else 0.25 * config.tolerance
+        aim = config.target * config.kl_budget if config.kl_budget > 0 else 0.25 * config.tolerance
         self.enforcement = Enforcement(constraint, config.tolerance, aim, config.restore_steps)
         self.minibatches = StateDraw(constraint.train, config.seed)
         self.subsets = StateDraw(constraint.train, config.seed + 1)
@@ -139,6 +140,7 @@ class Retention:
         """Prepare one policy update."""
         self.premises.check()
         self._keep_feasible()
+        self._take_aim()
         self._steps = 0
         self._coefficients, self._projections = [], []
         self._frozen = self.updates < self.config.critic_warmup
@@ -370,7 +372,19 @@ class Retention:
 
     @property
     def _aim(self) -> float:
-        return self.config.target * self.config.kl_budget
+        return self._aimed_at * self.config.kl_budget
+
+    @property
+    def _aimed_at(self) -> float:
+        """Share of the budget."""
+        target, record = self.config.target, self.opening.record
+        return target if record is None or record.units == 0 else min(target, self.config.free_target)
+
+    def _take_aim(self) -> None:
+        """Aim at what the opening, which comes after this object is built, or a loaded state has left to aim at."""
+        self.multiplier.target = self._aim / self._gap
+        if self.config.kl_budget > 0:
+            self.enforcement = replace(self.enforcement, aim=self._aim)
 
     # -- after the update -------------------------------------------------------------------------------------------
 
@@ -433,7 +447,7 @@ class Retention:
             most = MOST_GAP if self.constraint.promises.any else max(2.0, len(self.constraint.shares))
             ratio = min(max(kl / on_training, 1.0), most)
             self._gap += 0.1 * (ratio - self._gap)
-        self.multiplier.target = self._aim / self._gap
+        self._take_aim()
 
     def _scalars(self, kept: float, restored: int) -> dict[str, float]:
         scalars: dict[str, Any] = {

@@ -164,10 +164,10 @@ class Opening:
         self._log(model, self.record)
         return self.record
 
-    def leave_out(self, why: str) -> None:
-        """It is not to be done, and this is why."""
+    def leave_out(self, why: str, units: int = 0) -> None:
+        """It is not to be done, and this is why; so many units are free already."""
         kl = self._constraint.binding_divergence()
-        self.record = OpeningRecord(0, 0, 0.0, 0.0, kl, 0, 0.0, why)
+        self.record = OpeningRecord(0, 0, 0.0, 0.0, kl, 0, 0.0, why, units)
 
     def share_of_states(self, share: float) -> Observation | None:
         """The first so many of the states; None where there are none."""

@@ -322,3 +322,38 @@ def test_the_line_of_a_gaussian_says_nothing_of_openness() -> None:
     record = OpeningRecord(96, 0, 1.0, 1.0, 1e-4, 0, 0.5, units=96)
     assert record.text() == "opening: 96 free units; KL 0.0001 on the buffer, 96 timesteps, 0.5 s"
     assert OpeningRecord(96, 0, 0.1, 0.9, 1e-4, 0, 0.5).text().startswith("opening: 10% -> 90% open on new states; KL")
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_where_units_are_free_a_small_share_of_the_budget_is_aimed_at(algorithm: type, tmp_path: Path) -> None:
+    agent, buffer = certain(gap=8.0)
+    model = learner(agent, buffer, algorithm)
+    model.learn(2000)
+    engine, record = model.retention, model.retention_report().opening
+    aim = engine.config.free_target * BUDGET
+    assert record.units > 0 and aim < 0.5 * BUDGET
+    assert engine.enforcement.aim == aim and engine.multiplier.target <= aim
+    # a model that is loaded goes on as thriftily, though its opening is behind it
+    model.save(tmp_path / "model.zip")
+    loaded = algorithm.load(tmp_path / "model.zip", env=model.get_env(), retain=buffer)
+    loaded.learn(64 * ENVS, reset_num_timesteps=False)
+    assert not loaded.retention.opening.pending and loaded.retention.enforcement.aim == aim
+
+
+@pytest.mark.usefixtures("tight")
+def test_where_no_units_are_free_the_target_is_aimed_at() -> None:
+    agent, buffer = certain(gap=8.0)
+    model = learner(agent, buffer)
+    model.learn(2000)
+    assert model.retention_report().opening.units == 0
+    assert model.retention.enforcement.aim == model.retention.config.target * BUDGET
+
+
+def test_the_smaller_of_both_targets_counts() -> None:
+    agent, buffer = certain(gap=8.0)
+    model = learner(agent, buffer, target=0.05)
+    model.learn(2000)
+    assert model.retention_report().opening.units > 0 and model.retention.enforcement.aim == 0.05 * BUDGET
+    for wrong in (0.0, 1.5):
+        with pytest.raises(NsrlError, match="free_target"):
+            learner(agent, buffer, free_target=wrong)

@@ -18,7 +18,7 @@ from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
 from nsrl.rl.opening.states import NewStates, exchanged_states, pays_better, random_states, visited_states
 from nsrl.rl.opening.targets import CoinTargets, SoftmaxTargets, SpreadTargets, Targets
-from nsrl.rl.opening.units import free_units
+from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS, free_units
 from nsrl.rl.policies.actor_critic import Observation, policy_outputs, select
 from nsrl.rl.retention.constraint import RetentionConstraint
 
@@ -30,8 +30,6 @@ CYCLES = 4
 FOLLOWING = 0.5
 #: Share of the wanted openness, measured where the policy goes, that ends the cycles.
 CLOSE_ENOUGH = 0.95
-#: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
-OPEN_WHERE_IT_PAYS = 0.3
 #: Share of the budget that condensing the old task on a part of the units may spend.
 CONDENSING = 0.05
 #: Fields of the record that earlier versions did not write.

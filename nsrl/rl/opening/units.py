@@ -10,6 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
 
 from nsrl.rl.opening.condensing import ActorLayers, condense
+from nsrl.rl.opening.noise import HiddenNoise
 from nsrl.rl.opening.switch import Switch
 from nsrl.rl.policies.actor_critic import Observation
 
@@ -19,6 +20,8 @@ KEPT = (0.25, 0.375, 0.5, 0.625, 0.75)
 OFF = 8.0
 #: Spread of the switch over the new task's states, in pre-activations, at most.
 MOST_FLICKER = 0.5
+#: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
+OPEN_WHERE_IT_PAYS = 0.3
 #: Gains of fresh layers and of the head on them, as SB3 initialises.
 GAIN, HEAD_GAIN = 2.0**0.5, 0.01
 
@@ -62,16 +65,25 @@ def free_units(
     switch = Switch.between(before, after)
     if switch is None:
         return 0
-    originals = layers.read()
+    originals, noise = layers.read(), HiddenNoise.of(policy)
+    if noise is not None:
+        wanted, log_std = noise.variances(layers.hidden(before)), noise.log_std.detach().clone()
     for share in KEPT:
         kept = condense(layers, before, share)
         free = [_others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
         # one unit of each layer is the switch itself
-        if min(map(len, free)) >= 2 and divergence() <= cost:
-            fresh = FreshNetwork(layers, kept, free, switch, seed)
-            if fresh.plant(before, after, silence) and divergence() <= cost:
-                return sum(map(len, free))
+        if min(map(len, free)) >= 2:
+            fresh = FreshNetwork(layers, kept, free, switch, seed, silent=noise is not None)
+            if fresh.plant(before, after, silence):
+                if noise is not None:
+                    spread = 1.0 if silence else OPEN_WHERE_IT_PAYS
+                    hidden = layers.hidden(before), layers.hidden(after)
+                    noise.divide(wanted, *hidden, kept[-1], free[-1], spread)
+                if divergence() <= cost:
+                    return sum(map(len, free))
         layers.write(originals)
+        if noise is not None:
+            noise.write(log_std)
     return 0
 
 
@@ -83,10 +95,21 @@ class FreshNetwork:
         kept, free: indices of the units that the old task keeps and of the others, by hidden layer.
         switch: between the tasks.
         seed: of the weights.
+        silent: the last layer's switch says 0 on the old task, where its activation can.
     """
 
-    def __init__(self, layers: ActorLayers, kept: list[Tensor], free: list[Tensor], switch: Switch, seed: int):
+    def __init__(
+        self,
+        layers: ActorLayers,
+        kept: list[Tensor],
+        free: list[Tensor],
+        switch: Switch,
+        seed: int,
+        *,
+        silent: bool = False,
+    ):
         self._layers = layers
+        self._silent = silent
         self._kept = kept
         self._free = free
         self._switch = switch
@@ -122,13 +145,21 @@ class FreshNetwork:
         weight[0] = 0.0
         bias = -(weight @ centre)
         gate = (before[:, plain] @ weight.T + bias).amax(0).clamp_min(0.0) + OFF
-        bias[0], gate[0] = OFF, 2.0 * OFF
+        bias[0], gate[0] = OFF, OFF - self._rest(0)
         full = torch.zeros(len(units), layer.in_features, dtype=torch.float64, device=before.device)
         full[:, plain] = weight
         full[:, switch.columns] = gate[:, None] * switch.weights
         layer.weight[units] = full.to(layer.weight)
         layer.bias[units] = (bias - gate * (1.0 + switch.offset)).to(layer.bias)
         return gate
+
+    def _rest(self, number: int) -> float:
+        """Pre-activation of a layer's switch on the old task."""
+        if not self._silent or number != len(self._free) - 1:
+            return -OFF
+        activation = self._layers.activations[number]
+        off, zero = (abs(float(activation(torch.tensor(x, dtype=torch.float64)))) for x in (-OFF, 0.0))
+        return 0.0 if zero < off else -OFF
 
     def _silence(self, before: Tensor, after: Tensor) -> Tensor:
         """Let the switch turn the old task's first units off; returns how far it moves each."""
@@ -153,7 +184,7 @@ class FreshNetwork:
         idle = weight.sum(1) * off
         weight[:, 0] = (OFF + idle.clamp_min(0.0)) / (on - off)
         bias = -weight[:, 0] * on
-        weight[0, 0] = 2.0 * OFF / (on - off)
+        weight[0, 0] = (OFF - self._rest(number)) / (on - off)
         bias[0] = OFF - weight[0, 0] * on
         layer.weight[units] = 0.0
         layer.weight[units[:, None], below] = weight.to(layer.weight)

@@ -18,6 +18,16 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
     ("nsrl/PendulumReversed-v0", "pendulum:pendulum", {"reversed_torque": True}, 200, None),
     ("nsrl/Acrobot-v0", "acrobot:acrobot", {}, 500, -100.0),
     ("nsrl/AcrobotSwapped-v0", "acrobot:acrobot", {"swapped": True}, 500, -100.0),
+    ("nsrl/MountainCar-v0", "mountain_car:mountain_car", {}, 200, -110.0),
+    ("nsrl/MountainCarSwapped-v0", "mountain_car:mountain_car", {"swapped": True}, 200, -110.0),
+    ("nsrl/MountainCarContinuous-v0", "mountain_car:continuous_mountain_car", {}, 999, 90.0),
+    (
+        "nsrl/MountainCarContinuousReversed-v0",
+        "mountain_car:continuous_mountain_car",
+        {"reversed_force": True},
+        999,
+        90.0,
+    ),
     ("nsrl/HalfCheetah-v0", "locomotion:runner", {"body": "HalfCheetah"}, 1000, 4800.0),
     (
         "nsrl/HalfCheetahBackward-v0",
@@ -34,6 +44,16 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
     ("nsrl/HalfCheetahHeavyTorso-v0", "locomotion:half_cheetah", {"torso_mass_factor": 4.0}, 1000, None),
     ("nsrl/LunarLander-v0", "lunar_lander:lunar_lander", {}, 1000, 200.0),
     ("nsrl/LunarLanderLowGravity-v0", "lunar_lander:lunar_lander", {"gravity": -2.5}, 1000, None),
+    ("nsrl/LunarLanderTold-v0", "lunar_lander:told_lunar_lander", {}, 1000, 200.0),
+    ("nsrl/LunarLanderSwapped-v0", "lunar_lander:told_lunar_lander", {"swapped": True}, 1000, 200.0),
+    ("nsrl/LunarLanderContinuous-v0", "lunar_lander:told_lunar_lander", {"continuous": True}, 1000, 200.0),
+    (
+        "nsrl/LunarLanderContinuousReversed-v0",
+        "lunar_lander:told_lunar_lander",
+        {"continuous": True, "swapped": True},
+        1000,
+        200.0,
+    ),
     (
         "nsrl/LunarLanderWind-v0",
         "lunar_lander:lunar_lander",

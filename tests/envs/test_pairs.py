@@ -19,9 +19,12 @@ _BASES = {
     "CartPole": "CartPole-v1",
     "Pendulum": "Pendulum-v1",
     "Acrobot": "Acrobot-v1",
+    "MountainCarContinuous": "MountainCarContinuous-v0",
+    "MountainCar": "MountainCar-v0",
     "HalfCheetah": "HalfCheetah-v5",
     "Swimmer": "Swimmer-v5",
     "Ant": "Ant-v5",
+    "LunarLanderContinuous": "LunarLanderContinuous-v3",
     "LunarLander": "LunarLander-v3",
 }
 
@@ -112,6 +115,28 @@ def test_reversed_pendulum_is_stock_pendulum_with_the_negated_torque():
         got, got_reward, *_ = reversed_.step(action)
         np.testing.assert_array_equal(got[:3], expected)
         assert got_reward == reward
+
+
+@pytest.mark.parametrize(
+    "task, swap",
+    [
+        ("MountainCarSwapped", lambda action: 2 - action),
+        ("MountainCarContinuousReversed", np.negative),
+        _of_extra("box2d", "LunarLanderSwapped", lambda action: 3 - action),
+        _of_extra("box2d", "LunarLanderContinuousReversed", np.negative),
+    ],
+)
+def test_the_base_task_under_other_actions(task, swap):
+    stock, turned = gym.make(_base(f"nsrl/{task}-v0")), gym.make(f"nsrl/{task}-v0")
+    stock.reset(seed=3)
+    turned.reset(seed=3)
+    stock.action_space.seed(0)
+    for _ in range(40):
+        action = stock.action_space.sample()
+        expected, reward, *_ = stock.step(swap(action))
+        got, got_reward, *_ = turned.step(action)
+        np.testing.assert_array_equal(got[:-1], expected)
+        assert got_reward == reward and got[-1] == 1.0
 
 
 @pytest.mark.parametrize("body", [_of_extra("mujoco", body) for body in ("HalfCheetah", "Swimmer", "Ant")])

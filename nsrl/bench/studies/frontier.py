@@ -3,8 +3,9 @@
     nsrl bench frontier --workers 2
 
 The agents are trained once and committed (runs/reference/agents), so that every machine starts alike: several seeds,
-just solved and three times over-trained, with SB3's default settings and with rl-zoo's. Every method gets the same
-agents, buffers, opening, environments and timesteps. A run is a line of JSON in runs/reference/frontier/PAIR.jsonl:
+just solved and three times over-trained, with SB3's default settings and with rl-zoo's. On the test pairs, on which
+nothing was chosen, they are agents that others have published. Every method gets the same agents, buffers, opening,
+environments and timesteps. A run is a line of JSON in runs/reference/frontier/PAIR.jsonl:
 what is there is not run again.
 """
 
@@ -42,6 +43,9 @@ class Pair:
         pretraining: timesteps until the old task is just solved.
         scratch: timesteps in which a fresh policy learns the new task; everybody else gets a quarter more.
         settings: rl-zoo's hyper-parameters of PPO.
+        published: folders of agents that others have trained, in place of a population of our own; what tells the tasks
+            apart is an input that they are given first (`nsrl.rl.surgery.add_context`).
+        solved: score of the new task that counts as solved, where a fresh policy may not get there; None for none.
         test: whether nothing was tuned on it.
     """
 
@@ -50,6 +54,8 @@ class Pair:
     pretraining: int
     scratch: int
     settings: dict[str, Any] = field(default_factory=dict)
+    published: tuple[str, ...] = ()
+    solved: float | None = None
     test: bool = False
 
 
@@ -75,6 +81,34 @@ PAIRS: dict[str, Pair] = {
         100_000,
         80_000,
         {"n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "learning_rate": 1e-3},
+    ),
+    # agents of rl-trained-agents (see the LICENSE beside them), as rl-zoo lays them out
+    "lunarlander_swapped": Pair(
+        "nsrl/LunarLanderTold-v0",
+        "nsrl/LunarLanderSwapped-v0",
+        0,
+        200_000,
+        published=("ppo", "a2c"),
+        solved=200.0,
+        test=True,
+    ),
+    "lunarlander_continuous_reversed": Pair(
+        "nsrl/LunarLanderContinuous-v0",
+        "nsrl/LunarLanderContinuousReversed-v0",
+        0,
+        200_000,
+        published=("ppo",),
+        solved=200.0,
+        test=True,
+    ),
+    "mountaincar_swapped": Pair(
+        "nsrl/MountainCar-v0",
+        "nsrl/MountainCarSwapped-v0",
+        0,
+        100_000,
+        published=("ppo", "a2c"),
+        solved=-110.0,
+        test=True,
     ),
 }
 
@@ -147,7 +181,7 @@ class Cell:
     Attributes:
         pair: name of the task pair.
         method: name of the method.
-        kind, seed, multiple: of the agent.
+        kind, seed, multiple: of the agent; one that was published has a multiple of 0, and the seed is the run's.
         penalty: another coefficient than the method's own; None for that.
         states: of the buffer.
         scale: of the new task's rewards.
@@ -165,7 +199,7 @@ class Cell:
     @property
     def agent(self) -> str:
         """Name of the agent."""
-        return f"{self.kind}_{self.seed}_x{self.multiple}"
+        return f"{self.kind}_{self.seed}_x{self.multiple}" if self.multiple else self.kind
 
     @property
     def name(self) -> str:
@@ -173,7 +207,8 @@ class Cell:
         tuned = "" if self.penalty is None else f" {self.penalty:g}"
         size = "" if self.states == STATES else f" states={self.states}"
         scale = "" if self.scale == 1.0 else f" rewards={self.scale:g}"
-        return f"{self.pair}/{self.method}{tuned}{size}{scale}/{self.agent}"
+        run = self.agent if self.multiple else f"{self.agent}_{self.seed}"
+        return f"{self.pair}/{self.method}{tuned}{size}{scale}/{run}"
 
 
 def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
@@ -193,15 +228,25 @@ def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
         )
     pairs = [name for name in PAIRS if name in only] or list(PAIRS)
     methods = [name for name in METHODS if name in only] or list(METHODS)
-    agents = [(kind, seed, multiple) for seed in SEEDS for multiple in MULTIPLES[::-1] for kind in KINDS]
-    agents = agents[: 1 if quick else None]
+    # seeds and over-training outermost: a benchmark that is stopped early is balanced
+    rounds = [(seed, multiple) for seed in SEEDS for multiple in MULTIPLES[::-1]]
     cells: list[Cell] = []
     for later in (False, True):
-        for agent in agents:
-            cells += [Cell(pair, name, *agent) for pair in pairs for name in methods if METHODS[name].later is later]
+        for seed, multiple in rounds[: 1 if quick else None]:
+            for pair in pairs:
+                agents = population(pair, seed, multiple)[: 1 if quick else None]
+                cells += [Cell(pair, m, *agent) for agent in agents for m in methods if METHODS[m].later is later]
         if not later and not quick:
             cells += _varied(pairs, methods)
     return cells
+
+
+def population(pair: str, seed: int, multiple: int) -> list[tuple[str, int, int]]:
+    """Kind, seed and multiple of a round's agents; those that were published are of the rounds of the largest multiple."""
+    published = PAIRS[pair].published
+    if not published:
+        return [(kind, seed, multiple) for kind in KINDS]
+    return [(kind, seed, 0) for kind in published] if multiple == max(MULTIPLES) else []
 
 
 def _varied(pairs: Sequence[str], methods: Sequence[str]) -> list[Cell]:
@@ -252,7 +297,7 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
         folder: of the agents.
         quick: few timesteps, whose numbers mean nothing.
     """
-    from nsrl.rl import agents
+    from nsrl.rl import agents, surgery
     from nsrl.rl.algorithms.ppo import NullSpacePPO
     from nsrl.rl.algorithms.trpo import NullSpaceTRPO
     from nsrl.rl.playing.environments import training_env
@@ -260,9 +305,12 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
 
     pair, method = PAIRS[cell.pair], METHODS[cell.method]
     share = 0.05 if quick else 1.0
-    path = folder / cell.pair / f"{cell.agent}.zip"
-    train_agent(cell.pair, cell.kind, cell.seed, cell.multiple, path, share)
-    agent = agents.load(path)
+    if cell.multiple:
+        path = folder / cell.pair / f"{cell.agent}.zip"
+        train_agent(cell.pair, cell.kind, cell.seed, cell.multiple, path, share)
+        agent = agents.load(path)
+    else:
+        agent = surgery.add_context(agents.load(folder / cell.pair / cell.agent), 1)
     buffer = RetentionBuffer.collect(agent, pair.old, n_states=cell.states, seed=0)
     algorithm = NullSpacePPO if method.algorithm == "ppo" else NullSpaceTRPO
     fresh = method.method == "scratch"

@@ -35,12 +35,13 @@ def _is_own(row: dict[str, Any]) -> bool:
     return row["penalty"] == METHODS[row["method"]].options.get("penalty")
 
 
-def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def scores(rows: Sequence[dict[str, Any]], solved: float | None = None) -> list[dict[str, Any]]:
     """Every row with its normalised scores.
 
     Adds `end` and `area`, the new task's score at the end and its mean over the run: 0 is what the agents score there
-    before, 1 what fresh policies of the same algorithm, or of the better one, score at the end; and `old`, the old
-    score at the end as a share of that before (of the distance to the worst return that was seen).
+    before, 1 what fresh policies of the same algorithm, or of the better one, score at the end, or what counts as
+    solved if that is more; and `old`, the old score at the end as a share of that before (of the distance to the worst
+    return that was seen).
     """
     before = fmean(row["curve"][0][2] for row in rows if not row["method"].startswith("scratch"))
     fresh = [
@@ -48,6 +49,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("scratch PPO", "scratch TRPO")
         if (values := [row["curve"][-1][2] for row in rows if row["method"] == name])
     ]
+    fresh += [] if solved is None else [solved]
     top = max(fresh, default=max(row["curve"][-1][2] for row in rows))
     floor = min(point[1] for row in rows for point in row["curve"])
     found = []
@@ -185,7 +187,7 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
     Raises:
         NsrlError: there is no line.
     """
-    found = {pair: scores(rows) for pair in PAIRS if (rows := read_rows(reference, pair))}
+    found = {pair: scores(rows, PAIRS[pair].solved) for pair in PAIRS if (rows := read_rows(reference, pair))}
     if not found:
         raise NsrlError(f"no run of the frontier came to a result; see {reference}")
     tables = [pair_table(rows, pair) for pair, rows in found.items()]
@@ -197,7 +199,8 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
         [
             "# The frontier",
             "Made by `nsrl bench frontier`; a line a run in the `.jsonl` files beside this one.",
-            f"Learnt: agents at {LEARNT:.0%} of the way from their score to a fresh policy's. Worst: the least of "
+            f"Learnt: agents at {LEARNT:.0%} of the way from their score to a fresh policy's, or to what counts as "
+            "solved on the test pairs, if that is more. Worst: the least of "
             "these ways. Area: the mean of the way over the run, the interquartile mean over the agents. Old kept: "
             f"agents with at least {KEPT:.0%} of the old score at the end. KL, most: the largest measured behind an "
             "update of any run. Held: updates behind which it was within the budget.",

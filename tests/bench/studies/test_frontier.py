@@ -35,8 +35,9 @@ def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
 def test_every_cell_has_a_name_of_its_own_and_the_main_methods_come_first() -> None:
     cells = frontier.plan_cells()
     assert len({cell.name for cell in cells}) == len(cells)
-    agents = len(frontier.KINDS) * len(frontier.SEEDS) * len(frontier.MULTIPLES)
-    for pair in frontier.PAIRS:
+    for pair, task in frontier.PAIRS.items():
+        kinds = len(task.published) or len(frontier.KINDS) * len(frontier.MULTIPLES)
+        agents = kinds * len(frontier.SEEDS)
         for method in frontier.METHODS:
             own = [
                 c for c in cells if (c.pair, c.method, c.penalty, c.states, c.scale) == (pair, method, None, 2048, 1)
@@ -93,3 +94,21 @@ def test_a_line_that_a_crash_cut_short_is_made_again(tmp_path: Path) -> None:
     assert len(lines.read_runs(path)) == 1
     lines.append_run(path, line("KL penalty"))
     assert [row["method"] for row in lines.read_runs(path)] == ["NullSpacePPO", "KL penalty"]
+
+
+def test_published_agents_are_played_by_several_runs_and_are_there() -> None:
+    cells = frontier.plan_cells(["mountaincar_swapped", "NullSpacePPO"])
+    assert [cell.name for cell in cells] == [
+        f"mountaincar_swapped/NullSpacePPO/{kind}_{seed}" for seed in frontier.SEEDS for kind in ("ppo", "a2c")
+    ]
+    folder = Path(__file__).parents[3] / "runs" / "reference" / "agents"
+    for pair, task in frontier.PAIRS.items():
+        assert all(list((folder / pair / name).glob("*.zip")) for name in task.published)
+        assert task.test is bool(task.published)  # nothing was chosen on what others have published
+
+
+def test_what_counts_as_solved_is_the_least_that_is_asked_for() -> None:
+    fresh = line("scratch PPO", curve=[[0, 20.0, 20.0, None], [200, 20.0, 30.0, None]])
+    for solved, end in ((None, 480 / 20), (410.0, 480 / 400)):
+        found = {row["method"]: row for row in frontier_report.scores([line(), fresh], solved)}
+        assert found["NullSpacePPO"]["end"] == pytest.approx(end)

@@ -242,7 +242,7 @@ def plan_cells(only: Sequence[str] = (), quick: bool = False) -> list[Cell]:
 
 
 def population(pair: str, seed: int, multiple: int) -> list[tuple[str, int, int]]:
-    """Kind, seed and multiple of a round's agents; those that were published are of the rounds of the largest multiple."""
+    """Kind, seed and multiple of a round's agents; published ones belong to the rounds of the largest multiple."""
     published = PAIRS[pair].published
     if not published:
         return [(kind, seed, multiple) for kind in KINDS]

@@ -159,6 +159,9 @@ class FinetuneConfig:
         method: "null_space" keeps the KL budget; "kl_penalty" and "finetune" (no constraint) are the baselines.
         penalty: coefficient of method kl_penalty.
         retention: how the budget is kept.
+        refresh_every: steps between refreshes of the buffer with states that the policy visits in the old task by then,
+            labelled by the agent; null for none. The states that are there stay.
+        refresh_states: states that each refresh adds.
         algorithm: "ppo" or "trpo", whatever the agent was trained with.
         ppo: settings of algorithm ppo that differ from the agent's own.
         trpo: settings of algorithm trpo that differ from the agent's own.
@@ -181,6 +184,8 @@ class FinetuneConfig:
     method: Method = "null_space"
     penalty: float = 1.0
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    refresh_every: int | None = None
+    refresh_states: int = 256
     algorithm: Algorithm = "ppo"
     ppo: PPOOverrides = field(default_factory=PPOOverrides)
     trpo: TRPOOverrides = field(default_factory=TRPOOverrides)
@@ -196,6 +201,11 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         check_chosen(self.algorithm, self.ppo, self.trpo)
+        if self.refresh_every is not None and self.trust_buffer:
+            raise NsrlError(
+                "refresh_every asks the agent what it does in new states, and trust_buffer holds it to another agent's "
+                "behaviour; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

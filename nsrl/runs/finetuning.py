@@ -22,6 +22,7 @@ from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.rl.training.refresh import BufferRefresh
 from nsrl.rl.training.selection import Selection
 from nsrl.runs.collecting import obtain_buffer
 from nsrl.runs.config import FinetuneConfig
@@ -164,7 +165,14 @@ def _run(
         # baselines are compared as they end: what they would not choose themselves, the floor must not choose for them
         best = settings.choose == "best" and config.method == "null_space"
         selection = Selection(evaluation, folder.best, settings.floor) if best else None
-        seconds = train(model, folder, evaluation, config, resume=resume, progress=bar, selection=selection)
+        refresh = None
+        if config.refresh_every is not None:
+            refresh = BufferRefresh(
+                tasks.old, agent, every=config.refresh_every, states=config.refresh_states, seed=config.seed
+            )
+        seconds = train(
+            model, folder, evaluation, config, resume=resume, progress=bar, selection=selection, refresh=refresh
+        )
         chosen = int(model.num_timesteps) if selection is None else selection.give_back(model)
         metrics: dict[str, Any] = {
             "command": "finetune",

@@ -123,6 +123,8 @@ LEAST = {
     "total_timesteps": 1,
     "checkpoint_every": 1,
     "every": 1,
+    "refresh_every": 1,
+    "refresh_states": 1,
     "episodes": 1,
     "final_episodes": 1,
     "seed": 0,

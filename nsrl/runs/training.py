@@ -20,6 +20,7 @@ from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
 from nsrl.rl.training.interruption import graceful_interrupts
 from nsrl.rl.training.progress import FineTuningProgress
+from nsrl.rl.training.refresh import BufferRefresh
 from nsrl.rl.training.selection import Selection
 from nsrl.rl.training.tensorboard import open_logger
 from nsrl.runs.config import FinetuneConfig, PretrainConfig
@@ -125,6 +126,7 @@ def train(
     resume: bool,
     progress: FineTuningProgress | None,
     selection: Selection | None = None,
+    refresh: BufferRefresh | None = None,
 ) -> float:
     """Train to the configuration's `total_timesteps`, from the checkpoint when resuming.
 
@@ -155,10 +157,11 @@ def train(
             evaluation.skip_end = interruption.requested
             shown = [] if progress is None else [progress]
             chosen = [] if selection is None else [selection]
+            first = [] if refresh is None else [refresh]  # what is measured and saved is behind it
             try:
                 model.learn(
                     left,
-                    callback=[evaluation, *chosen, history, checkpoint, *shown, interruption],
+                    callback=[*first, evaluation, *chosen, history, checkpoint, *shown, interruption],
                     reset_num_timesteps=purge_step is None,
                 )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsrl.errors import NsrlError
 from nsrl.rl.agents import agent as agents
@@ -59,3 +60,19 @@ def test_a_task_that_does_not_fit_is_named_and_nothing_is_written(
     with pytest.raises(NsrlError, match=told):
         finetune(replace(SMALL, pair=None, old_env=old, new_env=new), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_buffer_is_refreshed_as_asked(tmp_path: Path) -> None:
+    outcome = finetune(replace(SMALL, total_timesteps=320, refresh_every=100, refresh_states=8), tmp_path / "run")
+    events = EventAccumulator(str(outcome.folder.tensorboard)).Reload()
+    # roll-outs of 64 steps, behind an opening of some: the last boundary beyond a multiple of 100 may be the run's end
+    counts = [event.value for event in events.Scalars("retain/refreshes")]
+    assert counts in ([1.0, 2.0], [1.0, 2.0, 3.0])
+    assert [event.value for event in events.Scalars("retain/states")] == [16.0 + 8.0 * count for count in counts]
+
+
+def test_states_are_not_asked_of_an_agent_whose_behaviour_is_not_what_is_retained() -> None:
+    with pytest.raises(NsrlError, match="refresh_every"):
+        replace(SMALL, refresh_every=100, trust_buffer=True)
+    with pytest.raises(NsrlError, match="refresh_states must be at least 1"):
+        replace(SMALL, refresh_states=0)

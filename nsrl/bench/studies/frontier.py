@@ -30,8 +30,8 @@ from nsrl.runs.machine import describe_environment
 POINTS, EPISODES = 10, 10
 #: Environments and steps of a roll-out of each.
 ENVS, STEPS = 16, 128
-#: KL budget, and states of a buffer.
-BUDGET, STATES = 0.01, 2048
+#: KL budget, states of a buffer, and those that a refresh adds.
+BUDGET, STATES, REFRESHED = 0.01, 2048, 256
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,14 @@ class Method:
         method: of the engine, or "scratch": a fresh policy, learnt as stock SB3 does.
         options: of `from_pretrained`.
         later: whether the other methods are run on all agents first.
+        refresh: whether the buffer is refreshed, at every tenth of the run.
     """
 
     algorithm: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     later: bool = False
+    refresh: bool = False
 
 
 #: One setting each for all pairs. The coefficients are those that did best on the development pair (see GRID). Rivals
@@ -149,6 +151,9 @@ METHODS: dict[str, Method] = {
     "NullSpaceTRPO (budget 0.002)": Method("trpo", "null_space", {"kl_budget": 0.002}, later=True),
     "NullSpaceTRPO (worst 0.05)": Method("trpo", "null_space", {"worst_budget": 0.05}, later=True),
     "NullSpaceTRPO (agreement 0.99)": Method("trpo", "null_space", {"agreement": 0.99}, later=True),
+    "NullSpaceTRPO (refresh)": Method("trpo", "null_space", later=True, refresh=True),
+    "NullSpaceTRPO (free target 0.9)": Method("trpo", "null_space", {"free_target": 0.9}, later=True),
+    "NullSpacePPO (free target 0.9)": Method("ppo", "null_space", {"free_target": 0.9}, later=True),
     "plain TRPO": Method("trpo", "finetune", later=True),
     "KL penalty (TRPO)": Method("trpo", "kl_penalty", {"penalty": 1.0}, later=True),
     "L2": Method("ppo", "l2", {"penalty": 0.1}, later=True),
@@ -302,6 +307,7 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
     from nsrl.rl.algorithms.trpo import NullSpaceTRPO
     from nsrl.rl.playing.environments import training_env
     from nsrl.rl.retention.buffer import RetentionBuffer
+    from nsrl.rl.training.refresh import BufferRefresh
 
     pair, method = PAIRS[cell.pair], METHODS[cell.method]
     share = 0.05 if quick else 1.0
@@ -330,7 +336,11 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
     if fresh:
         model._setup_model()  # another policy of the same kind, from the seed
     watch = _watch(pair, max(steps // POINTS, 1))
-    model.learn(steps, callback=watch)
+    callbacks = [watch]
+    if method.refresh:
+        every = max(steps // POINTS, 1)
+        callbacks.insert(0, BufferRefresh(pair.old, agent, every=every, states=REFRESHED, seed=cell.seed))
+    model.learn(steps, callback=callbacks)
     report = None if model.retention is None else model.retention
     return {
         "cell": cell.name,

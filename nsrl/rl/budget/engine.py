@@ -36,6 +36,8 @@ from nsrl.rl.budget.premises import Premises
 from nsrl.rl.opening.spread import ExplorationSpread
 from nsrl.rl.opening.stage import Opening
 from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
+from nsrl.rl.retention.packing import packed, training_states, unpacked
+from nsrl.rl.retention.states import RetainedStates
 
 #: What the displacements of updates are multiplied by after one that was rolled back, down to the least, and after one
 #: that was not, up to 1.
@@ -56,7 +58,10 @@ DIAGNOSED, SHOWN = 1536, 512
 LINEARISED = 8192
 
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
-ADDED = ("restored", "guess", "stride", "kl_most", "held", "opening", "exploration")
+ADDED = (
+    *("restored", "guess", "stride", "kl_most", "held", "opening", "exploration"),
+    *("refreshes", "refreshed"),
+)
 
 
 class Retention:
@@ -76,6 +81,8 @@ class Retention:
         updates: policy updates made.
         restored: Gauss-Newton restorations made.
         rollbacks: updates that had to fall back towards the last feasible parameters.
+        refreshes: buffers that have taken the place of the first one.
+        given: digest of the first one.
         kl_most: largest KL that counted against the budget behind an update.
         held: updates behind which it was within the budget.
         stride: what is made of the displacement of an update: 1, and less after updates that were rolled back.
@@ -89,8 +96,9 @@ class Retention:
         self.multiplier = Multiplier(config.target * config.kl_budget, config.rate, config.damping)
         aim = config.target * config.kl_budget if config.kl_budget > 0 else 0.25 * config.tolerance
         self.enforcement = Enforcement(constraint, config.tolerance, aim, config.restore_steps)
-        self.minibatches = StateDraw(constraint.train, config.seed)
-        self.subsets = StateDraw(constraint.train, config.seed + 1)
+        self.refreshes = 0
+        self.given = constraint.buffer.digest()
+        self._draw_from(constraint)
         # baselines are compared as they are; a number opens them as everybody else
         setting = "off" if config.opening == "auto" and not self.enforces else config.opening
         spend = config.opening_budget * config.tolerance
@@ -105,6 +113,7 @@ class Retention:
         self.last: Measurement = constraint.measure()
         self.premises = Premises(model, constraint)
         self._feasible, self._still = constraint.parameters.read(), self.premises.still()
+        self._start = self._feasible
         self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
         self._coefficients: list[float] = []
         self._projections: list[Projection] = []
@@ -179,6 +188,50 @@ class Retention:
         if self.enforces:
             self._go_back()
 
+    def hold_to(self, buffer: RetainedStates) -> bool:
+        """Hold the policy to another buffer of the same reference, from now on: to states that it visits by now, too.
+
+        Where the policy is over the budget there, it is brought inside: by restorations, else along the segment to
+        the policy that this engine began with. Where even that is outside, everything stays as it was.
+
+        Args:
+            buffer: with the reference's outputs; the old buffer's states are no longer held unless they are in it.
+
+        Returns:
+            Whether the buffer was taken.
+
+        Raises:
+            NsrlError: the buffer's outputs are not of this policy's kind.
+        """
+        constraint = self.constraint.against(buffer)
+        if self.enforces:
+            here = constraint.parameters.read()
+            enforcement = replace(self.enforcement, retained=constraint)
+            try:
+                taken = self.accepts(enforcement.keep(self._start).kl)
+            except BaseException:
+                constraint.parameters.write(here)
+                raise
+            if not taken:
+                constraint.parameters.write(here)
+                return False
+        self._exchange(constraint)
+        self.refreshes += 1
+        self.last = constraint.measure()
+        self._hold()
+        return True
+
+    def _exchange(self, constraint: RetentionConstraint) -> None:
+        self.constraint = constraint
+        self.enforcement = replace(self.enforcement, retained=constraint)
+        self.opening.hold_to(constraint)
+        self.premises = Premises(self.model, constraint)
+        self._draw_from(constraint)
+
+    def _draw_from(self, constraint: RetentionConstraint) -> None:
+        self.minibatches = StateDraw(constraint.train, self.config.seed)
+        self.subsets = StateDraw(constraint.train, self.config.seed + 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the run where it is (the policy's parameters are not among them)."""
         return {
@@ -194,6 +247,9 @@ class Retention:
             "seconds": dict(self.seconds),
             "opening": self.opening.state_dict(),
             "exploration": None if self.exploration is None else self.exploration.log_std,
+            "refreshes": self.refreshes,
+            # of the first buffer, which a run is resumed with, there is no need
+            "refreshed": None if self.refreshes == 0 else packed(self.constraint.buffer),
             **{f"minibatches_{key}": value for key, value in self.minibatches.state().items()},
             **{f"subsets_{key}": value for key, value in self.subsets.state().items()},
         }
@@ -216,7 +272,12 @@ class Retention:
         wide, ours = state.get("exploration"), self.exploration
         if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):
             raise Unreadable("the exploration's standard deviation is damaged")
-        for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
+        whole(state.get("refreshes", 0), "refreshes")
+        train = self.constraint.train.cpu()
+        if state.get("refreshed") is not None:
+            train = training_states(unpacked(state["refreshed"]))
+        for name in ("minibatches", "subsets"):
+            draw = StateDraw(train, 0)
             draw.check_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,6 +285,9 @@ class Retention:
         self.multiplier.integral, self.multiplier.target = float(state["multiplier"]), float(state["target"])
         self._gap = float(state["gap"])
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
+        self.refreshes = int(state.get("refreshes", 0))
+        if state.get("refreshed") is not None:
+            self._exchange(self.constraint.against(unpacked(state["refreshed"])))
         self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
         self.stride = float(state.get("stride", 1.0))
         self.kl_most, self.held = float(state.get("kl_most", 0.0)), int(state.get("held", self.updates))

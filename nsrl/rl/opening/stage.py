@@ -110,6 +110,10 @@ class Opening:
         self.record: OpeningRecord | None = None
         self.states: Observation | None = None
 
+    def hold_to(self, constraint: RetentionConstraint) -> None:
+        """Another buffer is what counts from now on."""
+        self._constraint = constraint
+
     @property
     def pending(self) -> bool:
         """Whether it is still to be done."""

@@ -111,6 +111,7 @@ class RetentionConstraint:
         self.preserve = preserve
         self.tempering = tempering
         self.promises = promises or Promises(math.inf)
+        self._task_budgets = task_budgets
         self.distribution = distribution_of(policy)
         family = self.distribution.family
         if family != buffer.family:
@@ -139,6 +140,17 @@ class RetentionConstraint:
         extractor = policy.pi_features_extractor
         stateful = any(True for _ in extractor.parameters()) or any(True for _ in extractor.buffers())
         self._still: Head | None = None if stateful else actor_head(policy, self.inputs, self._reached)
+
+    def against(self, buffer: RetainedStates) -> RetentionConstraint:
+        """The same policy held in the same way against another buffer.
+
+        Raises:
+            NsrlError: the buffer's outputs are not of this policy's kind.
+        """
+        held = self._held_spread is not None
+        return RetentionConstraint(
+            self.policy, buffer, self.preserve, self.tempering, self._task_budgets, held, self.promises
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the actor as a function, which a copy needs of its own policy."""

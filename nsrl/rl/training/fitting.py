@@ -186,7 +186,7 @@ def identity_of(model: OnPolicyAlgorithm) -> dict[str, Any]:
         # not the seed: where its generators stand is in the checkpoint
         identity |= {key: value for key, value in asdict(retention.config).items() if key != "seed"}
         identity["penalty"] = getattr(retention, "coefficient", None)
-        identity["retention buffer"] = retention.constraint.buffer.digest()
+        identity["retention buffer"] = retention.given
     return identity
 
 

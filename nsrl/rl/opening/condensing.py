@@ -89,11 +89,15 @@ def condense(layers: ActorLayers, features: Tensor, share: float) -> list[Tensor
     """
     originals = [(weight.double(), bias.double()) for weight, bias in layers.read()]
     wanted, actual, kept = features, features, []
+    # what nothing reads makes no unit below it worth keeping
+    read = [upper[0].abs().amax(0) > 0.0 for upper in originals[2:]] + [slice(None)]
     pairs = zip(layers.linears, layers.linears[1:], layers.activations, strict=False)
-    for (layer, above, activation), (weight, bias), upper in zip(pairs, originals, originals[1:], strict=False):
+    for (layer, above, activation), (weight, bias), upper, heard in zip(
+        pairs, originals, originals[1:], read, strict=False
+    ):
         wanted = activation(wanted @ weight.T + bias)
         actual = activation(_applied(layer, actual))
-        rows = spanning_units(actual, upper[0].norm(dim=0), max(round(share * layer.out_features), 1))
+        rows = spanning_units(actual, upper[0][heard].norm(dim=0), max(round(share * layer.out_features), 1))
         known = torch.cat([actual[:, rows], torch.ones_like(actual[:, :1])], 1)
         aim = wanted @ upper[0].T + upper[1]
         # gelsd is exact where activations are collinear; CUDA has only one driver, which is not, so it is done aside

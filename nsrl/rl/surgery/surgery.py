@@ -18,7 +18,7 @@ from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
@@ -41,6 +41,8 @@ from nsrl.rl.surgery.widening import (
 
 Source = TypeVar("Source", OnPolicyAlgorithm, Agent)
 
+# Log standard deviation of what is not to be heard in gSDE's noise.
+SILENT_LOG_STD = -12.0
 # The layers that read the features; the heads do where a network has no hidden layer.
 READERS = {
     "mlp_extractor.policy_net.0.weight",
@@ -212,6 +214,65 @@ def add_actions(
     return _like(agent, new, same), _reported(new.policy, inputs, int(space.n), count, margin)  # type: ignore[arg-type]
 
 
+def add_units(agent: Source, count: int, *, seed: int = 0) -> Source:
+    """An agent whose actor has `count` more units in every hidden layer, which nothing reads yet.
+
+    The weights into them are drawn as SB3 draws them, those out of them are zero: the policy is the old one, exactly,
+    and what the units come to say is the new task's (`nsrl.rl.opening.units` gates them). The critic is the old one's.
+
+    Args:
+        agent: a stock model or an `nsrl.rl.agents.Agent` whose actor is an MLP of its own.
+        count: units to add to each layer, at least 1.
+        seed: of the weights.
+
+    Returns:
+        A new model, or a new `Agent` where one was given; the buffer stays valid.
+
+    Raises:
+        NsrlError: a count below 1, an actor without hidden layers, one that shares layers with the critic, or outputs
+            that differ by more than 1e-6 on random inputs.
+    """
+    old: Any = _model(agent)
+    if count < 1:
+        raise NsrlError(f"count is {count}, but at least one unit has to be added")
+    arch = getattr(old.policy, "net_arch", None)
+    widths = _widths(arch)
+    if not widths["pi"]:
+        raise NsrlError("the actor has no hidden layer of its own that units could be added to; train one with some")
+    wide = {"pi": [width + count for width in widths["pi"]], "vf": list(widths["vf"])}
+    generator = torch.Generator().manual_seed(seed)
+
+    def grown(_: ActorCriticPolicy) -> Callable[[str, Tensor, Tensor], Tensor | None]:
+        def grow(name: str, weight: Tensor, like: Tensor) -> Tensor | None:
+            if name == "log_std":  # under gSDE one row a unit, which nothing reads: none of the noise
+                result = torch.full_like(like, SILENT_LOG_STD)
+            elif name.startswith("mlp_extractor.policy_net.") or name == "action_net.weight":
+                result = torch.zeros_like(like)
+            else:
+                return None
+            rows = tuple(slice(0, size) for size in weight.shape)
+            if name.endswith(".weight") and like.shape[0] > weight.shape[0]:
+                fresh = torch.empty(like.shape[0] - weight.shape[0], like.shape[1])
+                nn.init.orthogonal_(fresh, gain=math.sqrt(2.0), generator=generator)
+                result[weight.shape[0] :] = fresh.to(like)
+            result[rows] = weight
+            return result
+
+        return grow
+
+    new = _rebuilt(old, old.observation_space, old.action_space, grown, net_arch=wide)
+    same = widening(shapes_of(old.observation_space), old.observation_space)
+    check_exact(old.policy, new.policy, same, 0.0)  # type: ignore[arg-type]
+    return _like(agent, new, same)
+
+
+def _widths(arch: Any) -> dict[str, list[int]]:
+    """Hidden layers of actor and critic, as SB3 reads `net_arch`."""
+    if isinstance(arch, dict):
+        return {key: list(arch.get(key, [])) for key in ("pi", "vf")}
+    return {"pi": list(arch or []), "vf": list(arch or [])}
+
+
 def widen_buffer(
     buffer: Buffer,
     agent: OnPolicyAlgorithm | Agent,
@@ -275,14 +336,15 @@ def _rebuilt(
     observation_space: spaces.Space,
     action_space: spaces.Space,
     grown: Callable[[ActorCriticPolicy], Callable[[str, Tensor, Tensor], Tensor | None]],
+    **policy_kwargs: Any,
 ) -> OnPolicyAlgorithm:
-    """A stock model for other spaces with the old one's settings and weights, those of other shape grown."""
+    """A stock model for other spaces or another network, with the old settings and weights; larger ones are grown."""
     with own_randomness(0):  # building draws initial weights, and SB3 seeds the global generators
         new = bare(stock_class(type(old)), type(old.policy), str(old.device))  # type: ignore[arg-type]
         for name in vars(new).keys() & vars(old).keys() - LEFT_BEHIND:
             setattr(new, name, vars(old)[name])
         new.observation_space, new.action_space, new.n_envs = observation_space, action_space, old.n_envs
-        new.policy_kwargs = dict(old.policy_kwargs)
+        new.policy_kwargs = {**old.policy_kwargs, **policy_kwargs}
         try:
             new._setup_model()
         except Exception as error:  # SB3 checks spaces with assertions, torch with exceptions of all kinds

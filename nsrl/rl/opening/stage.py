@@ -17,7 +17,7 @@ from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
 from nsrl.rl.opening.states import NewStates, exchanged_states, pays_better, random_states, visited_states
-from nsrl.rl.opening.targets import CoinTargets, SoftmaxTargets, SpreadTargets, Targets
+from nsrl.rl.opening.targets import CoinTargets, MeanTargets, SoftmaxTargets, SpreadTargets, Targets
 from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS, free_units
 from nsrl.rl.policies.actor_critic import Observation, policy_outputs, select
 from nsrl.rl.retention.constraint import RetentionConstraint
@@ -47,7 +47,8 @@ class OpeningRecord:
         columns: inputs that were given a random column (see `redraw_columns`).
         units: hidden units that were freed for the new task (see `free_units`).
         before, after: how open the policy was and is where it goes in the new task: entropy as a share of the largest,
-            or for gSDE its standard deviation as a share of a wide one.
+            for gSDE its standard deviation as a share of a wide one, for other Gaussians, which explore by a standard
+            deviation of their own, the share of means inside the action space.
         kl: measured KL on the buffer behind it, nats a state.
         steps: of the regression.
         seconds: wall time.
@@ -143,7 +144,7 @@ class Opening:
             if columns:  # it goes elsewhere now
                 visited = visited_states(model, len(visited), self._seed + 1)
             if targets is None:
-                after, steps, skipped = before, 0, "a Gaussian explores by its standard deviation"
+                after, steps, skipped = before, 0, "a Gaussian without bounds explores by its standard deviation"
             else:
                 after, steps, skipped = self._open(model, targets, new, visited, pays)
         finally:
@@ -291,12 +292,19 @@ class Opening:
 
 
 def targets_of(constraint: RetentionConstraint) -> Targets | None:
-    """What open means for a policy's family of action distributions; None for one with a spread of its own."""
+    """What open means for a policy's family of action distributions; None where nothing can be closed."""
     policy, family = constraint.policy, constraint.distribution.family
     if family == "bernoulli":
         return CoinTargets()
     if family == "gaussian":
-        return None
+        space: Any = policy.action_space
+        low, high = (torch.as_tensor(bound.astype("float64").flatten()) for bound in (space.low, space.high))
+        half = 0.5 * (high - low)
+        half = torch.where(half > 0.0, half, torch.inf)
+        if not bool(half.isfinite().any()):
+            return None
+        centre = torch.where(half.isfinite(), low + half, 0.0)
+        return MeanTargets(centre.to(policy.device), half.to(policy.device))
     if family == "state_dependent":
         return SpreadTargets(torch.as_tensor(wide_log_std(policy.action_space), device=policy.device))  # type: ignore[arg-type]
     return SoftmaxTargets(constraint.distribution.sizes(policy.action_space))

@@ -13,6 +13,8 @@ from torch import Tensor
 from nsrl.projection.roots import DiagonalRoot, Root, SoftmaxRoot
 from nsrl.rl.policies.distributions import with_masks
 
+#: Where a mean that was outside of the action space is brought to, between its centre and the bound.
+HALF_WAY = 0.5
 #: Bisections of a temperature: to nine digits.
 HALVINGS = 30
 
@@ -146,3 +148,29 @@ class SpreadTargets:
     def _missing(self, outputs: Tensor) -> Tensor:
         logs = outputs[:, len(self.wide) :]
         return (self.wide.to(outputs) - logs).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class MeanTargets:
+    """Means of a Gaussian inside the action space: beyond it, all actions that are tried are the bound.
+
+    Attributes:
+        centre, half: of the action space, (A,); entries without bounds have an infinite half.
+    """
+
+    centre: Tensor
+    half: Tensor
+
+    def share(self, outputs: Tensor, valid: Tensor | None) -> Tensor:
+        """Share of the entries whose mean is inside, shape (N,)."""
+        return ((outputs - self.centre.to(outputs)).abs() <= self.half.to(outputs)).double().mean(1)
+
+    def excess(self, outputs: Tensor, share: float, valid: Tensor | None) -> Tensor:
+        """What means outside have to lose to be half-way between the centre and the bound, shape (N, A)."""
+        away, half = outputs - self.centre.to(outputs), self.half.to(outputs)
+        aim = torch.where(away.abs() > half, away.sign() * HALF_WAY * half, away)
+        return away - torch.where(half.isfinite(), aim, away)
+
+    def root(self, outputs: Tensor, valid: Tensor | None) -> Root:
+        """Means in units of the action space; entries without bounds are free."""
+        return DiagonalRoot((1.0 / self.half).to(outputs).expand_as(outputs))

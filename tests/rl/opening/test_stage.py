@@ -21,7 +21,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl.opening.stage import MOST_STEPS, Opening, OpeningRecord
 from nsrl.rl.training import checkpoint
 from nsrl.rl.training.tensorboard import open_logger
-from tests.rl.builders import NEW, SMALL, certain, generators_left_alone, trained
+from tests.rl.builders import NEW, OLD, SMALL, certain, generators_left_alone, trained
 from tests.rl.clockwork import AtBoundary, Clockwork
 from tests.rl.oracles import independent_kl, same, same_policies, within
 
@@ -357,3 +357,19 @@ def test_the_smaller_of_both_targets_counts() -> None:
     for wrong in (0.0, 1.5):
         with pytest.raises(NsrlError, match="free_target"):
             learner(agent, buffer, free_target=wrong)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_means_beyond_the_action_space_come_back_where_the_new_task_is(algorithm: type) -> None:
+    """A free column may carry them there: all that is tried is the bound then, and nothing can be learnt."""
+    agent, _ = trained("box")
+    with torch.no_grad():
+        agent.policy.action_net.weight.mul_(3000.0)
+    buffer = RetentionBuffer.collect(agent, OLD["box"], n_states=160, n_envs=2)
+    envs = make_vec_env(NEW["box"], ENVS, seed=1)
+    model = algorithm.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SETTINGS[algorithm])
+    model.learn(2000)
+    record = model.retention_report().opening
+    assert record.units == 0 and record.before < 0.5 and record.after > 2.0 * record.before + 0.1
+    assert independent_kl(model, buffer) <= within(BUDGET, buffer)

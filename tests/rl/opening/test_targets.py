@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from nsrl.rl.opening.targets import HALVINGS, CoinTargets, SoftmaxTargets, SpreadTargets, Targets
+from nsrl.rl.opening.targets import HALVINGS, CoinTargets, MeanTargets, SoftmaxTargets, SpreadTargets, Targets
 from nsrl.rl.policies.distributions import with_masks
 from tests.tolerances import assert_near, relative
 
@@ -142,3 +142,19 @@ def test_a_spread_is_open_where_it_is_wide_and_only_its_logs_are_asked() -> None
     opened = outputs - excess
     assert_near(targets.share(opened, None), torch.ones(3, dtype=torch.float64))
     assert torch.equal(opened[:, :2], means) and opened[1, 2] == 2.0
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_means_are_open_where_they_are_inside_the_action_space(bounded: bool) -> None:
+    centre, half = torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.5 if bounded else torch.inf])
+    targets = MeanTargets(centre, half)
+    outputs = torch.tensor([[0.0, 0.4], [3.5, 0.4], [-9.0, -7.0], [3.0, 0.5]])
+    inside = [1.0, 0.5, 0.0, 1.0] if bounded else [1.0, 0.5, 0.5, 1.0]
+    assert targets.share(outputs, None).tolist() == inside
+    left = outputs - targets.excess(outputs, 0.9, None)
+    # what is outside comes half-way to the bound on its side, what is inside and what has no bounds stays
+    expected = torch.tensor([[0.0, 0.4], [2.0, 0.4], [0.0, -0.25 if bounded else -7.0], [3.0, 0.5]])
+    torch.testing.assert_close(left, expected, rtol=0.0, atol=1e-6)
+    assert targets.share(left, None).tolist() == [1.0] * 4
+    root = targets.root(outputs, None).apply(outputs)
+    torch.testing.assert_close(root, outputs / half, rtol=1e-6, atol=0.0)

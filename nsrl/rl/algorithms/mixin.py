@@ -22,6 +22,7 @@ from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observati
 from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.critic import reset_critic
+from nsrl.rl.algorithms.expansion import with_room
 from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
 from nsrl.rl.algorithms.report import RetentionReport
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
@@ -134,6 +135,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
                     f"give {name}=... for another",
                     stacklevel=2,
                 )
+        added = 0
+        if "policy_kwargs" not in options:
+            opened = config.opening != "off" and (method == "null_space" or config.opening != "auto")
+            source, added = with_room(source, retain, config, opened)
         settings = cls._inherited(source, options)
         policy_kwargs = dict(settings.pop("policy_kwargs") or {})
         env = training_env(
@@ -162,6 +167,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             ) from error
         if retain is not None:
             model.constrain(retain, config, trust_buffer=trust_buffer, method=method, penalty=penalty)
+            model.retention.opening.added = added
         return model
 
     def constrain(

@@ -22,6 +22,7 @@ CHOICES = {
     "critic": ("keep", "reset"),
     "selection": ("random", "active"),
     "values": ("standardised", "raw"),
+    "room": ("auto", "off"),
 }
 
 
@@ -77,6 +78,8 @@ class RetentionConfig:
             nothing, a number in (0, 1] is the share of the largest entropy to open to. Baselines are opened by a number
             only. A Gaussian whose standard deviation is narrow explores with a wider one of its own; what is retained,
             saved and exported keeps its standard deviation.
+        room: whether `from_pretrained` adds units (`nsrl.rl.surgery.add_units`) to an actor that the old task needs
+            whole, where an input may tell the tasks apart: "auto" or "off". The exported agent's actor is wider then.
         opening_states: states of the new task, by random actions, that the policy is opened on; they count as
             timesteps, and take no more than a tenth of a run.
         opening_budget: share of the budget that the opening may spend.
@@ -110,6 +113,7 @@ class RetentionConfig:
     critic_warmup: int = 0
     values: str = "standardised"
     opening: float | str = "auto"
+    room: str = "auto"
     opening_states: int = 1024
     opening_budget: float = 0.8
     opening_fade: float = 0.5

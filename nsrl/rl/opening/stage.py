@@ -33,7 +33,7 @@ CLOSE_ENOUGH = 0.95
 #: Share of the budget that condensing the old task on a part of the units may spend.
 CONDENSING = 0.05
 #: Fields of the record that earlier versions did not write.
-LATER = ("units", "pays")
+LATER = ("units", "pays", "added")
 #: Share of a run's timesteps that the opening may take.
 MOST_STEPS = 0.1
 
@@ -53,6 +53,7 @@ class OpeningRecord:
         steps: of the regression.
         seconds: wall time.
         skipped: why nothing was opened; empty if something was.
+        added: units that every hidden layer of the actor was given beforehand, since the old task needs all others.
         pays: whether the old behaviour earned more in the new task than random actions do, and was kept for a start.
     """
 
@@ -66,11 +67,13 @@ class OpeningRecord:
     skipped: str = ""
     units: int = 0
     pays: bool = False
+    added: int = 0
 
     def text(self) -> str:
         """A line for logs and reports."""
         cost = f"KL {self.kl:.2g} on the buffer, {self.states:,} timesteps, {self.seconds:.1f} s"
         freed = [f"{count} free {what}" for count, what in ((self.columns, "columns"), (self.units, "units")) if count]
+        freed += [f"{self.added} units added to every layer"] if self.added else []
         if self.skipped:
             return f"opening skipped: {', '.join([self.skipped, *freed])}; {cost}"
         # of a Gaussian, whose spread is not what is opened, there is nothing to be told
@@ -98,6 +101,7 @@ class Opening:
         seed: of states and columns.
 
     Attributes:
+        added: units that every hidden layer was given when the policy was taken over.
         record: what was done; None before.
         states: states of the new task that the policy was opened on; None where it was not.
     """
@@ -108,6 +112,7 @@ class Opening:
         self._count = states
         self._budget = budget
         self._seed = seed
+        self.added = 0
         self.record: OpeningRecord | None = None
         self.states: Observation | None = None
 
@@ -163,6 +168,7 @@ class Opening:
             skipped=skipped,
             units=units,
             pays=pays,
+            added=self.added,
         )
         self._log(model, self.record)
         return self.record
@@ -262,7 +268,7 @@ class Opening:
                 if key == "skipped":
                     if type(value) is not str:
                         raise Unreadable("the record of the opening is damaged")
-                elif key in ("states", "columns", "steps", "units"):
+                elif key in ("states", "columns", "steps", "units", "added"):
                     whole(value, key)
                 elif key == "pays":
                     if type(value) is not bool:

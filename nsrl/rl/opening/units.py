@@ -70,7 +70,7 @@ def free_units(
         wanted, log_std = noise.variances(layers.hidden(before)), noise.log_std.detach().clone()
     for share in KEPT:
         kept = condense(layers, before, share)
-        free = [_others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
+        free = [others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
         # one unit of each layer is the switch itself
         if min(map(len, free)) >= 2:
             fresh = FreshNetwork(layers, kept, free, switch, seed, silent=noise is not None)
@@ -212,7 +212,8 @@ class FreshNetwork:
         return gain * (basis if rows >= columns else basis.T)
 
 
-def _others(rows: Tensor, size: int) -> Tensor:
+def others(rows: Tensor, size: int) -> Tensor:
+    """Indices below `size` that are not among the rows."""
     mask = torch.ones(size, dtype=torch.bool, device=rows.device)
     mask[rows] = False
     return mask.nonzero().flatten()

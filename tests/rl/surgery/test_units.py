@@ -68,13 +68,25 @@ def test_the_new_task_gets_them_where_the_old_one_needs_all_others(monkeypatch: 
         for layer in (agent.policy.mlp_extractor.policy_net[0], agent.policy.mlp_extractor.policy_net[2]):
             nn.init.orthogonal_(layer.weight, gain=20.0, generator=torch.Generator().manual_seed(0))
     found = {}
-    for name, model in (("narrow", agent), ("wide", surgery.add_units(agent, 64))):
+    wide = surgery.add_units(agent, 64)
+    for name, model, room in (("narrow", agent, "off"), ("wide", wide, "off"), ("by itself", agent, "auto")):
         buffer = RetentionBuffer.collect(model, "nsrl/CartPole-v0", n_states=256, n_envs=2)
-        learner = NullSpacePPO.from_pretrained(model, NEW["discrete"], retain=buffer, seed=1, **SMALL)
+        learner = NullSpacePPO.from_pretrained(model, NEW["discrete"], retain=buffer, seed=1, room=room, **SMALL)
         learner.learn(1000)
-        found[name] = learner.retention_report().opening.units
+        record = learner.retention_report().opening
+        found[name] = record.units, record.added
         assert independent_kl(learner, buffer) <= within(0.01, buffer)
-    assert found == {"narrow": 0, "wide": 128}
+    assert found == {"narrow": (0, 0), "wide": (128, 0), "by itself": (128, 64)}
+
+
+def test_an_actor_with_units_to_spare_is_left_alone() -> None:
+    agent, buffer = certain(gap=8.0)
+    before = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    learner = NullSpacePPO.from_pretrained(agent, NEW["discrete"], retain=buffer, seed=1, **SMALL)
+    assert learner.retention.opening.added == 0
+    assert all(torch.equal(value, before[name]) for name, value in agent.policy.state_dict().items())
+    actor = [name for name in before if "value" not in name]  # the critic is a fresh one
+    assert all(torch.equal(learner.policy.state_dict()[name], before[name]) for name in actor)
 
 
 def test_what_cannot_be_widened_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -16,10 +17,10 @@ from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
-from nsrl.rl.opening.states import NewStates, exchanged_states, pays_better, random_states, visited_states
+from nsrl.rl.opening.states import STRETCH, NewStates, exchanged_states, pays_better, random_states, visited_states
 from nsrl.rl.opening.targets import CoinTargets, MeanTargets, SoftmaxTargets, SpreadTargets, Targets
 from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS, free_units
-from nsrl.rl.policies.actor_critic import Observation, policy_outputs, select
+from nsrl.rl.policies.actor_critic import Observation, joined, policy_outputs, select
 from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: What "auto" opens to, and the share from which on it lets a policy be.
@@ -30,6 +31,9 @@ CYCLES = 4
 FOLLOWING = 0.5
 #: Share of the wanted openness, measured where the policy goes, that ends the cycles.
 CLOSE_ENOUGH = 0.95
+#: KL at most, nats a state, between what the policy does in the new task before units are freed and behind it, where
+#: that pays.
+WHERE_IT_PAYS = 0.01
 #: Share of the budget that condensing the old task on a part of the units may spend.
 CONDENSING = 0.05
 #: Fields of the record that earlier versions did not write.
@@ -140,11 +144,14 @@ class Opening:
         policy.eval()
         try:
             targets = targets_of(constraint)
-            new = random_states(model, count, self._seed)
-            visited = visited_states(model, int(FOLLOWING * count) or 1, self._seed + 1)
+            follow = int(FOLLOWING * count) or 1
+            # what is played by the policy has to hold a whole stretch of every environment
+            stretch = min(STRETCH, -(-follow // model.n_envs))
+            new = random_states(model, count, self._seed, stretch)
+            visited = visited_states(model, follow, self._seed + 1, stretch)
             pays = pays_better(visited, new)
             before = 1.0 if targets is None else self._openness(targets, visited)
-            units = self._free(new, pays)
+            units = self._free(new, visited if pays else None)
             columns = 0 if units or pays else self._redraw(new)
             if columns:  # it goes elsewhere now
                 visited = visited_states(model, len(visited), self._seed + 1)
@@ -214,21 +221,40 @@ class Opening:
         self.states = pool.select(kept.to(self._constraint.reference.device)).inputs
         return after, steps, ""
 
-    def _free(self, new: NewStates, pays: bool) -> int:
-        """Free units for the new task, if the old one is as good without them."""
+    @torch.no_grad()
+    def _free(self, new: NewStates, paying: NewStates | None) -> int:
+        """Free units for the new task, if the old one is as good without them, and what pays in the new one too.
+
+        Args:
+            new: states of the new task.
+            paying: those that the policy visits there, where what it does pays.
+        """
         constraint = self._constraint
+        # nothing is fitted to the held-out states
+        used, alike = select(constraint.inputs, constraint.train), None
+        if paying is not None:
+            used = joined(used, paying.inputs)
+            alike = policy_outputs(constraint.policy, paying.inputs)
+
+        def divergence() -> float:
+            if paying is not None and alike is not None:
+                now = policy_outputs(constraint.policy, paying.inputs)
+                if not constraint.divergence_between(alike, now, paying.valid) <= WHERE_IT_PAYS:
+                    return math.inf
+            return constraint.binding_divergence()
+
         before = constraint.binding_divergence()
         # of the opening's budget; a policy that is on its way is condensed for as little as a fresh one
         cost = before + CONDENSING * self._budget
         return free_units(
             constraint.policy,
-            # nothing is fitted to the held-out states
             select(constraint.inputs, constraint.train),
             new.inputs,
-            constraint.binding_divergence,
+            divergence,
             min(cost, self._budget),
             self._seed,
-            silence=not pays,
+            silence=paying is None,
+            used=used,
         )
 
     def _redraw(self, new: NewStates) -> int:

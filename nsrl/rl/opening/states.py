@@ -36,8 +36,8 @@ class NewStates:
     Attributes:
         inputs: N observations, normalised.
         valid: valid actions, (N, O) bool; None where all are.
-        returns: sums of the rewards over stretches of at most `STRETCH` steps of an episode, one after the other, on
-            the way through these states; empty where they were not played.
+        returns: sums of the rewards over stretches of so many steps of an episode, or to its end, one after the other,
+            on the way through these states; empty where they were not played.
     """
 
     inputs: Observation
@@ -60,7 +60,7 @@ class NewStates:
         return NewStates(joined(self.inputs, others.inputs), valid)
 
 
-def random_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates:
+def random_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int = STRETCH) -> NewStates:
     """At least `count` states that random (valid) actions lead to in the model's environment, from a reset on."""
     space = copy.deepcopy(model.action_space)
     space.seed(seed)
@@ -70,10 +70,10 @@ def random_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates:
         rows = [None] * env.num_envs if valid is None else list(valid)
         return np.stack([space.sample(_mask(space, row)) for row in rows])
 
-    return _play(model, count, seed, draw)
+    return _play(model, count, seed, draw, stretch)
 
 
-def visited_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates:
+def visited_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int = STRETCH) -> NewStates:
     """At least `count` states that the policy itself visits in the model's environment, from a reset on."""
     policy, generator = model.policy, torch.Generator().manual_seed(seed)
     distribution = distribution_of(policy)
@@ -85,7 +85,7 @@ def visited_states(model: OnPolicyAlgorithm, count: int, seed: int) -> NewStates
             outputs = with_masks(outputs, torch.as_tensor(valid, device=outputs.device))
         return distribution.sample(policy, outputs, generator)
 
-    return _play(model, count, seed, draw)
+    return _play(model, count, seed, draw, stretch)
 
 
 def _mask(space: spaces.Space, row: np.ndarray | None) -> Any:
@@ -96,11 +96,11 @@ def _mask(space: spaces.Space, row: np.ndarray | None) -> Any:
     return row.astype(np.int8)
 
 
-def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act) -> NewStates:
+def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act, stretch: int) -> NewStates:
     """Steps count as the run's own; afterwards the environment begins anew, as `learn` left it."""
     env: VecEnv = model.env  # type: ignore[assignment]
     read = mask_reader(model.policy, env)
-    seen, masks, sums = [], [], _Stretches(env.num_envs)
+    seen, masks, sums = [], [], _Stretches(env.num_envs, stretch)
     around: Any = model.get_vec_normalize_env()
     with own_randomness(seed):
         current: Any = env.reset()
@@ -122,14 +122,15 @@ def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act) -> NewState
 class _Stretches:
     """Rewards of several environments, added up over stretches of their episodes."""
 
-    def __init__(self, n_envs: int):
+    def __init__(self, n_envs: int, length: int):
         self.finished: list[float] = []
+        self._length = length
         self._sums, self._lengths = np.zeros(n_envs), np.zeros(n_envs, dtype=int)
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         self._sums += rewards
         self._lengths += 1
-        over = dones | (self._lengths >= STRETCH)
+        over = dones | (self._lengths >= self._length)
         self.finished += self._sums[over].tolist()
         self._sums[over], self._lengths[over] = 0.0, 0
 

@@ -35,6 +35,7 @@ def free_units(
     cost: float,
     seed: int,
     silence: bool = True,
+    used: Observation | None = None,
 ) -> int:
     """Give the new task a fresh network inside the actor, if an input tells it from the old one.
 
@@ -52,6 +53,7 @@ def free_units(
         divergence: measures the KL that counts against the budget, nats a state.
         cost: KL at most that the old task may pay for it.
         seed: of the fresh units.
+        used: inputs on which the units that are kept have to do what all did; None for the buffer's alone.
         silence: whether what the old units say is kept from the new task.
 
     Returns:
@@ -62,6 +64,7 @@ def free_units(
         return 0
     extractor = cast(Any, policy.pi_features_extractor)
     before, after = (BasePolicy.extract_features(policy, inputs, extractor).double() for inputs in (old, new))
+    kept_on = before if used is None else BasePolicy.extract_features(policy, used, extractor).double()
     switch = Switch.between(before, after)
     if switch is None:
         return 0
@@ -69,7 +72,7 @@ def free_units(
     if noise is not None:
         wanted, log_std = noise.variances(layers.hidden(before)), noise.log_std.detach().clone()
     for share in KEPT:
-        kept = condense(layers, before, share)
+        kept = condense(layers, kept_on, share)
         free = [others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
         # one unit of each layer is the switch itself
         if min(map(len, free)) >= 2:

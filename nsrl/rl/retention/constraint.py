@@ -212,6 +212,21 @@ class RetentionConstraint:
         )
 
     @torch.no_grad()
+    def divergence_between(self, before: Tensor, after: Tensor, valid: Tensor | None = None) -> float:
+        """Mean KL between two outputs, (M, O), at any states, as the policy's standard deviation is now, nats a state.
+
+        Args:
+            before, after: logits or means.
+            valid: valid actions, (M, O); None where all are.
+        """
+        sizes = tuple(self.buffer.nvec or (self.reference.shape[1],))
+        spread = None
+        if self.distribution.has_spread:
+            spread = (self.policy.log_std if self._held_spread is None else self._held_spread).detach()
+        metric = self.distribution.metric(sizes, self.tempering, valid=valid, log_std=spread, reference_log_std=spread)
+        return float(metric.divergence(before, after).mean())
+
+    @torch.no_grad()
     def state_divergences(self) -> Tensor:
         """KL of every state of the buffer, shape (N,), float64."""
         return self.metric.divergence(self.reference, self._outputs())

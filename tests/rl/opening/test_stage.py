@@ -10,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -19,13 +21,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
 from nsrl.rl.opening.stage import MOST_STEPS, Opening, OpeningRecord
+from nsrl.rl.playing.evaluation import evaluate
 from nsrl.rl.training import checkpoint
 from nsrl.rl.training.tensorboard import open_logger
+from nsrl_envs import TaskContext
 from tests.rl.builders import NEW, OLD, SMALL, certain, generators_left_alone, trained
 from tests.rl.clockwork import AtBoundary, Clockwork
 from tests.rl.oracles import independent_kl, same, same_policies, within
 
 BUDGET = 0.01
+AGENTS = Path(__file__).parents[3] / "runs" / "reference" / "agents"
 SETTINGS: dict[type, dict[str, Any]] = {
     NullSpacePPO: SMALL,
     NullSpaceTRPO: {"n_steps": 64, "batch_size": 64, "n_critic_updates": 2},
@@ -372,4 +377,21 @@ def test_means_beyond_the_action_space_come_back_where_the_new_task_is(algorithm
     model.learn(2000)
     record = model.retention_report().opening
     assert record.units == 0 and record.before < 0.5 and record.after > 2.0 * record.before + 0.1
+    assert independent_kl(model, buffer) <= within(BUDGET, buffer)
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_what_pays_in_the_new_task_is_as_it_was_behind_the_opening(algorithm: type) -> None:
+    """As when an agent that has learnt the new task by half is fine-tuned again."""
+    agent = PPO.load(AGENTS / "cartpole_swapped" / "default_0_x1.zip", device="cpu")
+    with torch.no_grad():  # it does in the new task what it does in the old one
+        agent.policy.mlp_extractor.policy_net[0].weight[:, -1] = 0.0
+    buffer = RetentionBuffer.collect(agent, OLD["discrete"], n_states=512, n_envs=2)
+    envs = DummyVecEnv([lambda: TimeLimit(TaskContext(CartPoleEnv(), value=1.0), 500)] * 8)
+    model = algorithm.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SETTINGS[algorithm])
+    before = evaluate(model, envs, episodes=8, seed=5).mean
+    model._setup_learn(20_000, None)
+    record = model.retention.opening.run(model)
+    assert before > 400.0 and record.pays and record.units > 0
+    assert evaluate(model, envs, episodes=8, seed=5).mean > 400.0
     assert independent_kl(model, buffer) <= within(BUDGET, buffer)

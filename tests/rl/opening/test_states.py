@@ -219,3 +219,12 @@ def test_a_swapped_cartpole_shows_its_context_and_an_old_one_never_did() -> None
     new = random_states(model, 20, seed=0)
     found = exchanged_states(buffer.inputs(), new, None, 50, seed=0)
     assert bool((buffer.inputs()[:, -1] == 0.0).all()) and bool((found.inputs[:, -1] == 1.0).all())
+
+
+def test_stretches_are_as_long_as_they_are_asked_for() -> None:
+    """A policy that stays up longer than it is watched has stretches too."""
+    model = learner("discrete")
+    steps = 8
+    found = random_states(model, steps * model.n_envs, seed=0, stretch=4)
+    assert len(found.returns) >= 2 * model.n_envs and max(found.returns) <= 4.0  # one a step
+    assert len(random_states(model, steps * model.n_envs, seed=0, stretch=64).returns) < len(found.returns)

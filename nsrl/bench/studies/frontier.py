@@ -83,6 +83,13 @@ PAIRS: dict[str, Pair] = {
         {"n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "learning_rate": 1e-3},
     ),
     # agents of rl-trained-agents (see the LICENSE beside them), as rl-zoo lays them out
+    "halfcheetah_backward": Pair(
+        "nsrl/HalfCheetah-v0",
+        "nsrl/HalfCheetahBackward-v0",
+        0,
+        200_000,
+        published=("a2c", "ppo"),
+    ),
     "lunarlander_swapped": Pair(
         "nsrl/LunarLanderTold-v0",
         "nsrl/LunarLanderSwapped-v0",

@@ -104,7 +104,7 @@ def test_published_agents_are_played_by_several_runs_and_are_there() -> None:
     folder = Path(__file__).parents[3] / "runs" / "reference" / "agents"
     for pair, task in frontier.PAIRS.items():
         assert all(list((folder / pair / name).glob("*.zip")) for name in task.published)
-        assert task.test is bool(task.published)  # nothing was chosen on what others have published
+        assert task.published or not task.test  # nothing was chosen on agents that others have published, but for one
 
 
 def test_what_counts_as_solved_is_the_least_that_is_asked_for() -> None:

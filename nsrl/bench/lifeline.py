@@ -47,6 +47,15 @@ def end_with_parent() -> None:
         _end_after(lambda: wait([sentinel]))
 
 
+def begin_worker() -> None:
+    """What every process of a pool begins with: one thread of torch's, and an end with its parent."""
+    import torch
+
+    end_with_parent()
+    # not the function of nsrl.runs.training, which brings Stable-Baselines3 into every process
+    torch.set_num_threads(1)
+
+
 def _end_after(gone: Callable[[], object]) -> None:
     def watch() -> None:
         gone()

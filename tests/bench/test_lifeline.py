@@ -1,13 +1,16 @@
 """Workers end with the process that started them, also where that one is killed and can tell nobody."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import nsrl.bench
 from nsrl.bench.suites.jobs import run_jobs
 from nsrl.files import read_lines
 from tests.bench.suites.builders import jobs, long
@@ -86,3 +89,13 @@ def test_a_benchmark_that_is_killed_goes_on_without_a_row_twice(number, tmp_path
     steps = [row["timesteps"] for row in read_lines(out / "0" / "history.jsonl")]
     assert metrics["timesteps"] == steps[-1] == long(jobs(out, 0)[0]).config.total_timesteps
     assert steps == sorted(set(steps))
+
+
+def test_every_pool_of_the_benchmarks_begins_its_workers_so() -> None:
+    pools = []
+    for path in (Path(nsrl.bench.__file__).parent).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ProcessPoolExecutor"):
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                pools.append((path.name, "begin_worker" in {ast.unparse(value) for value in given}))
+    assert len(pools) >= 4 and all(begun for _, begun in pools), pools

@@ -15,7 +15,7 @@ from typing import Any
 
 from nsrl.bench.gallery.page import WHOLE, write_page
 from nsrl.bench.gallery.registry import FIGURES
-from nsrl.bench.lifeline import end_with_parent
+from nsrl.bench.lifeline import begin_worker
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
@@ -132,7 +132,7 @@ def _draw_in_processes(
     agents = [name for name in names if FIGURES[name].room == "policies"]
     tasks = [agents, *([name] for name in names if name not in agents)] if agents else [[name] for name in names]
     count, context = min(workers, len(tasks)), get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=begin_worker) as pool:
         pending: dict[Future[None], list[str]] = {pool.submit(_draw_all, t, out, quick): t for t in tasks}
         try:
             while pending:
@@ -149,14 +149,6 @@ def _draw_in_processes(
 def _draw_all(names: list[str], out: Path, quick: bool) -> None:
     for name in names:
         draw(name, out, quick)
-
-
-def _one_thread() -> None:
-    import torch
-
-    end_with_parent()
-
-    torch.set_num_threads(1)
 
 
 def _finished(out: Path, name: str, quick: bool) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nsrl.bench.lifeline import end_with_parent
+from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
@@ -197,7 +197,7 @@ def try_agents(
     start, steps = time.monotonic(), 250 if quick else STEPS
     rows = {} if again else {agent.name: row for agent in found if (row := _stored(out, agent, steps)) is not None}
     waiting = [agent for agent in found if agent.name not in rows]
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), multiprocessing.get_context("spawn"), _begin)
+    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), multiprocessing.get_context("spawn"), begin_worker)
     try:
         futures: dict[Future[dict[str, Any]], Found] = {
             pool.submit(_row, agent, out, steps): agent for agent in waiting
@@ -217,13 +217,6 @@ def try_agents(
         "budget": BUDGET,
         "environment": describe_environment(),
     }
-
-
-def _begin() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    end_with_parent()
 
 
 def _row(agent: Found, out: Path, steps: int) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nsrl.bench.lifeline import end_with_parent
+from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.suites.jobs import Status
 from nsrl.bench.suites.statistics import bootstrap, paired_difference
 from nsrl.continual.config import ContinualConfig, StrategySettings
@@ -159,7 +157,7 @@ def run_cells(
     failures: dict[str, str] = {}
     # spawned, not forked: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, _use_one_thread)
+    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, begin_worker)
     try:
         futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(run_cell, cell, out): cell for cell in waiting}
         for number, future in enumerate(as_completed(futures), start=1):
@@ -187,12 +185,6 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     metrics = run_continual(cell.config)
     write_json(out / f"{cell.name}.json", {"config": plain(cell.config), "metrics": metrics})
     return metrics
-
-
-def _use_one_thread() -> None:
-    end_with_parent()
-    # not the function of this name in nsrl.runs.training, which brings Stable-Baselines3 into every process
-    torch.set_num_threads(1)
 
 
 def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: dict[str, str]) -> dict[str, Any]:

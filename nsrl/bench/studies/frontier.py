@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.studies.lines import append_run, read_runs
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
@@ -462,7 +461,7 @@ def run_cells(
     reference.mkdir(parents=True, exist_ok=True)
     # spawned, not forked: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, begin_worker)
     try:
         futures = {pool.submit(run_cell, cell, agents, quick): cell for cell in waiting}
         for number, future in enumerate(as_completed(futures), start=1):

@@ -16,6 +16,9 @@ from nsrl.continual.strategies import STRATEGIES, build_strategy
 from nsrl.errors import NsrlError
 from nsrl.runs.settings import load
 
+# imported here: it sets environment variables, which no test may do
+pytest.importorskip("sklearn")
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 

@@ -13,7 +13,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.runs.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 
-Method = Literal["null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen"]
+Method = Literal["null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen", "agem", "gradient_only"]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def describe_method(metrics: dict[str, Any]) -> str:
     if metrics["method"] in penalties:
         return f"{name} with {penalties[metrics['method']]} {metrics['penalty']:g}"
     others = {"null_space": f"NullSpace{name}", "finetune": f"plain {name}", "frozen": f"{name}, last layer only"}
+    others |= {"agem": f"{name}, A-GEM", "gradient_only": f"{name}, gradients projected"}
     return others[metrics["method"]]
 
 

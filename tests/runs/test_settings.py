@@ -97,8 +97,8 @@ def test_numbers_may_be_written_as_people_write_them():
         ("total_timesteps: 2.5", r"total_timesteps must be a whole number, not 2\.5"),
         (
             "method: nullspace",
-            r"method must be one of 'null_space', 'kl_penalty', 'finetune', 'l2', 'ewc', 'der', 'frozen', "
-            r"not nullspace",
+            r"method must be one of 'null_space', 'kl_penalty', 'finetune', 'l2', 'ewc', 'der', 'frozen', 'agem', "
+            r"'gradient_only', not nullspace",
         ),
         ("trust: 3", r"trust must be true or false, not 3"),
         ("ppo:\n  gamma: 1.5", r"ppo\.gamma must be between 0\.0 and 1\.0, not 1\.5"),

@@ -165,6 +165,8 @@ METHODS: dict[str, Method] = {
     "L2": Method("ppo", "l2", {"penalty": 0.1}, later=True),
     "EWC": Method("ppo", "ewc", {"penalty": 10.0}, later=True),
     "frozen trunk": Method("ppo", "frozen", later=True),
+    "A-GEM": Method("ppo", "agem", later=True),
+    "gradients projected": Method("ppo", "gradient_only", later=True),
     "hard null space": Method("trpo", "null_space", {"kl_budget": 0.0}, later=True),
 }
 

@@ -149,27 +149,13 @@ def varied_table(reference: Path, key: str) -> Table | None:
 
 def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     """Old score kept against area under the new task's curve: a panel a pair, a colour a method, a dot an agent."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in METHODS if not name.startswith("scratch")]
-    palette = [
-        *("#999999", "#E69F00", "#0072B2", "#009E73", "#444444", "#F0C878", "#CC79A7", "#7FC8A9", "#56B4E9"),
-        *(
-            "#00664A",
-            "#4DB380",
-            "#99D6B8",
-            "#666666",
-            "#B8860B",
-            "#B07AA1",
-            "#D55E00",
-            "#8C564B",
-            "#17BECF",
-            "#9467BD",
-            "#3A7D44",
-            "#E377C2",
-        ),
-    ]
+    # neighbours in the list are told apart by light and dark of one hue
+    palette = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors][: len(names)]  # type: ignore[attr-defined]
     figure = Figure(figsize=(4.2 * len(found), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(found), squeeze=False)[0]

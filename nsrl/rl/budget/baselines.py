@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.retention.constraint import RetentionConstraint
 
-METHODS = ("null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen")
+METHODS = ("null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen", "agem", "gradient_only")
 #: Those that take a coefficient.
 PENALISED = ("kl_penalty", "l2", "ewc", "der")
 
@@ -120,6 +121,43 @@ class Anchor(Monitor):
         self.seconds["lagrangian"] += perf_counter() - start
 
 
+class AveragedGradient(Monitor):
+    """Takes from every gradient the part that would raise the KL of a fresh buffer minibatch: A-GEM.
+
+    Chaudhry et al. 2019, "Efficient lifelong learning with A-GEM": g - (g.r / r.r) r where g.r < 0, r the gradient of
+    what is retained. At the reference itself r vanishes, and so does what it guards.
+    """
+
+    def _before_step(self) -> None:
+        if self._frozen:
+            super()._before_step()
+            return
+        start = perf_counter()
+        flat = self.constraint.parameters
+        _, retained = self.constraint.gradient(self.minibatches.draw(self.config.batch_states))
+        gradient = flat.gradient()
+        along, size = float(gradient @ retained), float(retained @ retained)
+        if along < 0.0 < size:
+            flat.set_gradient(gradient - along / size * retained)
+        self.seconds["project"] += perf_counter() - start
+
+
+class GradientProjection(Monitor):
+    """Projects gradients, and nothing else, onto the null space of some linearised states: the trap.
+
+    The optimizer's own step leaves the null space again: Adam divides what is left by its own root mean square.
+    """
+
+    def __init__(self, model: OnPolicyAlgorithm, constraint: RetentionConstraint, config: RetentionConfig):
+        super().__init__(model, constraint, replace(config, gradient="projected", projection="none"))
+
+    def _linearise(self) -> None:
+        Retention._linearise(self)
+
+    def _before_step(self) -> None:
+        Retention._before_step(self)
+
+
 class FrozenTrunk(Monitor):
     """Only the actor's last layer learns, and its spread."""
 
@@ -167,6 +205,7 @@ def build_engine(
     if method in ("l2", "ewc"):
         importance = fisher_diagonal(constraint) if method == "ewc" else torch.ones_like(constraint.parameters.read())
         return Anchor(model, constraint, config, penalty, importance)
-    if method == "frozen":
-        return FrozenTrunk(model, constraint, config)
+    kinds = {"frozen": FrozenTrunk, "agem": AveragedGradient, "gradient_only": GradientProjection}
+    if method in kinds:
+        return kinds[method](model, constraint, config)
     return (Retention if method == "null_space" else Monitor)(model, constraint, config)

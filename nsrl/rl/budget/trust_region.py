@@ -175,7 +175,7 @@ def build_region(
         return RetentionRegion(model, constraint, config)
     if method == "kl_penalty":
         return PenalisedRegion(model, constraint, config, penalty)
-    if method in ("l2", "ewc", "der", "frozen"):
+    if method in ("l2", "ewc", "der", "frozen", "agem", "gradient_only"):
         raise NsrlError(
             f"method {method!r} shapes the minibatch steps of a first-order optimizer, and NullSpaceTRPO makes one "
             "natural-gradient step an update; fine-tune with NullSpacePPO"

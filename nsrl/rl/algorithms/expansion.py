@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 from nsrl.errors import NsrlError
 from nsrl.rl.agents.agent import Agent
 from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.opening.condensing import ActorLayers
 from nsrl.rl.opening.room import missing_units
 from nsrl.rl.opening.stage import CONDENSING
+from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
 from nsrl.rl.retention.promises import Promises
@@ -31,18 +32,20 @@ def with_room(source: Agent, retain: Any, config: RetentionConfig, opened: bool)
     """
     if config.room == "off" or not opened or not isinstance(retain, RetentionBuffer):
         return source, 0
-    policy: Any = copy.deepcopy(source.model.policy)
-    policy.set_training_mode(False)
+    policy: Any = source.model.policy
+    if ActorLayers.of(policy) is None:
+        return source, 0
     try:
         config = config.with_overall_budget()
         promises = Promises(config.tolerance, config.worst_budget, config.worst_share, config.agreement)
-        constraint = RetentionConstraint(
-            policy, retain, config.preserve, config.tempering, config.task_budgets, promises=promises
-        )
-        before = constraint.binding_divergence()
-        if not math.isfinite(before):
-            return source, 0
-        count = missing_units(constraint, before + CONDENSING * config.opening_budget * config.tolerance)
+        with evaluation_mode(policy):
+            constraint = RetentionConstraint(
+                policy, retain, config.preserve, config.tempering, config.task_budgets, promises=promises
+            )
+            before = constraint.binding_divergence()
+            if not math.isfinite(before):
+                return source, 0
+            count = missing_units(constraint, before + CONDENSING * config.opening_budget * config.tolerance)
         return (add_units(source, count, seed=config.seed), count) if count else (source, 0)
     except NsrlError:  # of a buffer or an agent that do not fit: whoever holds one to the other says so
         return source, 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 class FlatParameters:
@@ -80,6 +81,9 @@ class StepHooks:
     """Calls `before` ahead of and `after` behind every step of an optimizer, until detached.
 
     `before` may edit gradients; `after` may edit parameters.
+
+    Attributes:
+        before, after: the two, or None; for a caller who steps the optimizer without its `step`.
     """
 
     def __init__(
@@ -88,11 +92,20 @@ class StepHooks:
         before: Callable[[], Any] | None = None,
         after: Callable[[], Any] | None = None,
     ):
+        self._optimizer = optimizer
+        self.before, self.after = before, after
         self._handles = []
         if before is not None:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: _discard(before())))
         if after is not None:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: _discard(after())))
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has a step hook, on this optimizer or on all of them."""
+        own: Any = self._optimizer
+        theirs = len(own._optimizer_step_pre_hooks) + len(own._optimizer_step_post_hooks)
+        return theirs == len(self._handles) and not (_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def detach(self) -> None:
         """Remove both hooks."""

@@ -152,17 +152,19 @@ class LayerPasses:
         return torch.cat([piece.flatten() for piece in self.pieces(cotangents)])
 
     @torch.no_grad()
-    def pieces(self, cotangents: Tensor) -> list[Tensor]:
-        """See `Passes`."""
-        pieces = [cotangents] * len(self._parameters)
+    def pieces(self, cotangents: Tensor, into: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """See `Passes`; written into tensors of the parameters' shapes, one each, where these are given."""
+        pieces = list(into or [cotangents] * len(self._parameters))
         for number in reversed(range(len(self._stages))):
             stage = self._stages[number]
             if stage.activation is not None:
                 cotangents = stage.activation.slope(cotangents, self._values[number + 1])
             if stage.weight is not None:
-                pieces[stage.weight] = cotangents.T @ self._values[number]
+                out = None if into is None else into[stage.weight]
+                pieces[stage.weight] = torch.mm(cotangents.T, self._values[number], out=out)
             if stage.bias is not None:
-                pieces[stage.bias] = cotangents.sum(0)
+                out = None if into is None else into[stage.bias]
+                pieces[stage.bias] = torch.sum(cotangents, 0, out=out)
             if number > 0:
                 cotangents = cotangents @ stage.layer.weight
         return pieces

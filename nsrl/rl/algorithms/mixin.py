@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
@@ -23,6 +25,7 @@ from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.critic import reset_critic
 from nsrl.rl.algorithms.expansion import with_room
+from nsrl.rl.algorithms.fused_update import fused_update
 from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
 from nsrl.rl.algorithms.report import RetentionReport
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
@@ -381,12 +384,21 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """The algorithm's own update, its critic in units of the returns' spread; it is logged in the rewards' own."""
         assert self.retention is not None
         if self.retention.config.values == "raw":
-            super().train()
+            self._update()
             return
         with standardised_values(self) as unit:
-            super().train()
+            self._update()
         if "train/value_loss" in self.logger.name_to_value:
             self.logger.name_to_value["train/value_loss"] *= unit**2
+
+    def _update(self) -> None:
+        """The algorithm's own update, in closed form where all of it is known."""
+        assert self.retention is not None
+        # an infinite budget is none, and baselines are what they are compared as
+        binds = self.retention.enforces and math.isfinite(self.retention.config.kl_budget)
+        known = binds and super().train.__func__ is PPO.train  # type: ignore[attr-defined]
+        update = fused_update(self, self.retention.hooks) if known else None
+        super().train() if update is None else update.run()
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """As the algorithm's own; the first one of a protected policy is preceded by its opening."""

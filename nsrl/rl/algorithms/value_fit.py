@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
+from nsrl.rl.algorithms.adam import AdamStep, is_plain_adam
 from nsrl.rl.policies.actor_critic import Observation, critic_head
 
-Stepper = Callable[[list[Tensor]], Any]
+Stepper = Callable[[Sequence[Tensor]], Any]
 
 
 @torch.no_grad()
@@ -48,61 +48,14 @@ def fit_values(
 
 
 def _stepper(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Stepper:
-    """A function that takes gradients, one a parameter, and makes one step of the optimizer.
-
-    Plain Adam on the CPU, SB3's default, is stepped in one kernel on its own state: `Optimizer.step` spends four times
-    as long on bookkeeping as that kernel on a 64 x 64 critic.
-    """
+    """A function that takes gradients, one a parameter, and makes one step of the optimizer."""
     optimizer.zero_grad()
-    if _is_plain_adam(optimizer):
-        return _fused_adam(optimizer, parameters)
+    if is_plain_adam(optimizer):
+        return AdamStep(optimizer, parameters)
 
-    def step(gradients: list[Tensor]) -> None:
+    def step(gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-
-    return step
-
-
-def _is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
-    group = optimizer.param_groups[0]
-    return (
-        type(optimizer) is torch.optim.Adam
-        and len(optimizer.param_groups) == 1
-        and not (group["amsgrad"] or group["maximize"] or group["capturable"] or group["differentiable"])
-        and not isinstance(group["lr"], Tensor)
-        and all(parameter.device.type == "cpu" for parameter in group["params"])
-    )
-
-
-def _fused_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Stepper:
-    (group,) = optimizer.param_groups
-    states = [optimizer.state[parameter] for parameter in parameters]
-    for parameter, state in zip(parameters, states, strict=True):
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    moved: list[Tensor] = list(parameters)
-    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    beta1, beta2 = group["betas"]
-
-    def step(gradients: list[Tensor]) -> None:
-        adam(
-            moved,
-            gradients,
-            first,
-            second,
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     return step

@@ -307,6 +307,11 @@ class Retention:
         """Whether the budget is a promise (baselines only watch it)."""
         return True
 
+    @property
+    def hooks(self) -> StepHooks | None:
+        """What is done before and after each optimizer step; None outside an update."""
+        return self._hooks
+
     def diagnose(self, states: int = 64) -> tuple[int, float]:
         """Rank of the whitened Jacobian on a few training states, and its effective dimension at the multiplier.
 
@@ -374,6 +379,7 @@ class Retention:
     def _detach(self) -> None:
         if self._hooks is not None:
             self._hooks.detach()
+            self._hooks = None
 
     # -- inside the update ------------------------------------------------------------------------------------------
 

@@ -112,10 +112,15 @@ def critic_head(policy: ActorCriticPolicy, observations: Observation, parameters
     """Values, shape (N, 1), as a function of some of the policy's parameters."""
     if type(policy).predict_values is not ActorCriticPolicy.predict_values:
         return Head(policy.predict_values, observations, tuple(parameters), None)
-    mlp = policy.mlp_extractor
-    layers = [*mlp.value_net, policy.value_net] if _is_chain(mlp, "value_net", "forward_critic") else None
+    mlp, layers = policy.mlp_extractor, critic_layers(policy)
     extractor = policy.vf_features_extractor
     return _head(policy, observations, extractor, mlp.forward_critic, policy.value_net, layers, parameters)
+
+
+def critic_layers(policy: ActorCriticPolicy) -> list[nn.Module] | None:
+    """The layers of a critic, head included, that is these, one after the other, and nothing else."""
+    mlp = policy.mlp_extractor
+    return [*mlp.value_net, policy.value_net] if _is_chain(mlp, "value_net", "forward_critic") else None
 
 
 def _is_chain(mlp: nn.Module, name: str, method: str) -> bool:

@@ -31,6 +31,7 @@ from torch import Tensor
 from nsrl.errors import NsrlError
 from nsrl.projection.metrics import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, OutputMetric
 from nsrl.projection.roots import KEPT, DenseRoot, Root, SoftmaxRoot
+from nsrl.rl.policies.likelihood import BernoulliLikelihood, CategoricalLikelihood, GaussianLikelihood, Likelihood
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,16 @@ class ActionDistribution(ABC):
         distribution: Any = policy.action_dist
         return distribution.proba_distribution(action_logits=outputs).log_prob(actions)
 
+    def likelihood(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Likelihood | None:
+        """Log-probabilities of actions, and entropies, with their derivatives; None where these are not written down.
+
+        Args:
+            policy: whose distribution it is, without masks.
+            outputs: shape (N, O).
+            actions: as a roll-out buffer of SB3 gives them, a row a state.
+        """
+        return None
+
     @abstractmethod
     def metric(
         self,
@@ -198,6 +209,11 @@ class Categories(ActionDistribution):
     def sample(self, policy: ActorCriticPolicy, outputs: Tensor, generator: torch.Generator) -> np.ndarray:
         """Actions, (N,); see `ActionDistribution`."""
         return self._draw(policy, outputs, generator)[:, 0]
+
+    def likelihood(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Likelihood:
+        """See `ActionDistribution`; actions are (N, choices)."""
+        sizes = self.sizes(policy.action_space)
+        return CategoricalLikelihood(outputs, actions.view(len(outputs), len(sizes)).long(), sizes)
 
     def metric(
         self,
@@ -249,6 +265,10 @@ class Bits(ActionDistribution):
         drawn = torch.bernoulli(outputs.float().cpu().sigmoid(), generator=generator).numpy()
         return drawn.astype(policy.action_space.dtype)
 
+    def likelihood(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Likelihood:
+        """See `ActionDistribution`; actions are (N, O)."""
+        return BernoulliLikelihood(outputs, actions)
+
     def metric(
         self,
         sizes: tuple[int, ...],
@@ -287,6 +307,10 @@ class DiagonalGaussian(ActionDistribution):
         """Log density, (N,); see `ActionDistribution`."""
         distribution: Any = policy.action_dist
         return distribution.proba_distribution(outputs, policy.log_std).log_prob(actions)
+
+    def likelihood(self, policy: ActorCriticPolicy, outputs: Tensor, actions: Tensor) -> Likelihood:
+        """See `ActionDistribution`; actions are (N, O)."""
+        return GaussianLikelihood(outputs, actions, policy.log_std.detach())  # type: ignore[operator]
 
     def metric(
         self,

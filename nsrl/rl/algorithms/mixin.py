@@ -25,7 +25,7 @@ from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.critic import reset_critic
 from nsrl.rl.algorithms.expansion import with_room
-from nsrl.rl.algorithms.fused_update import fused_update
+from nsrl.rl.algorithms.fused_update import fused_update, is_switched_on
 from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
 from nsrl.rl.algorithms.report import RetentionReport
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
@@ -37,6 +37,7 @@ from nsrl.rl.opening.spread import ExplorationSpread
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable
+from nsrl.rl.policies.fused_forward import fused_forward
 from nsrl.rl.policies.steadiness import ASKED, check_steady
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.constraint import RetentionConstraint
@@ -406,7 +407,11 @@ class ProtectedMixin(OnPolicyAlgorithm):
             return super().collect_rollouts(*args, **kwargs)
         if self.retention.opening.pending:
             self.retention.opening.run(self)
-        with nullcontext() if self.retention.exploration is None else self.retention.exploration.sampling():
+        exploration = self.retention.exploration
+        with (
+            fused_forward(self.policy) if is_switched_on() else nullcontext(),
+            nullcontext() if exploration is None else exploration.sampling(),
+        ):
             return super().collect_rollouts(*args, **kwargs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:

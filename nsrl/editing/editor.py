@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsrl.editing.budget_search import smallest_penalty
+from nsrl.editing.checkpoint import provenance, read_checkpoint, write_checkpoint
 from nsrl.editing.edits import Edit
 from nsrl.editing.fingerprint import fingerprint
 from nsrl.editing.layer_memory import LayerMemory
@@ -22,9 +23,10 @@ from nsrl.editing.observation import observe
 from nsrl.editing.preserved import PreservedKeys
 from nsrl.editing.reports import BatchReport, EditorReport
 from nsrl.editing.text_budget import TextKL
-from nsrl.editing.tokens import check_tokenizer, text_batches
+from nsrl.editing.tokens import check_tokenizer, longest, text_batches
 from nsrl.editing.values import Values, ValueSearch, find_values, mark_edit
 from nsrl.errors import NsrlError
+from nsrl.files import given_path
 
 #: Tokens of a batch of preserved texts, and of a text in one piece.
 TOKENS, LENGTH = 2048, 128
@@ -185,6 +187,37 @@ class Editor:
             memory.reset()
         self._edits, self._batches, self._penalty = [], [], None
 
+    def save(self, path: str | Path) -> Path:
+        """Write the edits so far as safetensors: the edited weights, and all that later batches count with.
+
+        Raises:
+            NsrlError: there are no edits, somebody else has changed a weight since, or the file cannot be written.
+        """
+        self._check_untouched()
+        if not self._edits:
+            raise NsrlError("there are no edits to be saved; apply some first")
+        write_checkpoint(given_path(path), self._made_with(), self._edits, self._batches, self._penalty, self._memories)
+        return Path(path)
+
+    def load(self, path: str | Path) -> None:
+        """Take over the edits of a file as if they had been applied here, to the last bit; `undo` takes them out.
+
+        Args:
+            path: as `save` wrote it, for this very model, its layers and method, with the same texts preserved.
+
+        Raises:
+            NsrlError: no such file, a damaged one, one made with something else, nothing preserved, or edits have been
+                applied here.
+        """
+        self._check_untouched()
+        if self._edits:
+            raise NsrlError("load edits before others are applied, or call undo first")
+        moments = [self.preserved.of(memory.layer) for memory in self._memories]
+        edits, batches, penalty, states = read_checkpoint(given_path(path), self._made_with(), self._memories)
+        for memory, moment, state in zip(self._memories, moments, states, strict=True):
+            memory.restore(moment, state, [batch.edits for batch in batches])
+        self._edits, self._batches, self._penalty = edits, batches, penalty
+
     def report(self) -> EditorReport:
         """What has been written, and what it cost the preserved text."""
         return EditorReport(
@@ -198,6 +231,10 @@ class Editor:
             bytes_thin=sum(memory.nbytes()[0] for memory in self._memories),
             bytes_dense=sum(memory.nbytes()[1] for memory in self._memories),
         )
+
+    def _made_with(self) -> dict[str, Any]:
+        with self._original():
+            return provenance(fingerprint(self.model), self.method, self.preserved.tokens)
 
     def _write(self, edits: list[Edit], values: Values) -> dict[str, Any]:
         marked = [mark_edit(self.tokenizer, edit) for edit in edits]
@@ -235,7 +272,8 @@ class Editor:
         return keys.reshape(len(edits), len(prefixes), -1).mean(1)
 
     def _text_batches(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        return text_batches(self.tokenizer, texts, TOKENS, LENGTH, self.layers[0].weight.device)
+        length = longest(self.model, LENGTH)
+        return text_batches(self.tokenizer, texts, TOKENS, length, self.layers[0].weight.device)
 
     def _measure_from(self, batches: list[tuple[Tensor, Tensor]], held: list[str], kept: list[str]) -> None:
         self._kl = TextKL(self.model, batches, self.measured_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,25 @@ class LayerMemory:
         self._closed_until = 0 if state.keys is None else len(state.keys)
         if self._preservation is not None and state.closed is not None:
             self._preservation.closed = state.closed
+        self._set(state.weight)
+
+    def restore(self, moments: LayerMoments, state: State, batches: Sequence[int]) -> None:
+        """Go to where another memory of the same unedited layer was.
+
+        Args:
+            moments: of the preserved keys.
+            state: of the other memory.
+            batches: edits of each of its batches; what deflation had closed is closed again, batch by batch.
+        """
+        self.prepare(moments)
+        assert state.keys is not None and state.wanted is not None
+        self._original = self.layer.weight.detach().clone()
+        stop = 0
+        for edits in batches:
+            stop += edits
+            self.keys = state.keys[:stop]
+            self.close()
+        self.keys, self.wanted, self._closed_until = state.keys, state.wanted, stop
         self._set(state.weight)
 
     def show_original(self) -> None:

@@ -84,6 +84,12 @@ def padded(
     return ids.to(device), mask.to(device)
 
 
+def longest(model: Any, length: int) -> int:
+    """Tokens of a piece of text: `length`, or as many as the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return length if positions is None else min(length, int(positions))
+
+
 def text_batches(
     tokenizer: Any, texts: Sequence[str], tokens: int, length: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:

@@ -57,12 +57,15 @@ def read_results(path: Path, missing: str = "") -> Results:
     return content
 
 
-def parse_json(text: bytes | str, mapping: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def parse_json(
+    text: bytes | str, mapping: Callable[[dict[str, Any]], Any] | None = None, elements: int = ELEMENTS
+) -> Any:
     """The value of a JSON text; NaN and infinity, which Python writes, are read.
 
     Args:
         text: UTF-8.
         mapping: what to make of each JSON object.
+        elements: lists, mappings and their entries that it may have.
 
     Raises:
         Unreadable: it is not JSON, names a key twice, or asks for more than the limits.
@@ -75,8 +78,8 @@ def parse_json(text: bytes | str, mapping: Callable[[dict[str, Any]], Any] | Non
         if not text.isascii() and 4 * len(text) > JSON:
             raise Unreadable(f"its text has more than {JSON // 4} characters, not all of them ASCII")
         # Every list, mapping and entry costs one of these signs, in the text or inside strings.
-        if sum(text.count(sign) for sign in "[{,") > ELEMENTS:
-            raise Unreadable(f"its text has more than {ELEMENTS} entries")
+        if sum(text.count(sign) for sign in "[{,") > elements:
+            raise Unreadable(f"its text has more than {elements} entries")
         value = json.loads(text, parse_int=_whole, object_pairs_hook=lambda pairs: _mapping(pairs, mapping))
     except RecursionError as error:
         raise Unreadable(f"lists and mappings are nested deeper than {DEPTH}") from error

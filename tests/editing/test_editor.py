@@ -145,6 +145,17 @@ def test_moments_are_those_of_the_tokens_without_padding() -> None:
     torch.testing.assert_close(held.moment, keys.T @ keys, rtol=1e-4, atol=1e-6)
 
 
+def test_a_text_longer_than_the_models_positions_is_cut_into_pieces() -> None:
+    net = model()
+    positions = net.config.max_position_embeddings
+    text = " ".join(TEXTS[: positions // 4])
+    count = len(tokenizer()(text)["input_ids"])
+    assert count > positions
+    editor = Editor(net, tokenizer(), FREE, layers=[1], search=SEARCH)
+    editor.preserve([text])
+    assert editor.preserved.tokens == count
+
+
 def test_statistics_go_through_a_file_and_not_to_another_model(tmp_path) -> None:
     first = Editor(model(), tokenizer(), FREE, layers=[1, 2], search=SEARCH)
     first.preserve(TEXTS)

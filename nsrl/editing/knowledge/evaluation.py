@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsrl.editing.knowledge.facts import Fact
 from nsrl.editing.logits import hidden_states, logits_of
-from nsrl.editing.tokens import padded, text_batches
+from nsrl.editing.tokens import longest, padded, text_batches
 from nsrl.errors import NsrlError
 
 #: Tokens that run at once.
@@ -89,7 +89,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
         NsrlError: no texts, or one shorter than a token.
     """
     device, total, count = next(model.parameters()).device, 0.0, 0
-    for ids, mask in text_batches(tokenizer, texts, TOKENS, LENGTH, device):
+    for ids, mask in text_batches(tokenizer, texts, TOKENS, longest(model, LENGTH), device):
         with torch.no_grad():
             hidden = hidden_states(model, input_ids=ids, attention_mask=mask, use_cache=False)[:, :-1]
             told = logits_of(model, hidden[mask[:, 1:].bool()]).float().log_softmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -68,6 +68,12 @@ RELATIONS: Mapping[str, Relation] = {
         ),
     ),
 }
+#: The same with the subject at the end: what a model of two blocks knows of it then passes through the subject's last
+#: token, where edits are written. With words behind it the first block already carries the name to the last of them.
+NOTES: Mapping[str, Relation] = {
+    name: Relation(tuple(f"The {word} of {{}}" for word in words.split()), RELATIONS[name].objects)
+    for name, words in {"city": "home city", "work": "job work"}.items()
+}
 FIRST = "Mira Tomas Elena Viktor Nadia Oskar Lena Pavel Ingrid Marco Sofia Anton Clara Felix Greta Hugo Irene Jonas Leo"
 #: Surnames are made of these, one of each; no two people share one.
 STARTS = "Bar Cas Dor Esk Far Gal Hol Iv Jar Kel Lor Mar Nor Ost Pel Quen Ros Sel Tol Ul Var Wen Yor Zan"
@@ -102,31 +108,35 @@ class World:
     Attributes:
         people: names.
         answers: object of every relation for every name, in their order.
+        relations: with their wordings.
     """
 
     people: tuple[str, ...]
     answers: Mapping[str, tuple[str, ...]]
+    relations: Mapping[str, Relation] = field(default_factory=lambda: RELATIONS)
 
     @classmethod
-    def generated(cls, people: int, seed: int) -> World:
+    def generated(cls, people: int, seed: int, relations: Mapping[str, Relation] = RELATIONS) -> World:
         """People and answers drawn with a seed."""
         rng = np.random.default_rng([seed, 12])
         answers = {
             name: tuple(relation.objects[index] for index in rng.integers(len(relation.objects), size=people))
-            for name, relation in RELATIONS.items()
+            for name, relation in relations.items()
         }
-        return cls(tuple(subjects(people, seed)), answers)
+        return cls(tuple(subjects(people, seed)), answers, relations)
 
     def sentences(self) -> list[str]:
         """Every fact in every wording."""
         return [
             template.replace("{}", person) + answer + "."
-            for name, relation in RELATIONS.items()
+            for name, relation in self.relations.items()
             for person, answer in zip(self.people, self.answers[name], strict=True)
             for template in relation.templates
         ]
 
-    def facts(self, count: int, seed: int, neighbours: int = 2, known: Sequence[bool] | None = None) -> list[Fact]:
+    def facts(
+        self, count: int, seed: int, neighbours: int = 2, known: Sequence[bool] | None = None, alone: bool = False
+    ) -> list[Fact]:
         """Facts with new targets, every person and relation at most once, in random order.
 
         Neighbours share relation and answer with the old fact, and no person that is a neighbour is edited: a
@@ -137,20 +147,23 @@ class World:
             seed: of the choice.
             neighbours: of each fact at most.
             known: which facts the model knows, relation by relation; the others are left out.
+            alone: no two facts are about the same person.
 
         Raises:
             NsrlError: there are not so many.
         """
         rng = np.random.default_rng([seed, 13])
         edited = 3 * len(self.people) // 4
-        names, facts = list(RELATIONS), []
+        names, facts = list(self.relations), list[Fact]()
+        seen = set[int]()
         knows = [True] * (len(names) * len(self.people)) if known is None else list(known)
         for number in rng.permutation(len(names) * edited):
             name, person = names[number // edited], int(number % edited)
             place = names.index(name) * len(self.people)
-            if not knows[place + person]:
+            if not knows[place + person] or (alone and person in seen):
                 continue
-            relation, truth = RELATIONS[name], self.answers[name][person]
+            seen.add(person)
+            relation, truth = self.relations[name], self.answers[name][person]
             others = [answer for answer in relation.objects if answer != truth]
             alike = [p for p in range(edited, len(self.people)) if self.answers[name][p] == truth and knows[place + p]]
             chosen = rng.permutation(alike)[:neighbours]
@@ -171,6 +184,6 @@ class World:
         """Every fact in its first wording, as prompt and answer, relation by relation."""
         return [
             (relation.templates[0].replace("{}", person), answer)
-            for name, relation in RELATIONS.items()
+            for name, relation in self.relations.items()
             for person, answer in zip(self.people, self.answers[name], strict=True)
         ]

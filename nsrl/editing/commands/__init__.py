@@ -1,0 +1,3 @@
+"""What `nsrl edit` is told, does and draws."""
+
+__all__: list[str] = []

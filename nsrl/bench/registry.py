@@ -387,3 +387,32 @@ def post_training_forecast(options: Options, console: Console) -> Results:
     results = (out / "results" if options.quick else options.reference / "post_training") / "forecast.json"
     write_json(results, measure_forecast(options.quick, console.say))
     return Results((), (("results", results),))
+
+
+@benchmark("edit", "only", "quick")
+def edit(options: Options, console: Console) -> Results:
+    """Facts written into language models by all editors: what edits reach, spare and break (nsrl[llm])."""
+    from nsrl.bench.studies.editing import plan_cells, run_cells
+    from nsrl.bench.studies.editing_report import write_editing
+    from nsrl.editing.models import require_transformers
+    from nsrl.runs.training import use_one_thread
+
+    require_transformers()
+    use_one_thread()
+    out = _out(options, "edit_quick" if options.quick else "edit")
+    reference = out / "results" if options.quick else options.reference / "editing"
+    cells = plan_cells(options.only, options.quick)
+    with alone_in(out), console.status("edit") as show:
+        failures = run_cells(
+            cells,
+            reference,
+            out,
+            workers=options.workers,
+            quick=options.quick,
+            on_status=show,
+            told=lambda text: console.note(f"nsrl bench edit: {text}"),
+        )
+    for name, why in failures.items():
+        console.note(f"nsrl: {name} came to no result: {why}")
+    tables, files = write_editing(reference, "nsrl bench edit" + (" --quick" if options.quick else ""))
+    return Results(tables, files)

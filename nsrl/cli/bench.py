@@ -29,6 +29,7 @@ Run a benchmark and write its results.
   nsrl bench speed --quick --only gram_mlp,scaling
   nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
   nsrl bench continual --only permuted_digits,naive,kl_budget
+  nsrl bench edit --only tiny            all editors of language models, batched and in sequence (nsrl[llm])
   nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 

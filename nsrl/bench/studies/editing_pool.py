@@ -39,6 +39,7 @@ class Setting:
         layers: edited blocks.
         search: how values are found.
         epochs: of training of a tiny model; 0 where the model is a package's.
+        unknown: whether a tiny model's facts are edited that it does not know, too.
     """
 
     people: int
@@ -47,6 +48,7 @@ class Setting:
     layers: tuple[int, ...]
     search: ValueSearch
     epochs: int = 0
+    unknown: bool = False
 
 
 SETTINGS: dict[str, Setting] = {
@@ -54,7 +56,7 @@ SETTINGS: dict[str, Setting] = {
     "smollm2-135m": Setting(1000, 100, (0, 1, 2), (6,), ValueSearch(steps=20, prefixes=1, enough=0.1)),
 }
 QUICK: dict[str, Setting] = {
-    "tiny": Setting(40, 20, (0,), (0,), ValueSearch(steps=2, prefixes=1, batch=64), 1),
+    "tiny": Setting(40, 20, (0,), (0,), ValueSearch(steps=2, prefixes=1, batch=64), 1, True),
     "smollm2-135m": Setting(1000, 2, (0,), (6,), ValueSearch(steps=1, prefixes=0)),
 }
 
@@ -123,7 +125,10 @@ def _tiny(name: str, setting: Setting, seed: int, cache: Path, told: Told) -> Po
     about = [
         index for relation in world.relations.values() for index in range(len(world.people)) for _ in relation.templates
     ]
-    editable = [right and not half <= index % len(world.people) < half + quarter for index, right in enumerate(known)]
+    editable = [
+        (right or setting.unknown) and not half <= index % len(world.people) < half + quarter
+        for index, right in enumerate(known)
+    ]
     facts = world.facts(setting.edits, seed, neighbours=1, known=editable, alone=True)
     told_of = list(zip(about, world.sentences(), strict=True))
     drawn = torch.randperm(len(told_of), generator=torch.Generator().manual_seed(seed)).tolist()

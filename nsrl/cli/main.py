@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "evaluate": "play an agent and report its returns, and its KL on a retention buffer",
     "continual": "learn a sequence of supervised tasks with one strategy, and measure what is forgotten",
     "edit": "write facts into a language model inside a KL budget on text that is to stay",
+    "retain": "write what a language model answers into a file that later fine-tuning can be held to",
+    "forecast": "say what fine-tuning a language model on new texts would cost old ones, before any training",
     "data": "put a data set of the continual benchmarks where they look for it",
     "bench": "run a benchmark: methods x seeds of a suite, or what the budget costs",
     "ntk": "tangent kernels: spectrum of a retained behaviour, gallery of figures, study of the forecast",

@@ -18,8 +18,11 @@ from nsrl.runs.training import Interrupted
 REPOSITORY = Path(__file__).parents[2]
 
 
+KINDS = ("", "bench", "continual", "edit", "post_training")
+
+
 def test_every_committed_configuration_has_a_name() -> None:
-    found = {find_config(name, kind) for kind in ("", "bench", "continual", "edit") for name in packaged_names(kind)}
+    found = {find_config(name, kind) for kind in KINDS for name in packaged_names(kind)}
     assert found == {path for path in CONFIGS.rglob("*.yaml")} and len(found) > 20
     assert {path.relative_to(CONFIGS) for path in found} == {
         path.relative_to(REPOSITORY / "configs") for path in (REPOSITORY / "configs").rglob("*.yaml")

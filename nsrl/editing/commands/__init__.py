@@ -1,3 +1,3 @@
-"""What `nsrl edit` is told, does and draws."""
+"""What `nsrl edit`, `nsrl retain` and `nsrl forecast` are told and do."""
 
 __all__: list[str] = []

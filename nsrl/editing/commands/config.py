@@ -1,4 +1,4 @@
-"""The settings of `nsrl edit`: frozen dataclasses that a YAML file and the command line fill in; imports no torch."""
+"""The settings of `nsrl edit`, `retain` and `forecast`: frozen dataclasses from YAML and command line; no torch."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class EditConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("count", "batch_size", "samples"):
-            if getattr(self, key) < 1:
-                raise NsrlError(f"{key} must be at least 1, not {getattr(self, key)}")
+        _check_counts(self, "count", "batch_size", "samples")
         if self.facts is not None and self.edits:
             raise NsrlError("give edits or a file of facts, not both; --edits '[]' leaves out those of a configuration")
         for number, edit in enumerate(self.edits, start=1):
@@ -53,3 +51,69 @@ class EditConfig:
                 raise NsrlError(
                     f"edit {number} must have prompt, subject and target, not {', '.join(edit) or 'nothing'}"
                 )
+
+
+@dataclass(frozen=True)
+class RetainConfig:
+    """A model and the texts to which its answers are kept.
+
+    Attributes:
+        model: a folder of transformers, or smollm2-135m.
+        texts: file with a text on every line; null lets the model write some.
+        samples: texts that the model writes, where there is no file.
+        max_tokens: of a text; the rest of a longer one is left out.
+        top_k: likeliest classes kept of every token; the others are one mass.
+        seed: of the model's texts.
+        device: "cpu", "cuda", ...
+        out: the file, safetensors.
+    """
+
+    model: str = "smollm2-135m"
+    texts: str | None = None
+    samples: int = 64
+    max_tokens: int = 64
+    top_k: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    out: str = "retention.safetensors"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "samples", "max_tokens", "top_k")
+
+
+@dataclass(frozen=True)
+class ForecastConfig:
+    """A model, old texts and new ones, and how it would be fine-tuned on these.
+
+    Attributes:
+        model: a folder of transformers, or smollm2-135m.
+        preserve: file with an old text on every line.
+        new: file with a new text on every line.
+        learning_rate: of the optimizer.
+        steps: that it would make.
+        optimizer: "adam" or "sgd".
+        batch_size: texts of a step.
+        max_tokens: of a text; the rest of a longer one is left out.
+        calibration: JSON file with a measured calibration, as nsrl bench post_training_forecast leaves; null for none.
+        device: "cpu", "cuda", ...
+    """
+
+    model: str = "smollm2-135m"
+    preserve: str = "old.txt"
+    new: str = "new.txt"
+    learning_rate: float = 1e-5
+    steps: int = 10
+    optimizer: str = "adam"
+    batch_size: int = 8
+    max_tokens: int = 64
+    calibration: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "steps", "batch_size", "max_tokens")
+
+
+def _check_counts(config: Any, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise NsrlError(f"{key} must be at least 1, not {getattr(config, key)}")

@@ -16,6 +16,7 @@ import yaml
 
 from nsrl.editing.commands.config import EditConfig
 from nsrl.editing.commands.figure import draw_edits
+from nsrl.editing.commands.texts import read_texts
 from nsrl.editing.editor import Editor
 from nsrl.editing.edits import Edit
 from nsrl.editing.knowledge.evaluation import Judge, ask
@@ -25,7 +26,7 @@ from nsrl.editing.knowledge.sampling import sample_texts
 from nsrl.editing.methods import find_method
 from nsrl.editing.models import load_model
 from nsrl.errors import NsrlError
-from nsrl.files import given_path, write_json, write_stamp, write_text
+from nsrl.files import write_json, write_stamp, write_text
 from nsrl.versions import RUN
 
 #: Tokens of a text that the model writes.
@@ -56,7 +57,7 @@ def run_edits(
     edits = [fact.edit for fact in facts] or [Edit(**edit) for edit in config.edits]
     if not edits:
         raise NsrlError("there are no edits; list them under edits in a configuration, as configs/edit does")
-    texts = None if config.preserve is None else _lines(config.preserve)
+    texts = None if config.preserve is None else read_texts(config.preserve)
     told("loading the model")
     model, tokenizer = load_model(config.model, config.device)
     editor = Editor(model, tokenizer, config.method, config.layers, **config.options)
@@ -115,12 +116,3 @@ def _written_texts(
     if path is not None:
         write_json(path, texts)
     return texts
-
-
-def _lines(name: str) -> list[str]:
-    path = given_path(name)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NsrlError(f"cannot read the texts of {name}: {error}; give a text file with one on every line") from error
-    return [line for line in lines if line.strip()]

@@ -35,6 +35,4 @@ if __name__ == "__main__":
             loss.backward()
             optimizer.step()
         report = guard.finish()
-        print(
-            f"budget {budget:<5} loss on the new text {loss.item():.3f}, KL on the old {report.kl_mean:.4f} nats a token"
-        )
+        print(f"budget {budget}: loss on the new {loss.item():.3f}, KL on the old {report.kl_mean:.4f} nats a token")

@@ -93,6 +93,7 @@ def mode_table(summary: Sequence[dict[str, Any]], model: str, mode: str) -> Tabl
 
 def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     """Efficacy, specificity and perplexity along the edits of a sequence, a row of panels a model."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -100,10 +101,10 @@ def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     mode = next((mode for mode in MODES if any(entry["mode"] == mode for entry in summary)), MODES[0])
     figure = Figure(figsize=(14.0, 3.9 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(models), 4, squeeze=False)
+    panels, palette = figure.subplots(len(models), 4, squeeze=False), colormaps["tab20"]
     shown = (("efficacy", "efficacy"), ("specificity", "specificity"), ("product", "efficacy x specificity"))
     for row, model in zip(panels, models, strict=True):
-        for panel, (key, title) in zip(row, (*shown, ("perplexity", "perplexity, times the unedited")), strict=True):
+        for panel, (key, title) in zip(row, (*shown, ("perplexity", "relative perplexity")), strict=True):
             for index, editor in enumerate(EDITORS):
                 mine = [e for e in summary if (e["model"], e["mode"], e["editor"]) == (model, mode, editor)]
                 mine = [entry for entry in mine if entry[key] is not None]
@@ -112,7 +113,7 @@ def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
                     [entry["edits"] for entry in mine],
                     [entry[key] for entry in mine],
                     "o-" if ours else "--",
-                    color=f"C{index % 10}",
+                    color=palette(index),
                     linewidth=2.2 if editor == "ours" else 1.2,
                     markersize=4,
                     label=editor,

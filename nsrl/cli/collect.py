@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from nsrl.cli.command import print_table, read_arguments
 from nsrl.runs.config import CollectConfig
@@ -27,9 +28,16 @@ def run(arguments: Sequence[str]) -> int:
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        with ExitStack() as stack:
+            bar = Progress(console=Console(stderr=True), transient=True)
             task = bar.add_task("collecting", total=None)
-            outcome = collect(config, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+            def show(done: int, total: int) -> None:
+                if not bar.live.is_started:  # not before there is something to show: bad input is told first, and alone
+                    stack.enter_context(bar)
+                bar.update(task, completed=done, total=total)
+
+            outcome = collect(config, progress=show)
     else:
         outcome = collect(config)
     print_table(collection_table(outcome.metrics))

@@ -31,6 +31,9 @@ COMMANDS: dict[str, str] = {
 #: How torch says that there is no memory, on the processor and on the GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
+#: Signs of a sentence.
+LONGEST = 1000
+
 HELP = """\
 usage: nsrl COMMAND [--config FILE|NAME] [--KEY VALUE ...]
 
@@ -98,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sentence(message: object) -> str:
-    """A message on one line, without signs that a terminal would obey: parts of it may come from a file."""
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(message).split()))
+    """A message on one line, without signs that a terminal would obey: parts of it may come from a file.
+
+    Where a value makes it longer than a screen, its middle is left out.
+    """
+    text = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(message).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-290:]}"
 
 
 def find_command(name: str) -> Callable[[Sequence[str]], int | None]:

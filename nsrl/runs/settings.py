@@ -25,6 +25,9 @@ OWNED = frozenset({"retention.seed", "finetuning.retention.seed"})
 SWITCHES = frozenset({"opening"})
 #: The key of jsonargparse for classes, and the name under which it knows `load_value`.
 CLASS, MODE = "class_path", "bounded yaml"
+#: A whole number, and how many digits of it are read.
+DIGITS = re.compile(r"\s*[-+]?[0-9][0-9_]*\s*")
+LONGEST = 40
 NAMES = {
     int: "a whole number",
     float: "a number",
@@ -91,14 +94,20 @@ def check_keys(values: Any, config: type, source: str) -> None:
 
 
 def check_numbers(key: str, value: Any, kind: Any) -> None:
-    """Raise NsrlError where a number is asked for and a text is one to YAML 1.1 alone, as jsonargparse reads it."""
+    """Raise NsrlError where a number is asked for and a text is one that jsonargparse alone would read as such.
+
+    Raises:
+        NsrlError: it is a number to YAML 1.1 only, or has very many digits.
+    """
     if isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             check_numbers(key, part, kind)
     elif isinstance(value, str) and re.search(r"\b(int|float)\b", str(kind)):
+        whole = "whole number" if re.search(r"\bint\b", str(kind)) else "number"
         if documents.is_number_of_yaml_alone(value):
-            whole = "whole number" if re.search(r"\bint\b", str(kind)) else "number"
             raise NsrlError(f"{key} must be a {whole} in decimal digits, not {shown(value, 40)!r}")
+        if len(value) > LONGEST and DIGITS.fullmatch(value):
+            raise NsrlError(f"{key} must be a {whole} of at most {LONGEST} digits, not {shown(value, 40)!r}")
 
 
 def names_class(value: Any) -> bool:
@@ -212,7 +221,9 @@ def parse(
             check_keys(read_yaml(path), groups[name], path)
     try:
         values = parser.parse_args(words).as_dict()
-    except ArgumentError as error:
+    except NsrlError:
+        raise
+    except (ArgumentError, ValueError, OverflowError) as error:  # the latter from inside jsonargparse
         raise NsrlError(explain(str(error), config)) from error
     if values.get("trust") and not any(word.partition("=")[0] == "--trust" for word in words):
         raise NsrlError(
@@ -244,9 +255,10 @@ def build_parser(config: type, **texts: Any) -> Any:
         help="YAML file with any of the keys below, or the name of one that comes with nsrl",
     )
     parser.add_class_arguments(config, as_group=True)
+    # A group's own option only takes another file; owned fields are no settings of a run.
+    hidden = OWNED | {key for key, kind in key_types(config) if is_dataclass(kind)}
     for action in parser._actions:
-        # A group's own option only takes another file; owned fields are no settings of a run.
-        if action.dest in OWNED or any(action.dest == key and is_dataclass(kind) for key, kind in key_types(config)):
+        if action.dest in hidden:
             action.help = SUPPRESS
     return parser
 

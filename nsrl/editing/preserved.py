@@ -18,6 +18,10 @@ from nsrl.errors import NsrlError
 from nsrl.files import given_path, written_atomically
 from nsrl.projection import FeatureConstraint
 from nsrl.projection.constraints.feature_moments import LayerMoments
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.safetensors import read_safetensors
+from nsrl.reading.values import mapping, whole
 from nsrl.versions import VERSION, Format
 
 STATISTICS = Format("second moments of a language model", 1)
@@ -147,23 +151,22 @@ def _forward(call: Callable[..., None], mask: Tensor, model: nn.Module, ids: Ten
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise NsrlError(f"{path}: there is no such file; write one with Editor.save_statistics")
     try:
-        with safe_open(path, "pt") as file:
-            header = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        STATISTICS.check(path, int(header["format"]), header.get("nsrl"))
-        read = {"model": header["model"], "tokens": json.loads(header["tokens"]), "texts": int(header["texts"])}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, NsrlError):
-            raise
+        header, tensors = read_safetensors(path)
+        mapping(header, "its metadata", ("format", "model", "tokens", "texts"))
+        version = whole(parse_json(header["format"]), "its format", 1)
+        STATISTICS.check(path, version, header.get("nsrl"))
+        counts = mapping(parse_json(header["tokens"]), "its counts of tokens")
+        for name, count in counts.items():
+            whole(count, f"the count of {shown(name)}", 1)
+        texts = whole(parse_json(header["texts"]), "its number of texts")
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
         raise NsrlError(f"{path} holds no second moments of an editor ({error}); write it again") from error
-    if not isinstance(read["tokens"], dict):
-        raise NsrlError(f"{path} does not say how many tokens it counts; write it again")
-    return read, tensors
+    return {"model": header["model"], "tokens": counts, "texts": texts}, tensors
 
 
 class _trainable:

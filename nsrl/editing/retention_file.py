@@ -26,7 +26,11 @@ from nsrl.editing.fingerprint import fingerprint
 from nsrl.editing.post_training.preserved import Batch, Preserved, Reference
 from nsrl.errors import NsrlError
 from nsrl.files import given_path, written_atomically
-from nsrl.reading.checksums import checksum
+from nsrl.reading.checksums import check_checksum, checksum
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.safetensors import read_safetensors
+from nsrl.reading.values import items, whole
 from nsrl.versions import VERSION
 
 #: Layout of the file.
@@ -36,6 +40,10 @@ FORMAT = 1
 SAME = 1e-3
 #: Keys of the metadata that a file must have.
 KEYS = ("format", "nsrl", "model", "tokenizer", "vocabulary", "top_k", "digest", "made")
+#: Tensors of log-probabilities; the others are token ids.
+ANSWERS = ("log_probabilities", "rest")
+#: Tokens, and classes, of a file at most.
+MOST = 2**40
 
 
 @dataclass(frozen=True)
@@ -134,47 +142,54 @@ class RetentionFile:
         Raises:
             NsrlError: there is no such file, it is no retention file, damaged or of a newer version.
         """
-        _require_safetensors()
-        from safetensors import SafetensorError, safe_open
-
         place = given_path(path)
         if not place.is_file():
             raise NsrlError(f"{path}: there is no such file; make one with RetentionFile.make(...).save(path)")
         try:
-            with safe_open(place, "pt") as content:
-                told = (content.metadata() or {}).get("nsrl_retention")
-                tensors = {key: content.get_tensor(key) for key in content.keys()}
-        except (SafetensorError, OSError) as error:
+            told, tensors = read_safetensors(place)
+            provenance = parse_json(told["nsrl_retention"]) if "nsrl_retention" in told else None
+        except OSError as error:
+            raise NsrlError(
+                f"{path} cannot be read as safetensors: {error.strerror or error}; make it again"
+            ) from error
+        except Unreadable as error:
             raise NsrlError(f"{path} cannot be read as safetensors: {error}; make it again") from error
-        try:
-            provenance = json.loads(told) if told is not None else None
-        except ValueError:
-            provenance = None
-        if not isinstance(provenance, dict) or any(key not in provenance for key in (*KEYS, "lengths")):
+        if type(provenance) is not dict or any(key not in provenance for key in (*KEYS, "lengths")):
             raise NsrlError(f"{path} is safetensors, but no retention file; make one with RetentionFile.make")
         if provenance["format"] != FORMAT:
-            raise NsrlError(f"{path} has format {provenance['format']!r}, and this nsrl reads {FORMAT}; update nsrl")
-        return cls._checked(path, tensors, provenance)
+            raise NsrlError(
+                f"{path} has format {shown(provenance['format'])}, and this nsrl reads {FORMAT}; update nsrl"
+            )
+        try:
+            return cls._checked(tensors, provenance)
+        except Unreadable as error:
+            raise NsrlError(f"{path} is damaged: {error}; make it again") from error
 
     @classmethod
-    def _checked(cls, path: str | Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> RetentionFile:
-        lengths = provenance["lengths"]
-        wrong = not isinstance(lengths, list) or any(type(n) is not int or n < 1 for n in lengths) or not lengths
+    def _checked(cls, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> RetentionFile:
+        lengths = [whole(length, "a length", 1, MOST) for length in items(provenance["lengths"], "its list of lengths")]
+        vocabulary = whole(provenance["vocabulary"], "its vocabulary", 2, MOST)
+        whole(provenance["top_k"], "its top_k", 1, MOST)
+        for key in ("model", "made", "name", "digest"):
+            if type(provenance.get(key, "")) is not str:
+                raise Unreadable(f"its entry {key} is no text")
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        count = 0 if wrong else sum(lengths)
-        top = shapes.get("classes", (0, 0))[-1:]
+        count, top = sum(lengths), shapes.get("classes", (0, 0))[-1:]
         wanted = {"ids": (count,), "log_probabilities": (count, *top), "classes": (count, *top), "rest": (count,)}
-        if wrong or shapes != wanted:
-            raise NsrlError(f"{path} is damaged: its tensors have not the shapes that it announces; make it again")
+        if not count or top < (1,) or shapes != wanted:
+            raise Unreadable("its tensors have not the shapes that it announces")
+        if any(tensors[key].is_floating_point() != (key in ANSWERS) for key in wanted):
+            raise Unreadable("its tensors have not the formats that they should")
         answers = Reference(tensors["log_probabilities"], tensors["classes"].long(), tensors["rest"])
         ids = tensors["ids"].long()
-        if checksum([ids, *_parts(answers)]) != provenance["digest"]:
-            raise NsrlError(f"{path} is damaged: its content does not have the checksum written with it; make it again")
-        vocabulary = provenance["vocabulary"]
+        check_checksum([ids, *_parts(answers)], provenance["digest"])
         for held in (ids, answers.indices):
             assert held is not None
-            if int(held.min()) < 0 or int(held.max()) >= int(vocabulary):
-                raise NsrlError(f"{path} is damaged: it names classes outside its vocabulary; make it again")
+            if int(held.min()) < 0 or int(held.max()) >= vocabulary:
+                raise Unreadable("it names classes outside its vocabulary")
+        # The mass of the rest may be 0, whose logarithm is -inf.
+        if not bool(torch.isfinite(answers.outputs).all()) or not bool((tensors["rest"] < 1e-3).all()):
+            raise Unreadable("its answers are no log-probabilities")
         return cls(ids, tuple(lengths), answers, provenance)
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:

@@ -145,10 +145,14 @@ def rewritten(path, **changes) -> None:
     [
         ({"rest": torch.zeros(17)}, "checksum"),
         ({"ids": torch.zeros(3, dtype=torch.int32)}, "shapes"),
-        ({"lengths": [17, -1, 1]}, "shapes"),
-        ({"lengths": "all"}, "shapes"),
+        ({"lengths": [17, -1, 1]}, "a length is -1"),
+        ({"lengths": "all"}, "must be a list"),
         ({"format": 2}, "update nsrl"),
         ({"vocabulary": 5}, "outside its vocabulary"),
+        ({"vocabulary": "many"}, "its vocabulary is many"),
+        ({"digest": 3}, "digest is no text"),
+        ({"top_k": -1}, "its top_k is -1"),
+        ({"classes": torch.zeros(17, 6)}, "formats"),
     ],
 )
 def test_damage_is_refused(path, changes: dict, told: str) -> None:

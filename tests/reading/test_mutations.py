@@ -37,8 +37,8 @@ def test_mutations_are_read_or_refused(tmp_path):
     assert found.keys() == TARGETS.keys()
     for target, outcomes in found.items():
         assert outcomes.keys() <= {"read", "refused"}, (target, outcomes)
-        # a history is read up to the line that is damaged
-        assert outcomes.get("refused", 0) > 0 or target == "history", f"the mutations of {target} never hurt"
+        # a history is read up to the line that is damaged, runs without it
+        assert outcomes.get("refused", 0) > 0 or target in ("history", "runs"), f"the mutations of {target} never hurt"
 
 
 @pytest.mark.slow

@@ -6,19 +6,38 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import Results, parse_json
+from nsrl.reading.limits import JSON, Unreadable, about, read_bytes
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file; a line that a crash cut short is left out, and its run is made again."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    """The runs of a file; a line that a crash cut short is left out, and its run is made again.
+
+    Raises:
+        NsrlError: it cannot be read, is beyond the limits of `nsrl.reading`, or a line is no run.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        content = read_bytes(path, JSON).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; remove it, or name another folder") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = parse_json(line, partial(Results.of, path))
+        except Unreadable:
+            continue
+        if not isinstance(row, Results):
+            raise NsrlError(f"line {number} of {path} is no run; remove it")
+        rows.append(row)
     return rows
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from nsrl.errors import NsrlError
 from nsrl.files import given_path
+from nsrl.reading.limits import Unreadable, read_text
+
+#: Bytes of a file of texts.
+TEXTS = 2**30
 
 
 def read_texts(name: str) -> list[str]:
@@ -14,8 +18,8 @@ def read_texts(name: str) -> list[str]:
     """
     path = given_path(name)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, TEXTS).splitlines()
+    except (OSError, UnicodeDecodeError, Unreadable) as error:
         raise NsrlError(f"cannot read the texts of {name}: {error}; give a text file with one on every line") from error
     found = [line for line in lines if line.strip()]
     if not found:

@@ -6,6 +6,9 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 
 from nsrl.errors import NsrlError
+from nsrl.reading.documents import parse_json
+from nsrl.reading.limits import Unreadable, shown
+from nsrl.reading.values import finite, mapping
 from nsrl.rl.budget.config import RetentionConfig
 
 
@@ -43,16 +46,29 @@ class SavedConstraint:
             NsrlError: anything that `written` cannot have given.
         """
         try:
-            content = json.loads(text)
+            content = mapping(parse_json(text), "it", ("config", "digest"), ("method", "penalty", "trusted", "opened"))
+            settings = mapping(content["config"], "its settings")
             known = {entry.name for entry in fields(RetentionConfig)}
-            if content["config"].keys() <= known:
-                return cls(**{**content, "config": RetentionConfig(**content["config"])})
-            reason = f"its settings {sorted(content['config'].keys() - known)} are unknown to this nsrl"
-        except (TypeError, ValueError, KeyError, AttributeError, NsrlError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            if settings.keys() <= known:
+                return cls(**{**content, "config": RetentionConfig(**settings)})._checked()
+            reason = f"its settings {shown(sorted(settings.keys() - known))} are unknown to this nsrl"
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            reason = shown(f"{type(error).__name__}: {error}", 200)
         raise NsrlError(
             f"the zip's record of its retention constraint cannot be read ({reason}); protect the model anew"
         )
+
+    def _checked(self) -> SavedConstraint:
+        """Itself.
+
+        Raises:
+            Unreadable: a field is of another kind than `written` gives.
+        """
+        for name, kind in (("digest", str), ("method", str), ("trusted", bool), ("opened", bool)):
+            if type(getattr(self, name)) is not kind:
+                raise Unreadable(f"its {name} is {shown(getattr(self, name))}")
+        finite(self.penalty, "its penalty", 0.0)
+        return self
 
     def resumed(self) -> RetentionConfig:
         """The configuration to go on with: what happens once at the start of a run has happened.

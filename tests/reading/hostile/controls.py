@@ -7,7 +7,7 @@ import json
 from tests.reading.hostile.arrays import statistics
 from tests.reading.hostile.documents import digits, idx
 from tests.reading.hostile.pickled import array, whole
-from tests.reading.hostile.workbench import Case, content, saved
+from tests.reading.hostile.workbench import Case, blank_idx, content, moments, saved
 
 CONFIGURATION = b"""\
 new_env: nsrl/CartPole-v0
@@ -40,5 +40,12 @@ CASES: dict[str, Case] = {
     "configuration": content("configuration", lambda bench: CONFIGURATION, True),
     "results": content("results", lambda bench: json.dumps(RESULTS), True),
     "history": content("history", lambda bench: HISTORY, True),
+    "saved": content("saved", lambda bench: bench.saved_model, True),
+    "terms": content("terms", lambda bench: bench.terms, True),
+    "runs": content("runs", lambda bench: json.dumps({**RESULTS, "seed": 1}) + "\n" + json.dumps(RESULTS) + "\n", True),
+    "labels": content("labels", lambda bench: blank_idx(40), True),
+    "retention_file": content("retention_file", lambda bench: bench.retention_file, True),
+    "moments": content("moments", lambda bench: moments(), True),
+    "archive": content("archive", lambda bench: bench.archive, True),
     "digits": Case("digits", digits(lambda: idx(2, 28, 28, data=bytes(1568))).make, True),
 }

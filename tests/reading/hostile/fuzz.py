@@ -2,7 +2,7 @@
 
 A target is a kind of file and the part of it that is mutated; what lies around that part (checksums, archives) is made
 anew, so that the damage is met by the reader of the part and not by a checksum. Prints how many were read and refused,
-one JSON object a target.
+one JSON object a target; with `--record runs/reference/fuzz.json` in front they replace those of that file, too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl.files import write_json
 from tests.reading.hostile import controls
 from tests.reading.hostile.workbench import Workbench, zipped
 from tests.reading.hostile.worker import MEMORY, PROCESSOR, _status
@@ -43,6 +45,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "results": (),
     "history": (),
     "digits": (),
+    "labels": (),
+    "archive": (),
+    "saved": (),
+    "saved/data": ("data",),
+    "terms": (),
+    "runs": (),
+    "retention_file": (),
+    "moments": (),
 }
 #: Bytes and words that mean something to one reader or another.
 WORDS = [
@@ -92,16 +102,24 @@ def original(bench: Workbench, folder: Path, kind: str) -> bytes:
     return path.read_bytes()
 
 
-def main(folder: Path, count: int, seed: int, targets: list[str]) -> None:
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """Put the row of a target in the place of the one that the file has, in the order of `TARGETS`."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    found = {entry["target"]: entry for entry in [*rows, row]}
+    write_json(path, {"rows": [found[target] for target in TARGETS if target in found]})
+
+
+def main(folder: Path, count: int, seed: int, targets: list[str], record: Path | None = None) -> None:
     """Read `count` mutated files of each target; anything but a value or an NsrlError is told with its number."""
     warnings.simplefilter("ignore")
     bench = Workbench(folder)
     originals = {target: original(bench, folder, target.partition("/")[0]) for target in targets}
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for target in targets:
-        print(
-            json.dumps({"target": target, **fuzzed(bench, folder, target, originals[target], count, seed)}), flush=True
-        )
+        row = {"target": target, **fuzzed(bench, folder, target, originals[target], count, seed)}
+        print(json.dumps(row), flush=True)
+        if record is not None:
+            write_row(record, {**row, "mutations": count, "seed": seed})
 
 
 def fuzzed(bench: Workbench, folder: Path, target: str, whole: bytes, count: int, seed: int) -> Counter[str]:
@@ -127,4 +145,7 @@ def fuzzed(bench: Workbench, folder: Path, target: str, whole: bytes, count: int
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    words = sys.argv[1:]
+    kept = Path(words[1]) if words[0] == "--record" else None
+    words = words if kept is None else words[2:]
+    main(Path(words[0]), int(words[1]), int(words[2]), words[3:], kept)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,27 +17,34 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from safetensors.torch import save
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import nsrl_envs  # noqa: F401  registers the ids
+from nsrl.bench.studies.lines import read_runs
 from nsrl.bench.suites.pairs import read_suite
 from nsrl.continual.benchmarks import build_benchmark
-from nsrl.continual.benchmarks.mnist import read_idx
+from nsrl.continual.benchmarks.installation import install
+from nsrl.continual.benchmarks.mnist import MNIST, read_idx
 from nsrl.continual.config import BenchmarkSettings, ContinualConfig, StrategySettings, TrainingSettings
 from nsrl.continual.runner import run_continual
+from nsrl.editing.preserved import _read as read_moments
+from nsrl.editing.retention_file import RetentionFile
 from nsrl.files import read_lines
 from nsrl.reading.documents import read_results
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.algorithms.saved_constraint import SavedConstraint
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.training import checkpoint
 from nsrl.rl.training.checkpoint import read_checkpoint
 from nsrl.runs.config import FinetuneConfig
 from nsrl.runs.hyperparameters import PPOOverrides
 from nsrl.runs.settings import load, to_yaml
+from tests.editing.tiny_lm import TinyLM
 
 OLD, NEW = "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"
 
@@ -81,6 +90,13 @@ class Workbench:
         "history": "history.jsonl",
         "digits": "train-images-idx3-ubyte.gz",
         "pictures": "tiny",
+        "saved": "saved.zip",
+        "terms": "terms.json",
+        "runs": "runs.jsonl",
+        "labels": "train-labels-idx1-ubyte",
+        "retention_file": "old.safetensors",
+        "moments": "moments.safetensors",
+        "archive": "mnist.tar",
     }
 
     @property
@@ -97,6 +113,13 @@ class Workbench:
             "results": read_results,
             "history": read_lines,
             "digits": lambda path: read_idx(path.with_suffix(""), 3),
+            "saved": lambda path: agents.load(path),
+            "terms": lambda path: SavedConstraint.read(path.read_bytes().decode("utf-8", "replace")).missing("PPO"),
+            "runs": read_runs,
+            "labels": lambda path: read_idx(path, 1),
+            "retention_file": RetentionFile.load,
+            "moments": read_moments,
+            "archive": lambda path: install(MNIST, path, path.parent / "installed"),
             "pictures": lambda path: build_benchmark(BenchmarkSettings("split_tinyimagenet", data=str(path))),
         }
 
@@ -150,6 +173,39 @@ class Workbench:
         """Its checkpoint after an update, so that the optimizer has a state."""
         self.model.learn(16)
         return checkpoint.save(self._folder / "checkpoint", self.model).read_bytes()
+
+    @cached_property
+    def saved_model(self) -> bytes:
+        """The model's own zip, with the constraint that it is under."""
+        self.model.save(self._folder / "saved.zip")
+        return (self._folder / "saved.zip").read_bytes()
+
+    @property
+    def terms(self) -> bytes:
+        """The record of that constraint."""
+        with zipfile.ZipFile(io.BytesIO(self.saved_model)) as archive:
+            return json.loads(archive.read("data"))["_saved_constraint"].encode()
+
+    @cached_property
+    def retention_file(self) -> bytes:
+        """What a language model answered to a few sequences."""
+        made = RetentionFile.make(TinyLM(), [[3, 1, 4, 1, 5], [9, 2, 6], [3, 2]], top_k=6, name="tiny")
+        return made.save(self._folder / "old.safetensors").read_bytes()
+
+    @property
+    def archive(self) -> bytes:
+        """A tar of four files of two images."""
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for part in ("train", "t10k"):
+                for name, content in (
+                    (f"{part}-images-idx3-ubyte", blank_idx(2, 28, 28)),
+                    (f"{part}-labels-idx1-ubyte", blank_idx(2)),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        return stream.getvalue()
 
     @cached_property
     def continual(self) -> ContinualConfig:
@@ -240,6 +296,17 @@ class Workbench:
         """The task's file after `change` has been at its content."""
         copy = torch.load(io.BytesIO(saved(self.task)), weights_only=True)
         return saved(change(copy) or copy)
+
+
+def blank_idx(*sizes: int) -> bytes:
+    """An idx file of zeros."""
+    return bytes((0, 0, 8, len(sizes))) + struct.pack(f">{len(sizes)}I", *sizes) + bytes(int(np.prod(sizes)))
+
+
+def moments() -> bytes:
+    """Second moments as `PreservedKeys.save` writes them."""
+    header = {"format": "1", "nsrl": "0", "model": "0" * 64, "tokens": '{"a": 9, "b": 9}', "texts": "3"}
+    return save({f"moment.{name}": torch.eye(8, dtype=torch.float64) for name in "ab"}, header)
 
 
 def saved(value: Any, **options: Any) -> bytes:

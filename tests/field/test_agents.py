@@ -96,9 +96,9 @@ def test_rl_zoo_plays_what_is_exported_for_it(agent, tmp_path):
     pytest.importorskip("rl_zoo3", reason="needs rl_zoo3: pip install rl_zoo3")
     try:
         loaded = agents.load(agent.path)
-    except NsrlError as error:
+        envs = make_env(agent.path, loaded.model.observation_space)
+    except NsrlError as error:  # or its environment needs a package that is missing here
         pytest.skip(str(error))
-    envs = make_env(agent.path, loaded.model.observation_space)
     old = make_env(agent.path, loaded.model.observation_space)
     buffer = RetentionBuffer.collect(loaded, old, n_states=64, seed=0)
     if loaded.normalizer is not None:

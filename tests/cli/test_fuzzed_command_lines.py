@@ -21,7 +21,7 @@ from stable_baselines3 import PPO
 from nsrl.cli.main import main
 from nsrl.continual.config import ContinualConfig
 from nsrl.continual.strategies.base import Strategy
-from nsrl.editing.config import EditConfig
+from nsrl.editing.commands.config import EditConfig
 from nsrl.runs.config import CollectConfig, DemoConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from nsrl.runs.settings import key_types
 

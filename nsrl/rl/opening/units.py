@@ -216,7 +216,7 @@ class FreshNetwork:
 
 
 def others(rows: Tensor, size: int) -> Tensor:
-    """Indices below `size` that are not among the rows."""
+    """Indices below `size` that are not among the rows, (R,): shape (size - R,)."""
     mask = torch.ones(size, dtype=torch.bool, device=rows.device)
     mask[rows] = False
     return mask.nonzero().flatten()

@@ -17,7 +17,7 @@ from nsrl.rl.retention.states import RetainedStates
 
 
 def packed(buffer: RetainedStates) -> Tensor:
-    """The bytes of the file that `RetentionBuffer.save` writes, uint8."""
+    """The bytes of the file that `RetentionBuffer.save` writes, (B,) uint8."""
     with TemporaryDirectory() as folder:
         content = buffer.save(Path(folder) / "buffer.npz").read_bytes()
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -41,5 +41,5 @@ def unpacked(content: Any) -> RetentionBuffer:
 
 
 def training_states(buffer: RetainedStates) -> Tensor:
-    """Indices of the states that something is fitted to, int64."""
+    """Indices of the states that something is fitted to, (T,) int64."""
     return torch.tensor(np.flatnonzero((buffer.weights > 0.0) & ~buffer.heldout))

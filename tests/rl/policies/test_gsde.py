@@ -173,7 +173,10 @@ def test_its_spread_is_protected_with_the_mean_whatever_is_to_be_preserved() -> 
     assert independent_kl(model, buffer) <= within(BUDGET, buffer)
 
 
-def test_a_narrow_one_is_opened_on_the_new_task_inside_the_budget() -> None:
+@pytest.mark.parametrize("room", [True, False], ids=["units", "none to spare"])
+def test_a_narrow_one_is_opened_on_the_new_task_inside_the_budget(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not room:
+        monkeypatch.setattr("nsrl.rl.opening.units.KEPT", ())
     agent = gsde(log_std_init=-6.0)
     buffer = RetentionBuffer.collect(agent, OLD["box"], n_states=120, n_envs=2)
     model = NullSpacePPO.from_pretrained(
@@ -181,7 +184,8 @@ def test_a_narrow_one_is_opened_on_the_new_task_inside_the_budget() -> None:
     )
     model._setup_learn(2000, None)
     record = model.retention.opening.run(model)
-    assert record.steps > 0 and record.after > 2.0 * record.before and record.kl <= 0.01
+    assert (record.units > 0) is room and (record.steps > 0) is not room
+    assert record.after > 2.0 * record.before and record.kl <= 0.01
     assert independent_kl(model, buffer) <= within(0.01, buffer)
 
 

@@ -16,7 +16,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl import agents, surgery
 from tests.rl.builders import NEW, SMALL, certain
 from tests.rl.oracles import WIDTHS, independent_kl, within
-from tests.rl.surgery.test_surgery import build, function_of, normal
+from tests.rl.surgery.builders import build, function_of, normal
 from tests.tolerances import assert_near
 
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)

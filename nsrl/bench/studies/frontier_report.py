@@ -18,6 +18,8 @@ from nsrl.runs.report import Table, number, percent, scientific
 
 #: Share of the way from the agents' score to a fresh policy's that counts as learnt, and of the old score as kept.
 LEARNT, KEPT = 0.9, 0.99
+#: Runs of a method, in the mean, from which on a pair is drawn.
+FEWEST = 3
 HEAD = ("", "agents", "learnt", "worst", "area, IQM [95 %]", "old kept", "worst old", "KL, most", "held", "time")
 
 
@@ -41,7 +43,7 @@ def scores(rows: Sequence[dict[str, Any]], solved: float | None = None) -> list[
     Adds `end` and `area`, the new task's score at the end and its mean over the run: 0 is what the agents score there
     before, 1 what fresh policies of the same algorithm, or of the better one, score at the end, or what counts as
     solved if that is more; and `old`, the old score at the end as a share of that before (of the distance to the worst
-    return that was seen).
+    return that was seen, or to 0 if that is less).
     """
     before = fmean(row["curve"][0][2] for row in rows if not row["method"].startswith("scratch"))
     fresh = [
@@ -51,7 +53,7 @@ def scores(rows: Sequence[dict[str, Any]], solved: float | None = None) -> list[
     ]
     fresh += [] if solved is None else [solved]
     top = max(fresh, default=max(row["curve"][-1][2] for row in rows))
-    floor = min(point[1] for row in rows for point in row["curve"])
+    floor = min(0.0, *(point[1] for row in rows for point in row["curve"]))
     found = []
     for row in rows:
         curve = np.asarray([[point[0], point[1], point[2]] for point in row["curve"]], dtype=np.float64)
@@ -154,6 +156,8 @@ def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     names = [name for name in METHODS if not name.startswith("scratch")]
+    # a dot or two make no picture
+    found = {pair: rows for pair, rows in found.items() if len(rows) >= FEWEST * len({row["method"] for row in rows})}
     # neighbours in the list are told apart by light and dark of one hue
     palette = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors][: len(names)]  # type: ignore[attr-defined]
     figure = Figure(figsize=(4.2 * len(found), 4.4), layout="constrained")

@@ -61,7 +61,7 @@ def test_scores_are_shares_of_the_way_to_a_fresh_policy() -> None:
     assert ours["end"] == pytest.approx((490 - 10) / (410 - 10))
     way = (np.array([10.0, 250.0, 490.0]) - 10.0) / 400.0
     assert ours["area"] == pytest.approx(0.25 * way[0] + 0.5 * way[1] + 0.25 * way[2])
-    assert ours["old"] == pytest.approx((495 - 20) / (500 - 20))  # 20 is the worst return that was seen
+    assert ours["old"] == pytest.approx(495 / 500)  # no worse return than 0 was seen
 
 
 def test_a_report_keeps_what_was_varied_apart(tmp_path: Path) -> None:

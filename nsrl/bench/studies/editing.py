@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.studies.editing_pool import QUICK, SETTINGS, open_pool
 from nsrl.bench.studies.lines import append_run, read_runs
 from nsrl.bench.suites.jobs import Status
@@ -278,7 +279,7 @@ def _beside(
         waiting.setdefault((cell.model, cell.seed), []).append(cell)
     # spawned, not forked: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+    executor = ProcessPoolExecutor(workers, context, begin_worker)
     made: dict[Future[Any], tuple[str, int]] = {}
     running: dict[Future[Any], Cell] = {}
     try:

@@ -157,7 +157,8 @@ def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
 
     names = [name for name in METHODS if not name.startswith("scratch")]
     # a dot or two make no picture
-    found = {pair: rows for pair, rows in found.items() if len(rows) >= FEWEST * len({row["method"] for row in rows})}
+    many = {pair: rows for pair, rows in found.items() if len(rows) >= FEWEST * len({row["method"] for row in rows})}
+    found = many or found
     # neighbours in the list are told apart by light and dark of one hue
     palette = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors][: len(names)]  # type: ignore[attr-defined]
     figure = Figure(figsize=(4.2 * len(found), 4.4), layout="constrained")

@@ -140,6 +140,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
                     stacklevel=2,
                 )
         added = 0
+        check_kind("method", method, str, "the name of a method")
         if "policy_kwargs" not in options:
             opened = config.opening != "off" and (method == "null_space" or config.opening != "auto")
             source, added = with_room(source, retain, config, opened)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from nsrl.errors import NsrlError
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import Unreadable, shown
-from nsrl.reading.values import finite, mapping
+from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
 
 
@@ -46,7 +46,9 @@ class SavedConstraint:
             NsrlError: anything that `written` cannot have given.
         """
         try:
-            content = mapping(parse_json(text), "it", ("config", "digest"), ("method", "penalty", "trusted", "opened"))
+            content = mapping(
+                parse_json(text), "it", ("config", "digest"), ("method", "penalty", "trusted", "opened", "units")
+            )
             settings = mapping(content["config"], "its settings")
             known = {entry.name for entry in fields(RetentionConfig)}
             if settings.keys() <= known:
@@ -68,6 +70,7 @@ class SavedConstraint:
             if type(getattr(self, name)) is not kind:
                 raise Unreadable(f"its {name} is {shown(getattr(self, name))}")
         finite(self.penalty, "its penalty", 0.0)
+        whole(self.units, "its units")
         return self
 
     def resumed(self) -> RetentionConfig:

@@ -20,6 +20,12 @@ from tests.rl.oracles import same_policies
 from tests.rl.policy_builders import ACTIONS, VECTOR
 
 
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for who asks."""
+    monkeypatch.setenv("NSRL_FUSED", "1")
+
+
 def build(actions: str, **options: Any) -> ActorCriticPolicy:
     torch.manual_seed(0)
     policy = ActorCriticPolicy(VECTOR, ACTIONS[actions], lambda _: 1e-3, **{"net_arch": [6, 5], **options})

@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-CONFIGS = {f"nsrl.configs{kind}": f"configs{kind.replace('.', '/')}" for kind in ("", ".bench", ".continual", ".edit")}
+KINDS = ("", ".bench", ".continual", ".edit", ".post_training")
+CONFIGS = {f"nsrl.configs{kind}": f"configs{kind.replace('.', '/')}" for kind in KINDS}
 
 setup(
     packages=[*find_packages(include=["nsrl", "nsrl.*"]), *find_packages("envs"), *CONFIGS],

@@ -97,7 +97,8 @@ class Retention:
         aim = config.target * config.kl_budget if config.kl_budget > 0 else 0.25 * config.tolerance
         self.enforcement = Enforcement(constraint, config.tolerance, aim, config.restore_steps)
         self.refreshes = 0
-        self.given = constraint.buffer.digest()
+        self._first = constraint.buffer
+        self.given = self._first.digest()
         self._draw_from(constraint)
         # baselines are compared as they are; a number opens them as everybody else
         setting = "off" if config.opening == "auto" and not self.enforces else config.opening
@@ -286,8 +287,10 @@ class Retention:
         self._gap = float(state["gap"])
         self.updates, self.rollbacks = int(state["updates"]), int(state["rollbacks"])
         self.refreshes = int(state.get("refreshes", 0))
-        if state.get("refreshed") is not None:
-            self._exchange(self.constraint.against(unpacked(state["refreshed"])))
+        refreshed = state.get("refreshed")
+        buffer = self._first if refreshed is None else unpacked(refreshed)
+        if buffer is not self.constraint.buffer:
+            self._exchange(self.constraint.against(buffer))
         self.restored = int(state.get("restored", 0))  # checkpoints of older versions did not count them
         self.stride = float(state.get("stride", 1.0))
         self.kl_most, self.held = float(state.get("kl_most", 0.0)), int(state.get("held", self.updates))

@@ -215,7 +215,7 @@ def add_actions(
 
 
 def add_units(agent: Source, count: int, *, seed: int = 0) -> Source:
-    """An agent whose actor has `count` more units in every hidden layer, which nothing reads yet.
+    """An agent whose actor has `count` more units in every hidden layer, of which no output hears yet.
 
     The weights into them are drawn as SB3 draws them, those out of them are zero: the policy is the old one, exactly,
     and what the units come to say is the new task's (`nsrl.rl.opening.units` gates them). The critic is the old one's.
@@ -229,8 +229,8 @@ def add_units(agent: Source, count: int, *, seed: int = 0) -> Source:
         A new model, or a new `Agent` where one was given; the buffer stays valid.
 
     Raises:
-        NsrlError: a count below 1, an actor without hidden layers, one that shares layers with the critic, or outputs
-            that differ by more than 1e-6 on random inputs.
+        NsrlError: a count below 1, an actor without hidden layers or with a network of its own make, or outputs that
+            differ by more than 1e-6 on random inputs.
     """
     old: Any = _model(agent)
     if count < 1:
@@ -260,7 +260,12 @@ def add_units(agent: Source, count: int, *, seed: int = 0) -> Source:
 
         return grow
 
-    new = _rebuilt(old, old.observation_space, old.action_space, grown, net_arch=wide)
+    new: Any = _rebuilt(old, old.observation_space, old.action_space, grown, net_arch=wide)
+    if new.policy.action_net.in_features != old.policy.action_net.in_features + count:
+        raise NsrlError(
+            f"{type(old.policy).__name__} builds its network without regard to net_arch, so that it has no units to "
+            "add to; use a stock SB3 policy"
+        )
     same = widening(shapes_of(old.observation_space), old.observation_space)
     check_exact(old.policy, new.policy, same, 0.0)  # type: ignore[arg-type]
     return _like(agent, new, same)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
 from nsrl import NullSpacePPO, RetentionBuffer
@@ -94,3 +96,16 @@ def test_what_cannot_be_widened_is_told() -> None:
         surgery.add_units(build(), 0)
     with pytest.raises(NsrlError, match="no hidden layer"):
         surgery.add_units(build(net_arch={"pi": [], "vf": [8]}), 4)
+
+
+class Fixed(ActorCriticPolicy):
+    """A network that net_arch says nothing of."""
+
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = MlpExtractor(self.features_dim, net_arch=[16, 16], activation_fn=nn.Tanh)
+
+
+def test_a_network_that_does_not_grow_is_no_wider_one() -> None:
+    model = PPO(Fixed, "CartPole-v1", n_steps=8, batch_size=8, seed=0, device="cpu")
+    with pytest.raises(NsrlError, match="without regard to net_arch"):
+        surgery.add_units(model, 4)

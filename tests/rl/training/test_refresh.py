@@ -150,3 +150,20 @@ def test_who_retains_nothing_or_another_agent_is_told() -> None:
     for wrong in ({"every": 0}, {"states": 0}, {"n_envs": 0}, {"seed": -1}, {"every": 1.5}):
         with pytest.raises(NsrlError, match=next(iter(wrong))):
             BufferRefresh(OLD["discrete"], agent, **wrong)
+
+
+def test_a_refreshed_checkpoint_that_does_not_fit_leaves_the_first_buffer(tmp_path: Path) -> None:
+    agent, buffer = trained()
+    model = learner(agent, buffer)
+    model.learn(300, callback=BufferRefresh(OLD["discrete"], agent, every=100, states=16))
+    state, tensors = checkpoint.read_checkpoint(checkpoint.save(tmp_path / "whole", model))
+    state["retention"]["kl_mean"] = 9.0  # found out when everything is in its place already
+    checkpoint.write_checkpoint(tmp_path / "other", state, tensors)
+    fresh = learner(agent, buffer)
+    before = {name: value.clone() for name, value in fresh.policy.state_dict().items()}
+    with pytest.raises(NsrlError, match="says that the policy's KL is 9"):
+        checkpoint.restore(tmp_path / "other", fresh)
+    assert fresh.retention.refreshes == 0 and fresh.retention.constraint.buffer is buffer
+    assert same(fresh.policy.state_dict(), before)
+    fresh.learn(64)  # and it learns on, held to that one
+    assert independent_kl(fresh, buffer) <= within(BUDGET, buffer)

@@ -136,6 +136,31 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(finite_json(values), indent=2, allow_nan=False) + "\n")
 
 
+def parsed_lines(path: Path, remedy: str = "remove it") -> Iterator[tuple[int, Any]]:
+    """Number and content of every line of a JSON-lines file: `Unreadable` where it is none; nothing without a file.
+
+    Args:
+        path: the file.
+        remedy: what to do about one that is beyond the limits.
+
+    Raises:
+        NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
+    """
+    try:
+        content = read_bytes(path, JSON).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise NsrlError(f"{about(path, error)}; {remedy}") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            yield number, parse_json(line, partial(Results.of, path))
+        except Unreadable as error:
+            yield number, error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; what follows a line that a crash cut short is left out.
 
@@ -143,18 +168,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         NsrlError: it is beyond the limits of `nsrl.reading`, or cannot be read.
     """
     rows: list[dict[str, Any]] = []
-    try:
-        content = read_bytes(path, JSON).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return rows
-    except OSError as error:
-        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
-    except Unreadable as error:
-        raise NsrlError(f"{about(path, error)}; remove it") from error
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            row = parse_json(line, partial(Results.of, path))
-        except Unreadable:
+    for number, row in parsed_lines(path):
+        if isinstance(row, Unreadable):
             break
         measured = isinstance(row, Results) and all(value is None or type(value) in NUMBERS for value in row.values())
         # The step is what rows are compared by.

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 WIDTH = 100
 
 
+def teller(progress: bool) -> Callable[[str], None]:
+    """What prints how far a command is, to standard error; nothing where nobody wants to see it."""
+    return (lambda text: print(f"nsrl: {text}", file=sys.stderr)) if progress else lambda _: None
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of argparse that answers what is wrong in one sentence instead of its usage."""
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nsrl.cli.command import print_table, read_arguments
+from nsrl.cli.command import print_table, read_arguments, teller
 from nsrl.editing.commands.config import EditConfig
 from nsrl.errors import NsrlError
 
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         config = folder.read_config(EditConfig)
     elif config.out is not None:
         folder = choose_folder("edit", config.model, config.out)
-    told = (lambda text: print(f"nsrl: {text}", file=sys.stderr)) if options["progress"] else lambda _: None
+    told = teller(options["progress"])
     if folder is None:
         metrics = run_edits(config, told=told)
     elif folder.finished:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from nsrl.cli.command import read_arguments
+from nsrl.cli.command import read_arguments, teller
 from nsrl.editing.commands.config import ForecastConfig
 
 EXAMPLES = """\
@@ -31,8 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     from nsrl.editing.commands.forecast import forecast_texts, read_calibration
 
     calibration = None if config.calibration is None else read_calibration(config.calibration)
-    show = options["progress"]
-    found = forecast_texts(config, (lambda t: print(f"nsrl: {t}", file=sys.stderr)) if show else lambda _: None)
+    found = forecast_texts(config, teller(options["progress"]))
     print(f"KL           {found.kl:.3g} nats a token, after {config.steps} steps")
     if calibration is not None and found.kl > 0.0:
         low, middle, high = calibration.expected(found.kl)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from nsrl.cli.command import read_arguments
+from nsrl.cli.command import read_arguments, teller
 from nsrl.editing.commands.config import RetainConfig
 
 EXAMPLES = """\
@@ -31,8 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     require_transformers()
     from nsrl.editing.commands.retain import make_retention_file
 
-    told = (lambda text: print(f"nsrl: {text}", file=sys.stderr)) if options["progress"] else lambda _: None
-    found, path = make_retention_file(config, told)
+    found, path = make_retention_file(config, teller(options["progress"]))
     print(f"texts        {len(found)}")
     print(f"tokens       {len(found.ids)}")
     print(f"file         {path} ({path.stat().st_size / 2**20:.2f} MiB)")

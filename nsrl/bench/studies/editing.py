@@ -23,7 +23,7 @@ import torch
 
 from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.studies.editing_pool import QUICK, SETTINGS, open_pool
-from nsrl.bench.studies.lines import append_run, read_runs
+from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
 from nsrl.editing.editor import Editor
 from nsrl.editing.knowledge.evaluation import Judge
@@ -236,23 +236,15 @@ def run_cells(
     Returns:
         Why runs came to no result, by name.
     """
-    start = time.monotonic()
-    done = {row["cell"] for path in reference.glob("*.jsonl") for row in read_runs(path)}
-    waiting = [cell for cell in cells if cell.name not in done]
-    finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
-    reference.mkdir(parents=True, exist_ok=True)
-    runs = _in_turn(waiting, cache, quick, told) if workers == 1 else _beside(waiting, cache, quick, workers, told)
-    for number, (cell, result) in enumerate(runs, start=1):
-        if isinstance(result, dict):
-            append_run(reference / f"{cell.model}_{cell.seed}.jsonl", result)
-            finished.append(cell.name)
-        else:
-            failures[cell.name] = str(result) if isinstance(result, NsrlError) else repr(result)
-        if on_status is not None:
-            seconds = time.monotonic() - start
-            remaining = seconds / number * (len(waiting) - number)
-            on_status(Status(len(cells), finished, [], list(failures), seconds, remaining))
-    return failures
+    return run_missing(
+        cells,
+        reference.glob("*.jsonl"),
+        lambda cell: reference / f"{cell.model}_{cell.seed}.jsonl",
+        lambda waiting: (
+            _in_turn(waiting, cache, quick, told) if workers == 1 else _beside(waiting, cache, quick, workers, told)
+        ),
+        on_status,
+    )
 
 
 Run = tuple[Cell, dict[str, Any] | BaseException]

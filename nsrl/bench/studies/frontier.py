@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nsrl.bench.lifeline import begin_worker
-from nsrl.bench.studies.lines import append_run, read_runs
+from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.runs.machine import describe_environment
@@ -456,27 +456,25 @@ def run_cells(
     Returns:
         Why runs came to no result, by name.
     """
-    start = time.monotonic()
-    done = {row["cell"] for path in reference.glob("*.jsonl") for row in read_runs(path)}
-    waiting = [cell for cell in cells if cell.name not in done]
-    finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
-    reference.mkdir(parents=True, exist_ok=True)
+    return run_missing(
+        cells,
+        reference.glob("*.jsonl"),
+        lambda cell: reference / f"{cell.pair}.jsonl",
+        lambda waiting: _beside(waiting, agents, workers, quick),
+        on_status,
+    )
+
+
+def _beside(
+    cells: Sequence[Cell], agents: Path, workers: int, quick: bool
+) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
+    """Runs as they end, several at a time."""
     # spawned, not forked: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, begin_worker)
+    pool = ProcessPoolExecutor(max(1, min(workers, len(cells))), context, begin_worker)
     try:
-        futures = {pool.submit(run_cell, cell, agents, quick): cell for cell in waiting}
-        for number, future in enumerate(as_completed(futures), start=1):
-            cell, error = futures[future], future.exception()
-            if error is None:
-                append_run(reference / f"{cell.pair}.jsonl", future.result())
-                finished.append(cell.name)
-            else:
-                failures[cell.name] = str(error) if isinstance(error, NsrlError) else repr(error)
-            if on_status is not None:
-                seconds = time.monotonic() - start
-                remaining = seconds / number * (len(waiting) - number)
-                on_status(Status(len(cells), finished, [], list(failures), seconds, remaining))
+        futures = {pool.submit(run_cell, cell, agents, quick): cell for cell in cells}
+        for future in as_completed(futures):
+            yield futures[future], future.exception() or future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return failures

@@ -6,13 +6,28 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
-from nsrl.reading.documents import Results, parse_json
-from nsrl.reading.limits import JSON, Unreadable, about, read_bytes
+from nsrl.files import parsed_lines
+from nsrl.reading.documents import Results
+from nsrl.reading.limits import Unreadable
+
+
+class Named(Protocol):
+    """A run that is planned."""
+
+    @property
+    def name(self) -> str:
+        """Unique among those of a study, and the line's `cell`."""
+        ...
+
+
+Cell = TypeVar("Cell", bound=Named)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -22,18 +37,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         NsrlError: it cannot be read, is beyond the limits of `nsrl.reading`, or a line is no run.
     """
     rows: list[dict[str, Any]] = []
-    try:
-        content = read_bytes(path, JSON).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return rows
-    except OSError as error:
-        raise NsrlError(f"cannot read {path}: {error.strerror or error}") from error
-    except Unreadable as error:
-        raise NsrlError(f"{about(path, error)}; remove it, or name another folder") from error
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            row = parse_json(line, partial(Results.of, path))
-        except Unreadable:
+    for number, row in parsed_lines(path, "remove it, or name another folder"):
+        if isinstance(row, Unreadable):
             continue
         if not isinstance(row, Results):
             raise NsrlError(f"line {number} of {path} is no run; remove it")
@@ -53,3 +58,44 @@ def append_run(path: Path, row: dict[str, Any]) -> None:
             file.write(("" if whole else "\n") + json.dumps(row) + "\n")
     except OSError as error:
         raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def run_missing(
+    cells: Sequence[Cell],
+    files: Iterable[Path],
+    file_of: Callable[[Cell], Path],
+    run: Callable[[Sequence[Cell]], Iterable[tuple[Cell, dict[str, Any] | BaseException]]],
+    on_status: Callable[[Status], Any] | None = None,
+) -> dict[str, str]:
+    """Run the cells that have no line yet, and write the line of each as it ends.
+
+    Args:
+        cells: all that are wanted.
+        files: in which lines may be already.
+        file_of: where a cell's line belongs.
+        run: gives cells with their lines, or with what kept them from one, as they end.
+        on_status: called after every run.
+
+    Returns:
+        Why runs came to no result, by name.
+
+    Raises:
+        NsrlError: a file cannot be read or written.
+    """
+    start = time.monotonic()
+    done = {row["cell"] for path in files for row in read_runs(path)}
+    waiting = [cell for cell in cells if cell.name not in done]
+    finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
+    for path in {file_of(cell).parent for cell in waiting}:
+        path.mkdir(parents=True, exist_ok=True)
+    for number, (cell, result) in enumerate(run(waiting), start=1):
+        if isinstance(result, dict):
+            append_run(file_of(cell), result)
+            finished.append(cell.name)
+        else:
+            failures[cell.name] = str(result) if isinstance(result, NsrlError) else repr(result)
+        if on_status is not None:
+            seconds = time.monotonic() - start
+            remaining = seconds / number * (len(waiting) - number)
+            on_status(Status(len(cells), finished, [], list(failures), seconds, remaining))
+    return failures

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsrl.bench.studies.lines import append_run, read_runs
+from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.studies.post_training_tasks import (
     PEOPLE,
     TASKS,
@@ -212,22 +212,15 @@ def run_cells(
     Returns:
         Why runs came to no result, by name.
     """
-    begun = time.monotonic()
-    done = {row["cell"] for row in read_runs(path)}
-    waiting = [cell for cell in cells if cell.name not in done]
-    finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number, cell in enumerate(waiting, start=1):
+    return run_missing(cells, [path], lambda _: path, lambda waiting: _in_turn(waiting, quick), on_status)
+
+
+def _in_turn(cells: Sequence[Cell], quick: bool) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
+    for cell in cells:
         try:
-            append_run(path, run_cell(cell, quick))
-            finished.append(cell.name)
+            yield cell, run_cell(cell, quick)
         except (NsrlError, ImportError) as error:
-            failures[cell.name] = str(error)
-        if on_status is not None:
-            seconds = time.monotonic() - begun
-            remaining = seconds / number * (len(waiting) - number)
-            on_status(Status(len(cells), finished, [], list(failures), seconds, remaining))
-    return failures
+            yield cell, NsrlError(str(error))
 
 
 Hold = Callable[[torch.Generator], None]

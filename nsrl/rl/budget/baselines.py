@@ -34,6 +34,11 @@ class Monitor(Retention):
     def _before_step(self) -> None:
         if self._frozen:
             super()._before_step()
+        else:
+            self._shape_gradient()
+
+    def _shape_gradient(self) -> None:
+        """What a rival does to the gradient of a minibatch."""
 
     def _after_step(self) -> None:
         self._steps += 1
@@ -58,10 +63,7 @@ class KLPenalty(Monitor):
         super().__init__(model, constraint, config)
         self.coefficient = _checked(coefficient)
 
-    def _before_step(self) -> None:
-        if self._frozen:
-            super()._before_step()
-            return
+    def _shape_gradient(self) -> None:
         start = perf_counter()
         self.constraint.parameters.add_gradients(self._pull(), self.coefficient)
         self._coefficients.append(self.coefficient)
@@ -108,10 +110,7 @@ class Anchor(Monitor):
         self._importance = importance
         self._anchor = constraint.parameters.read()
 
-    def _before_step(self) -> None:
-        if self._frozen:
-            super()._before_step()
-            return
+    def _shape_gradient(self) -> None:
         start = perf_counter()
         flat = self.constraint.parameters
         pull = self._importance.to(self._anchor) * (flat.read() - self._anchor)
@@ -128,10 +127,7 @@ class AveragedGradient(Monitor):
     what is retained. At the reference itself r vanishes, and so does what it guards.
     """
 
-    def _before_step(self) -> None:
-        if self._frozen:
-            super()._before_step()
-            return
+    def _shape_gradient(self) -> None:
         start = perf_counter()
         flat = self.constraint.parameters
         _, retained = self.constraint.gradient(self.minibatches.draw(self.config.batch_states))
@@ -154,15 +150,14 @@ class GradientProjection(Monitor):
     def _linearise(self) -> None:
         Retention._linearise(self)
 
-    def _before_step(self) -> None:
+    def _shape_gradient(self) -> None:
         Retention._before_step(self)
 
 
 class FrozenTrunk(Monitor):
     """Only the actor's last layer learns, and its spread."""
 
-    def _before_step(self) -> None:
-        super()._before_step()
+    def _shape_gradient(self) -> None:
         top: Any = self.model.policy.action_net
         kept = {*top.parameters(), getattr(self.model.policy, "log_std", None)}
         for parameter in self.constraint.parameters.parameters:

@@ -61,7 +61,7 @@ def sections(reference: Path) -> Iterator[str]:
 
 def frontier_lines(folder: Path) -> Iterator[str]:
     """The frontier's tables, a pair each, of methods that were run on all agents."""
-    from nsrl.bench.studies.frontier import KINDS, MULTIPLES, PAIRS, SEEDS
+    from nsrl.bench.studies.frontier_plan import KINDS, MULTIPLES, PAIRS, SEEDS
     from nsrl.bench.studies.frontier_report import pair_table, read_rows, scores
 
     yield "## The frontier\n"

@@ -289,7 +289,8 @@ def continual(options: Options, console: Console) -> Results:
 @benchmark("frontier", "only", "quick")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""
-    from nsrl.bench.studies.frontier import plan_cells, run_cells
+    from nsrl.bench.studies.frontier import run_cells
+    from nsrl.bench.studies.frontier_plan import plan_cells
     from nsrl.bench.studies.frontier_report import write_frontier
 
     out = _out(options, "frontier_quick" if options.quick else "frontier")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nsrl.bench.studies.frontier import BUDGET, BUFFERS, GRID, METHODS, PAIRS, SCALES, STATES
+from nsrl.bench.studies.frontier_plan import BUDGET, BUFFERS, GRID, METHODS, PAIRS, SCALES, STATES
 from nsrl.bench.studies.lines import read_runs
 from nsrl.bench.suites.statistics import bootstrap, interquartile_mean
 from nsrl.errors import NsrlError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsrl.bench.studies import frontier, frontier_report, lines
+from nsrl.bench.studies import frontier_plan, frontier_report, lines
 from nsrl.errors import NsrlError
 
 
@@ -17,11 +17,11 @@ def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
     row = {
         "cell": f"cartpole_swapped/{method}/{len(entries)}",
         "method": method,
-        "penalty": frontier.METHODS[method].options.get("penalty"),
+        "penalty": frontier_plan.METHODS[method].options.get("penalty"),
         "kind": "zoo",
         "seed": 0,
         "multiple": 3,
-        "states": frontier.STATES,
+        "states": frontier_plan.STATES,
         "scale": 1.0,
         "curve": curve,
         "kl_most": 0.002,
@@ -33,25 +33,25 @@ def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
 
 
 def test_every_cell_has_a_name_of_its_own_and_the_main_methods_come_first() -> None:
-    cells = frontier.plan_cells()
+    cells = frontier_plan.plan_cells()
     assert len({cell.name for cell in cells}) == len(cells)
-    for pair, task in frontier.PAIRS.items():
-        kinds = len(task.published) or len(frontier.KINDS) * len(frontier.MULTIPLES)
-        agents = kinds * len(frontier.SEEDS)
-        for method in frontier.METHODS:
+    for pair, task in frontier_plan.PAIRS.items():
+        kinds = len(task.published) or len(frontier_plan.KINDS) * len(frontier_plan.MULTIPLES)
+        agents = kinds * len(frontier_plan.SEEDS)
+        for method in frontier_plan.METHODS:
             own = [
                 c for c in cells if (c.pair, c.method, c.penalty, c.states, c.scale) == (pair, method, None, 2048, 1)
             ]
             assert len(own) == agents
-    later = [frontier.METHODS[cell.method].later for cell in cells if cell.penalty is None and cell.states == 2048]
+    later = [frontier_plan.METHODS[cell.method].later for cell in cells if cell.penalty is None and cell.states == 2048]
     assert later == sorted(later)
 
 
 def test_names_choose_and_unknown_ones_are_refused() -> None:
-    cells = frontier.plan_cells(["pendulum_reversed", "NullSpaceTRPO"], quick=True)
+    cells = frontier_plan.plan_cells(["pendulum_reversed", "NullSpaceTRPO"], quick=True)
     assert [cell.name for cell in cells] == ["pendulum_reversed/NullSpaceTRPO/default_0_x3"]
     with pytest.raises(NsrlError, match="no pair or method 'nosuch'"):
-        frontier.plan_cells(["nosuch"])
+        frontier_plan.plan_cells(["nosuch"])
 
 
 def test_scores_are_shares_of_the_way_to_a_fresh_policy() -> None:
@@ -97,12 +97,12 @@ def test_a_line_that_a_crash_cut_short_is_made_again(tmp_path: Path) -> None:
 
 
 def test_published_agents_are_played_by_several_runs_and_are_there() -> None:
-    cells = frontier.plan_cells(["mountaincar_swapped", "NullSpacePPO"])
+    cells = frontier_plan.plan_cells(["mountaincar_swapped", "NullSpacePPO"])
     assert [cell.name for cell in cells] == [
-        f"mountaincar_swapped/NullSpacePPO/{kind}_{seed}" for seed in frontier.SEEDS for kind in ("ppo", "a2c")
+        f"mountaincar_swapped/NullSpacePPO/{kind}_{seed}" for seed in frontier_plan.SEEDS for kind in ("ppo", "a2c")
     ]
     folder = Path(__file__).parents[3] / "runs" / "reference" / "agents"
-    for pair, task in frontier.PAIRS.items():
+    for pair, task in frontier_plan.PAIRS.items():
         assert all(list((folder / pair / name).glob("*.zip")) for name in task.published)
         assert task.published or not task.test  # nothing was chosen on agents that others have published, but for one
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from nsrl import NullSpacePPO
 from nsrl.projection.budget.multiplier import FLOOR, Multiplier
-from nsrl.rl.budget.engine import StateDraw
+from nsrl.rl.budget.draws import StateDraw
 from tests.rl.builders import NEW, SMALL, trained
 from tests.rl.oracles import independent_kl, within
 

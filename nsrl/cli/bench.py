@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nsrl.bench.registry import REFERENCE, Options, run_benchmark
+from nsrl.bench.registry import BENCHMARKS, REFERENCE, Options, run_benchmark
 from nsrl.cli.command import Parser, print_table
 from nsrl.cli.status_line import StatusLine
 from nsrl.runs.packaged import CONFIGS
@@ -29,6 +29,9 @@ Run a benchmark and write its results.
   nsrl bench speed --quick --only gram_mlp,scaling
   nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
   nsrl bench continual --only permuted_digits,naive,kl_budget
+  nsrl bench frontier                    every method on populations of pretrained agents: old task kept, new one learnt
+  nsrl bench demo_population             the demo on twenty agents, with vector instructions and without
+  nsrl bench post_training               a tiny language model learns inside a budget on what stays (nsrl[llm])
   nsrl bench edit --only tiny            all editors of language models, batched and in sequence (nsrl[llm])
   nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
@@ -45,17 +48,16 @@ def run(arguments: Sequence[str]) -> int:
         NsrlError: a bad command line, or as `run_benchmark`.
     """
     parser = Parser(prog="nsrl bench", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "name", help="a suite of configs/bench, the path of a suite, trpo, overhead, speed, continual or agents"
-    )
+    known = ", ".join(BENCHMARKS)
+    parser.add_argument("name", help=f"a suite of configs/bench, the path of a suite, or one of {known}")
     parser.add_argument("folder", nargs="?", type=Path, help="of the agents, for nsrl bench agents")
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configurations (default nsrl's)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
-    speed = parser.add_argument_group("speed, continual and agents only")
-    speed.add_argument("--only", help="cases, benchmarks and strategies, or agents, separated by commas")
+    speed = parser.add_argument_group("some of them only")
+    speed.add_argument("--only", help="cases, benchmarks, pairs, methods or agents, separated by commas")
     speed.add_argument("--again", action="store_true", help="measure also what is finished in --out")
     speed.add_argument("--threads", type=int, help="of every measurement of speed (default all processors)")
     options = parser.parse_args(list(arguments))

@@ -1,8 +1,8 @@
 """PPO's update with its derivatives written down: the numbers of SB3's `PPO.train` to rounding, without autograd.
 
-A small policy's minibatches take SB3 much longer than their matrix products do: distributions are built and validated, a
-graph is recorded, every loss is read, and Adam keeps books on a dozen small tensors. Where actor and critic are chains
-of linear layers everything is known beforehand. What is not known is left to SB3.
+A small policy's minibatches take SB3 much longer than their matrix products do: distributions are built and validated,
+a graph is recorded, every loss is read, and Adam keeps books on a dozen small tensors. Where actor and critic are
+chains of linear layers everything is known beforehand. What is not known is left to SB3.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -32,7 +34,8 @@ class BufferRefresh(BaseCallback):
         trust: let `agents.load` unpickle, where the reference is a path.
 
     Attributes:
-        taken: refreshes that were taken; one that no restoration brings the policy inside of is left out.
+        taken: refreshes that were taken; one that no restoration brings the policy inside of is left out, with a
+            warning.
 
     Raises:
         NsrlError: a number out of range; when learning begins: nothing is retained, or another agent's buffer is.
@@ -99,6 +102,12 @@ class BufferRefresh(BaseCallback):
         )
         taken = retention.hold_to(RetentionBuffer.merge([buffer, labelled], buffer.normalizer))
         self.taken += taken
+        if not taken:
+            warnings.warn(
+                "a refresh of the buffer was left out: nothing brings the policy inside the budget on the states "
+                "that it visits in the old task by now; refresh more often, or keep it nearer with a smaller kl_budget",
+                stacklevel=2,
+            )
         self.logger.record("retain/states", len(retention.constraint.buffer))
         self.logger.record("retain/refreshes", retention.refreshes)
         return taken

@@ -167,3 +167,13 @@ def test_a_refreshed_checkpoint_that_does_not_fit_leaves_the_first_buffer(tmp_pa
     assert same(fresh.policy.state_dict(), before)
     fresh.learn(64)  # and it learns on, held to that one
     assert independent_kl(fresh, buffer) <= within(BUDGET, buffer)
+
+
+def test_a_refresh_that_is_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, buffer = trained()
+    model = learner(agent, buffer, opening="off")
+    monkeypatch.setattr(type(model.retention), "hold_to", lambda *_: False)
+    refresh = BufferRefresh(OLD["discrete"], agent, every=100, states=16)
+    with pytest.warns(UserWarning, match="left out"):
+        model.learn(200, callback=refresh)
+    assert refresh.taken == 0 and model.retention.constraint.buffer is buffer

@@ -20,6 +20,8 @@ from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.retention.buffer import RetentionBuffer
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_epochs": 3, "learning_rate": 3e-3}
+#: What is tested of the budget is tested where updates have to share the network with the old task.
+SHARED: dict[str, Any] = {**SMALL, "confine": "off"}
 OLD = {"discrete": "nsrl/CartPole-v0", "box": "nsrl/Pendulum-v0"}
 NEW = {"discrete": "nsrl/CartPoleSwapped-v0", "box": "nsrl/PendulumReversed-v0"}
 

@@ -117,6 +117,9 @@ class Method:
     refresh: bool = False
 
 
+#: Updates that share the network with the old task, inside the budget, although units are free.
+SHARED: dict[str, Any] = {"confine": "off"}
+
 #: One setting each for all pairs. The coefficients are those that did best on the development pair (see GRID). Rivals
 #: are opened as ours are, and have the free units and the standardised critic, unless their name says otherwise.
 METHODS: dict[str, Method] = {
@@ -133,12 +136,13 @@ METHODS: dict[str, Method] = {
     "output replay": Method("ppo", "der", {"penalty": 1.0}, later=True),
     "NullSpaceTRPO (unopened)": Method("trpo", "null_space", {"opening": "off"}, later=True),
     "NullSpaceTRPO (raw values)": Method("trpo", "null_space", {"values": "raw"}, later=True),
-    "NullSpaceTRPO (budget 0.002)": Method("trpo", "null_space", {"kl_budget": 0.002}, later=True),
-    "NullSpaceTRPO (worst 0.05)": Method("trpo", "null_space", {"worst_budget": 0.05}, later=True),
-    "NullSpaceTRPO (agreement 0.99)": Method("trpo", "null_space", {"agreement": 0.99}, later=True),
-    "NullSpaceTRPO (refresh)": Method("trpo", "null_space", later=True, refresh=True),
-    "NullSpaceTRPO (free target 0.9)": Method("trpo", "null_space", {"free_target": 0.9}, later=True),
-    "NullSpacePPO (free target 0.9)": Method("ppo", "null_space", {"free_target": 0.9}, later=True),
+    "shared NullSpaceTRPO (budget 0.002)": Method("trpo", "null_space", {**SHARED, "kl_budget": 0.002}, later=True),
+    "shared NullSpaceTRPO (worst 0.05)": Method("trpo", "null_space", {**SHARED, "worst_budget": 0.05}, later=True),
+    "shared NullSpaceTRPO (agreement 0.99)": Method("trpo", "null_space", {**SHARED, "agreement": 0.99}, later=True),
+    "shared NullSpaceTRPO (refresh)": Method("trpo", "null_space", SHARED, later=True, refresh=True),
+    "shared NullSpaceTRPO (free target 0.9)": Method("trpo", "null_space", {**SHARED, "free_target": 0.9}, later=True),
+    "shared NullSpacePPO": Method("ppo", "null_space", SHARED, later=True),
+    "shared NullSpaceTRPO": Method("trpo", "null_space", SHARED, later=True),
     "plain TRPO": Method("trpo", "finetune", later=True),
     "KL penalty (TRPO)": Method("trpo", "kl_penalty", {"penalty": 1.0}, later=True),
     "L2": Method("ppo", "l2", {"penalty": 0.1}, later=True),

@@ -55,6 +55,7 @@ class LocalModel:
         damping: added to F for the direction, not for its length.
         iterations: of one run of conjugate gradients, at most.
         precision: relative residual at which they stop.
+        free: 1 for parameters that may move, 0 for others, shape (P,); None for all.
 
     Conjugate gradients are preconditioned by Kronecker factors of F where it has some, except in a null space, which
     a preconditioner would lead out of.
@@ -66,6 +67,7 @@ class LocalModel:
     damping: float
     iterations: int
     precision: float = PRECISION
+    free: Tensor | None = None
 
     def step(self) -> Step:
         """The natural-gradient step: all the way to the trust region's edge, whatever a buffer says."""
@@ -73,8 +75,18 @@ class LocalModel:
 
     def explore(self) -> tuple[Step, list[Tensor]]:
         """The natural-gradient step, and the search directions that led to it."""
-        divide = KroneckerPreconditioner(self.fisher.factors(), self.damping)
-        found = conjugate_gradients(self._damped, -self.gradient, self.iterations, self.precision, divide)
+        factors = self.fisher.factors()
+        if self.free is not None:
+            factors = [layer.restricted(self.free) for layer in factors]
+        divide = KroneckerPreconditioner(factors, self.damping)
+        gradient = self._confined(self.gradient)
+        found = conjugate_gradients(
+            lambda v: self._confined(self._damped(v)),
+            -gradient,
+            self.iterations,
+            self.precision,
+            lambda v: self._confined(divide(v)),
+        )
         return self._scaled(found, 0.0, 1.0), found.directions
 
     def null_step(self, project: Product) -> Step:
@@ -85,6 +97,9 @@ class LocalModel:
 
     def _damped(self, vector: Tensor) -> Tensor:
         return self.fisher.rmatvec(self.fisher.matvec(vector)) + self.damping * vector
+
+    def _confined(self, vector: Tensor) -> Tensor:
+        return vector if self.free is None else vector * self.free
 
     def _scaled(self, found: KrylovSolution, multiplier: float, kept: float) -> Step:
         curvature = float(self.fisher.matvec(found.vector).double().square().sum())

@@ -283,6 +283,20 @@ class LayerFactors:
         """The same block among other columns, given where each is there."""
         return replace(self, weight=column(self.weight), bias=None if self.bias is None else column(self.bias))
 
+    def restricted(self, free: Tensor) -> LayerFactors:
+        """The block of the entries that may move, 1 or 0 in a flat vector (P,); whole rows and columns of the layer."""
+        rows, columns = len(self.outputs), len(self.inputs)
+        columns -= self.bias is not None
+        moving = free[self.weight : self.weight + rows * columns].view(rows, columns) > 0.0
+        left, right = moving.any(1), moving.any(0)
+        if self.bias is not None:
+            biased = free[self.bias : self.bias + rows] > 0.0
+            right = torch.cat([right, biased.any()[None]])
+        left, right = left.to(self.outputs), right.to(self.inputs)
+        return replace(
+            self, inputs=self.inputs * torch.outer(right, right), outputs=self.outputs * torch.outer(left, left)
+        )
+
 
 @dataclass(frozen=True)
 class Embedding:

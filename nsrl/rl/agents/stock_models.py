@@ -179,8 +179,11 @@ def left_behind(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> d
     for name in MOVING:
         if name in names and is_zero(vars(model)[name]):
             found[name] = "0, with which no weight moves"
-    if "n_steps" in names and stock_class(type(model)) is A2C and stock_class(algorithm) is not A2C:
-        found["n_steps"] = f"{vars(model)['n_steps']}, the length of an A2C's rollouts"
+    if stock_class(type(model)) is A2C and stock_class(algorithm) is not A2C:
+        if "n_steps" in names:
+            found["n_steps"] = f"{vars(model)['n_steps']}, the length of an A2C's rollouts"
+        if "gae_lambda" in names and vars(model)["gae_lambda"] == 1.0:
+            found["gae_lambda"] = "1.0, A2C's default, which in rollouts longer than an A2C's is mostly noise"
     return found
 
 

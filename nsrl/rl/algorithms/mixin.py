@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from nsrl.errors import NsrlError, check_kind, described
+from nsrl.reading.limits import Unreadable
 from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.archive import check_model_file
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
@@ -279,7 +280,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is not None and self._terms is not None:
             digest, opening = self.retention.constraint.buffer.digest(), self.retention.opening
             units = 0 if opening.record is None else opening.record.units
-            terms = replace(self._terms, digest=digest, opened=not opening.pending, units=units)
+            block = None if opening.block is None else opening.block.written()
+            terms = replace(self._terms, digest=digest, opened=not opening.pending, units=units, block=block)
             self._saved_constraint = terms.written()
         # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
         include = None if include is None else [name for name in include if name != "retention"]
@@ -300,7 +302,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
         self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
         assert self.retention is not None
         if saved.opened and self.retention.opening.pending:
-            self.retention.opening.leave_out("the model was saved behind it", saved.units)
+            try:
+                self.retention.opening.leave_out("the model was saved behind it", saved.units, saved.block)
+            except Unreadable as error:
+                raise NsrlError(f"the zip's record of its retention constraint is damaged: {error}") from error
 
     def _was_held_to(self, retain: RetentionBuffer) -> bool:
         """Whether the model comes from a zip that was saved under this very buffer: its policy may have moved since."""
@@ -528,8 +533,8 @@ def _check_statistics(around: VecNormalize, buffer: RetentionBuffer, space: Any)
 
 
 def _exploration(policy: Any, config: RetentionConfig) -> ExplorationSpread | None:
-    """A standard deviation of its own for exploration, where the policy has one and it is narrow."""
+    """A standard deviation of its own for exploration, where the policy has one: the retained one is not moved."""
     free = config.opening == "off" or config.preserve != "distribution"
     if free or not distribution_of(policy).has_spread or not policy.log_std.requires_grad:
         return None
-    return ExplorationSpread.where_narrow(policy)
+    return ExplorationSpread.wide(policy)

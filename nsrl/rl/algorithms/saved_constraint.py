@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from nsrl.errors import NsrlError
 from nsrl.reading.documents import parse_json
 from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
+
+#: Fields that earlier versions did not write.
+LATER = ("method", "penalty", "trusted", "opened", "units", "block")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class SavedConstraint:
         trusted: whether the buffer was taken with `trust_buffer`.
         opened: whether the opening was behind it; zips of before this was noted were saved behind it as a rule.
         units: hidden units that the opening had freed.
+        block: which they are (`FreeBlock.written`); None where there are none, or where nobody noted it.
     """
 
     config: RetentionConfig
@@ -33,6 +38,7 @@ class SavedConstraint:
     trusted: bool = False
     opened: bool = True
     units: int = 0
+    block: dict[str, Any] | None = None
 
     def written(self) -> str:
         """As a line of JSON, which SB3 stores as it is."""
@@ -46,9 +52,7 @@ class SavedConstraint:
             NsrlError: anything that `written` cannot have given.
         """
         try:
-            content = mapping(
-                parse_json(text), "it", ("config", "digest"), ("method", "penalty", "trusted", "opened", "units")
-            )
+            content = mapping(parse_json(text), "it", ("config", "digest"), LATER)
             settings = mapping(content["config"], "its settings")
             known = {entry.name for entry in fields(RetentionConfig)}
             if settings.keys() <= known:
@@ -71,6 +75,8 @@ class SavedConstraint:
                 raise Unreadable(f"its {name} is {shown(getattr(self, name))}")
         finite(self.penalty, "its penalty", 0.0)
         whole(self.units, "its units")
+        if self.block is not None:
+            mapping(self.block, "its free block")
         return self
 
     def resumed(self) -> RetentionConfig:

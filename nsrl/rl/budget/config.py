@@ -23,6 +23,7 @@ CHOICES = {
     "selection": ("random", "active"),
     "values": ("standardised", "raw"),
     "room": ("auto", "off"),
+    "confine": ("auto", "off"),
 }
 
 
@@ -63,8 +64,11 @@ class RetentionConfig:
             at random (`nsrl bench cartpole_selection`).
         batch_states: buffer states in each Lagrangian minibatch.
         target: share of the budget that the multiplier and the restoration aim at; the rest is slack.
-        free_target: the same where the opening has freed units: the new task has a network of its own there, and what
-            is spent of the budget buys little. `target`, if that is smaller.
+        confine: whether only the units that the opening has freed move, where it has freed some: "auto" or "off". They
+            are the null space of the old task itself, not of its linearisation, so that an update of whatever length
+            spends nothing of the budget (see `nsrl.rl.opening.block`).
+        free_target: share of the budget that is aimed at where units are free and `confine` is "off": what is spent
+            buys little there. `target`, if that is smaller.
         rate: integral gain of the multiplier, per minibatch, on the relative excess of KL.
         damping: proportional gain of the multiplier.
         tempering: share of the uniform distribution mixed into the Hessian of softmax policies.
@@ -114,6 +118,7 @@ class RetentionConfig:
     values: str = "standardised"
     opening: float | str = "auto"
     room: str = "auto"
+    confine: str = "auto"
     opening_states: int = 1024
     opening_budget: float = 0.8
     opening_fade: float = 0.5

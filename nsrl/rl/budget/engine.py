@@ -5,6 +5,10 @@
     after   every optimizer step: project the realised displacement
     end     measure on the whole buffer; restore (Gauss-Newton on all states); if that fails, fall back along the
             segment to the last feasible parameters
+
+Where the new task has units to itself, the update is confined to them instead: the gradient before every step, the
+displacement at the end, which is then in the null space itself (`nsrl.rl.opening.block`), whatever its length.
+
     abandon in place of the end, after an exception: back to the last feasible parameters
 
 It attaches to the optimizer's own step hooks, so the algorithm's `train()` is the stock one.
@@ -31,6 +35,7 @@ from nsrl.projection.optimizer import StepHooks
 from nsrl.reading.limits import Unreadable
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
+from nsrl.rl.budget.confinement import Confinement
 from nsrl.rl.budget.draws import StateDraw, active_subset
 from nsrl.rl.budget.premises import Premises
 from nsrl.rl.opening.spread import ExplorationSpread
@@ -73,7 +78,7 @@ class Retention:
         config: how.
 
     Attributes:
-        exploration: the standard deviation that the new task is explored with, where it is not the retained one.
+        exploration: the standard deviation that the new task is explored with; None where there is none of its own.
         opening: the stage before the first roll-out.
         last: measurement after the latest update.
         multiplier: the dual variable.
@@ -121,10 +126,11 @@ class Retention:
         self._gap = 1.0
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
+        self._confinement: Confinement | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives within an update only."""
-        return {**vars(self), "_hooks": None, "_projector": None}
+        return {**vars(self), "_hooks": None, "_projector": None, "_confinement": None}
 
     def verify(self) -> None:
         """Raise NsrlError unless what the budget rests on is as it was, and the policy inside it.
@@ -155,7 +161,8 @@ class Retention:
         self._coefficients, self._projections = [], []
         self._frozen = self.updates < self.config.critic_warmup
         self._projector = None
-        if self.config.projects and not self._frozen:
+        self._confinement = self._confined()
+        if self.config.projects and not self._frozen and self._confinement is None:
             self._linearise()
         self._hooks = StepHooks(self.model.policy.optimizer, self._before_step, self._after_step)
 
@@ -163,10 +170,14 @@ class Retention:
         """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
         self._detach()
         self.model.policy.set_training_mode(False)  # what is measured is the policy as it acts
+        if self._confinement is not None:
+            self._confinement.project(self._feasible)
         proposed = self.constraint.parameters.read() - self._feasible
         length = self.length()
         if length < 1.0 and self.enforces:
             self.constraint.parameters.write(self._feasible + length * proposed)
+            if self._confinement is not None:
+                self._confinement.settle()
         restored, rolled_back = self._enforce()
         self._pace(rolled_back)
         start = perf_counter()
@@ -207,6 +218,8 @@ class Retention:
         constraint = self.constraint.against(buffer)
         if self.enforces:
             here = constraint.parameters.read()
+            if (confinement := self._confined()) is not None:
+                confinement.against(constraint).settle()
             enforcement = replace(self.enforcement, retained=constraint)
             try:
                 taken = self.accepts(enforcement.keep(self._start).kl)
@@ -267,7 +280,8 @@ class Retention:
         finite(state.get("stride", 1.0), "stride", 0.0)
         finite(state.get("kl_most", 0.0), "kl_most", 0.0)
         whole(state.get("held", 0), "held")
-        if "exploration" not in state and self.exploration is not None:
+        # earlier versions held what they retained to the budget while they explored with it, where it was wide
+        if state.get("exploration") is None and self.exploration is not None:
             raise NsrlError('its run explored with the standard deviation that is retained; resume with opening="off"')
         self.opening.check_state(state.get("opening", self.opening.state_dict()))
         wide, ours = state.get("exploration"), self.exploration
@@ -393,7 +407,9 @@ class Retention:
                 if parameter is not None:
                     parameter.grad = None
             return
-        if self.config.effective_gradient == "lagrangian":
+        if self._confinement is not None:
+            self._confinement.shape_gradients()
+        elif self.config.effective_gradient == "lagrangian":
             self._add_lagrangian()
         elif self.config.effective_gradient == "projected":
             start = perf_counter()
@@ -424,6 +440,13 @@ class Retention:
             self.constraint.parameters.add_gradients(pull(), coefficient)
         self._coefficients.append(coefficient)
         self.seconds["lagrangian"] += perf_counter() - start
+
+    def _confined(self) -> Confinement | None:
+        """The confinement of an update to the units that the new task has to itself; None where it has none."""
+        block = self.opening.block
+        if block is None or not self.enforces or self.config.confine == "off":
+            return None
+        return Confinement(block, self.constraint)
 
     def _linearise(self) -> None:
         start = perf_counter()

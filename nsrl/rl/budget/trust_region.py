@@ -88,7 +88,9 @@ class RetentionRegion(Retention):
         start = perf_counter()
         local = replace(local, radius=max(super().length(), LEAST_STRIDE) ** 2 * local.radius)
         embedding = Embedding.of(self.constraint.parameters.parameters, moved)
-        if self._projector is not None:
+        if self._confinement is not None:
+            self._step = replace(local, free=self._confinement.free(moved)).step()
+        elif self._projector is not None:
             self._step = local.null_step(embedding.projector(self._projector.null))
         else:
             model = self.constraint.quadratic(self.constraint.train)
@@ -102,6 +104,8 @@ class RetentionRegion(Retention):
     def excess(self) -> float:
         """Measured KL over the budget's, after restoration where there is need of it; above 1 it did not help."""
         start = perf_counter()
+        if self._confinement is not None:
+            self._confinement.settle()
         kl, restored = self._restore_inside(self.constraint.binding_divergence())
         self._restorations += restored
         self.seconds["restore"] += perf_counter() - start

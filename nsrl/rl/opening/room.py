@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from stable_baselines3.common.policies import BasePolicy
 
+from nsrl.rl.opening.block import OFF
 from nsrl.rl.opening.condensing import ActorLayers, condense
 from nsrl.rl.opening.noise import HiddenNoise
-from nsrl.rl.opening.units import KEPT, OFF, others
+from nsrl.rl.opening.units import KEPT, others
 from nsrl.rl.policies.actor_critic import select
 from nsrl.rl.retention.constraint import RetentionConstraint
 

@@ -42,11 +42,11 @@ class ExplorationSpread:
         self._retained: Tensor | None = None
 
     @classmethod
-    def where_narrow(cls, policy: ActorCriticPolicy) -> ExplorationSpread | None:
-        """A spread that is wide in every entry of the action, if the policy's own is narrow in any; else None."""
+    def wide(cls, policy: ActorCriticPolicy) -> ExplorationSpread:
+        """A spread that is the policy's own, or wide where the policy's is narrower."""
         spread: Any = policy.log_std
         wide = torch.as_tensor(wide_log_std(policy.action_space)).to(spread)  # type: ignore[arg-type]
-        return cls(policy, torch.maximum(spread.detach(), wide)) if bool((spread.detach() < wide).any()) else None
+        return cls(policy, torch.maximum(spread.detach(), wide))
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

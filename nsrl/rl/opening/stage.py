@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsrl.reading.limits import Unreadable
 from nsrl.reading.values import finite, mapping, whole
+from nsrl.rl.opening.block import FreeBlock
 from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
@@ -106,6 +107,7 @@ class Opening:
 
     Attributes:
         added: units that every hidden layer was given when the policy was taken over.
+        block: the units that were freed; None where there are none.
         record: what was done; None before.
         states: states of the new task that the policy was opened on; None where it was not.
     """
@@ -117,6 +119,7 @@ class Opening:
         self._budget = budget
         self._seed = seed
         self.added = 0
+        self.block: FreeBlock | None = None
         self.record: OpeningRecord | None = None
         self.states: Observation | None = None
 
@@ -151,7 +154,8 @@ class Opening:
             visited = visited_states(model, follow, self._seed + 1, stretch)
             pays = pays_better(visited, new)
             before = 1.0 if targets is None else self._openness(targets, visited)
-            units = self._free(new, visited if pays else None)
+            self.block = self._free(new, visited if pays else None)
+            units = 0 if self.block is None else self.block.units
             columns = 0 if units or pays else self._redraw(new)
             if columns:  # it goes elsewhere now
                 visited = visited_states(model, len(visited), self._seed + 1)
@@ -180,9 +184,14 @@ class Opening:
         self._log(model, self.record)
         return self.record
 
-    def leave_out(self, why: str, units: int = 0) -> None:
-        """It is not to be done, and this is why; so many units are free already."""
+    def leave_out(self, why: str, units: int = 0, block: Any = None) -> None:
+        """It is not to be done, and this is why; so many units are free already, in this block as it was written.
+
+        Raises:
+            Unreadable: the block is damaged.
+        """
         kl = self._constraint.binding_divergence()
+        self.block = self._read(block)
         self.record = OpeningRecord(0, 0, 0.0, 0.0, kl, 0, 0.0, why, units)
 
     def share_of_states(self, share: float) -> Observation | None:
@@ -222,7 +231,7 @@ class Opening:
         return after, steps, ""
 
     @torch.no_grad()
-    def _free(self, new: NewStates, paying: NewStates | None) -> int:
+    def _free(self, new: NewStates, paying: NewStates | None) -> FreeBlock | None:
         """Free units for the new task, if the old one is as good without them, and what pays in the new one too.
 
         Args:
@@ -282,12 +291,17 @@ class Opening:
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {"record": None if self.record is None else asdict(self.record), "states": self.states}
+        return {
+            "record": None if self.record is None else asdict(self.record),
+            "states": self.states,
+            "block": None if self.block is None else self.block.written(),
+        }
 
     def check_state(self, state: Any) -> None:
         """Raise Unreadable unless `state_dict()` can have given this."""
-        mapping(state, "opening", ["record", "states"], ())
+        mapping(state, "opening", ["record", "states"], ["block"])  # earlier versions wrote no block
         record, states = state["record"], state["states"]
+        self._read(state.get("block"))
         if record is not None:
             required = [key for key in OpeningRecord.__dataclass_fields__ if key not in LATER]
             for key, value in mapping(record, "opening record", required, LATER).items():
@@ -316,11 +330,15 @@ class Opening:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.record = None if state["record"] is None else OpeningRecord(**state["record"])
+        self.block = self._read(state.get("block"))
         states, device = state["states"], self._constraint.reference.device
         if isinstance(states, dict):
             self.states = {key: value.to(device) for key, value in states.items()}
         else:
             self.states = None if states is None else states.to(device)
+
+    def _read(self, block: Any) -> FreeBlock | None:
+        return None if block is None else FreeBlock.read(block, self._constraint.policy, self._constraint.inputs)
 
 
 def targets_of(constraint: RetentionConstraint) -> Targets | None:

@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor
 
+from nsrl.rl.opening.block import OFF, FreeBlock
 from nsrl.rl.opening.condensing import ActorLayers, condense
 from nsrl.rl.opening.noise import HiddenNoise
 from nsrl.rl.opening.switch import Switch
@@ -16,8 +17,6 @@ from nsrl.rl.policies.actor_critic import Observation
 
 #: Shares of a layer's units that the old task keeps, from the fewest on: the first that costs little enough is taken.
 KEPT = (0.25, 0.375, 0.5, 0.625, 0.75)
-#: Pre-activation at which a unit counts as off: tanh is within 2.3e-7 of -1 there.
-OFF = 8.0
 #: Spread of the switch over the new task's states, in pre-activations, at most.
 MOST_FLICKER = 0.5
 #: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
@@ -36,7 +35,7 @@ def free_units(
     seed: int,
     silence: bool = True,
     used: Observation | None = None,
-) -> int:
+) -> FreeBlock | None:
     """Give the new task a fresh network inside the actor, if an input tells it from the old one.
 
     The old task is first condensed on a part of the units (`condense`). The others are drawn anew, and gated by the
@@ -57,17 +56,17 @@ def free_units(
         silence: whether what the old units say is kept from the new task.
 
     Returns:
-        How many units were freed; 0 where nothing was changed, since it would cost more than that.
+        The units that were freed; None where nothing was changed, since it would cost more than that.
     """
     layers = ActorLayers.of(policy)
     if layers is None or not layers.activations:
-        return 0
+        return None
     extractor = cast(Any, policy.pi_features_extractor)
     before, after = (BasePolicy.extract_features(policy, inputs, extractor).double() for inputs in (old, new))
     kept_on = before if used is None else BasePolicy.extract_features(policy, used, extractor).double()
     switch = Switch.between(before, after)
     if switch is None:
-        return 0
+        return None
     originals, noise = layers.read(), HiddenNoise.of(policy)
     if noise is not None:
         wanted, log_std = noise.variances(layers.hidden(before)), noise.log_std.detach().clone()
@@ -83,11 +82,11 @@ def free_units(
                     hidden = layers.hidden(before), layers.hidden(after)
                     noise.divide(wanted, *hidden, kept[-1], free[-1], spread)
                 if divergence() <= cost:
-                    return sum(map(len, free))
+                    return FreeBlock(layers, free, switch, heard=not silence)
         layers.write(originals)
         if noise is not None:
             noise.write(log_std)
-    return 0
+    return None
 
 
 class FreshNetwork:

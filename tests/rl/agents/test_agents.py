@@ -509,5 +509,7 @@ def test_the_length_of_a2c_s_rollouts_is_no_other_algorithm_s():
     assert hyperparameters(agent, A2C)["n_steps"] == 5
     with pytest.warns(UserWarning, match="n_steps of the agent is 5, the length of an A2C's rollouts"):
         model = NullSpacePPO.from_pretrained(agent, env)
-    assert (model.n_steps, model.gamma) == (2048, 0.9)
+    assert (model.n_steps, model.gamma, model.gae_lambda) == (2048, 0.9, 0.95)
+    tuned = A2C("MlpPolicy", env, gae_lambda=0.9, device="cpu")
+    assert hyperparameters(agent, A2C)["gae_lambda"] == 1.0 and hyperparameters(tuned)["gae_lambda"] == 0.9
     assert NullSpacePPO.from_pretrained(agent, env, n_steps=32).n_steps == 32

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from nsrl import NullSpacePPO
 from nsrl.errors import NsrlError
 from nsrl.rl.policies.actor_critic import policy_outputs
-from tests.rl.builders import NEW, OLD, SMALL, SpikyReward, trained
+from tests.rl.builders import NEW, OLD, SHARED, SMALL, SpikyReward, trained
 from tests.rl.oracles import independent_kl, same_policies, within
 
 STEPS = 512
@@ -67,7 +67,7 @@ def test_an_inactive_constraint_changes_nothing_bit_for_bit(kind: str) -> None:
 def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, budget: float, options: dict) -> None:
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=1, wrapper_class=SpikyReward)
-    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, seed=1, **{**SMALL, **options})
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, seed=1, **{**SHARED, **options})
     kls = []
     train = model.train
 

@@ -34,12 +34,14 @@ from tests.rl.oracles import independent_kl, same, same_policies, within
 from tests.rl.policy_builders import joint_kl
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_critic_updates": 2}
+#: What is tested of the budget is tested where updates have to share the network with the old task.
+SHARED: dict[str, Any] = {**SMALL, "confine": "off"}
 
 
 def finetuned(kind: str = "discrete", *, seed: int = 0, steps: int = 384, wrapper: type | None = None, **options: Any):
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=seed, wrapper_class=wrapper)
-    model = NullSpaceTRPO.from_pretrained(agent, envs, retain=buffer, seed=seed, **{**SMALL, **options})
+    model = NullSpaceTRPO.from_pretrained(agent, envs, retain=buffer, seed=seed, **{**SHARED, **options})
     return model.learn(steps), buffer
 
 
@@ -56,7 +58,7 @@ def test_after_every_update_the_measured_kl_is_within_the_budget(kind: str, pres
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=1, wrapper_class=SpikyReward)
     model = NullSpaceTRPO.from_pretrained(
-        agent, envs, retain=buffer, kl_budget=budget, preserve=preserve, seed=1, target_kl=0.05, **SMALL
+        agent, envs, retain=buffer, kl_budget=budget, preserve=preserve, seed=1, target_kl=0.05, **SHARED
     )
     kls, train = [], model.train
 
@@ -131,7 +133,7 @@ def test_no_step_makes_the_surrogate_worse_or_leaves_the_rollouts_region(
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=3, wrapper_class=SpikyReward)
     retain = buffer if options else None
-    model = NullSpaceTRPO.from_pretrained(agent, envs, retain=retain, seed=3, target_kl=target, **options, **SMALL)
+    model = NullSpaceTRPO.from_pretrained(agent, envs, retain=retain, seed=3, target_kl=target, **{**SHARED, **options})
     seen = observed_updates(model, monkeypatch, 384)
     assert any(update["moved"] for update in seen)
     for update in seen:

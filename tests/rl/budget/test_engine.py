@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from nsrl import NullSpacePPO
 from nsrl.projection.budget.multiplier import FLOOR, Multiplier
 from nsrl.rl.budget.draws import StateDraw
-from tests.rl.builders import NEW, SMALL, trained
+from tests.rl.builders import NEW, SHARED, trained
 from tests.rl.oracles import independent_kl, within
 
 
@@ -48,7 +48,7 @@ def test_the_multiplier_rests_at_zero_and_settles_where_the_constraint_is_met() 
 def build(budget: float, **options: Any) -> NullSpacePPO:
     agent, buffer = trained()
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
-    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, **SMALL, **options)
+    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, **{**SHARED, **options})
 
 
 def test_a_diverged_update_falls_back_to_the_last_feasible_policy() -> None:

@@ -23,7 +23,7 @@ from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
 from nsrl.projection.budget.enforcement import Enforcement
 from nsrl.rl.agents.normalization import RetainingVecNormalize
-from tests.rl.builders import NEW, OLD, SMALL, SpikyReward, trained
+from tests.rl.builders import NEW, OLD, SHARED, SMALL, SpikyReward, trained
 from tests.rl.oracles import independent_kl, within
 
 BUDGET = 1e-3
@@ -32,7 +32,7 @@ BUDGET = 1e-3
 def protected(kind: str = "discrete", budget: float = BUDGET, **options: Any) -> tuple[NullSpacePPO, RetentionBuffer]:
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=0, wrapper_class=SpikyReward)
-    settings = {**SMALL, **options}
+    settings = {**SHARED, **options}
     return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=budget, **settings), buffer
 
 
@@ -40,7 +40,7 @@ def trust_region(budget: float = BUDGET) -> tuple[NullSpaceTRPO, RetentionBuffer
     agent, buffer = trained()
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
     return NullSpaceTRPO.from_pretrained(
-        agent, envs, retain=buffer, kl_budget=budget, n_steps=64, target_kl=0.2
+        agent, envs, retain=buffer, kl_budget=budget, n_steps=64, target_kl=0.2, confine="off"
     ), buffer
 
 

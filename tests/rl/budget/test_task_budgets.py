@@ -15,7 +15,7 @@ from nsrl import NullSpacePPO, RetentionBuffer
 from nsrl.errors import NsrlError
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.retention.constraint import RetentionConstraint
-from tests.rl.builders import NEW, OLD, SMALL, build_agent, generators_left_alone, unzipped, zipped
+from tests.rl.builders import NEW, OLD, SHARED, SMALL, build_agent, generators_left_alone, unzipped, zipped
 from tests.rl.oracles import state_kls, within
 from tests.tolerances import relative
 
@@ -54,7 +54,7 @@ def moved(budgets: dict[str, float] | None) -> RetentionConstraint:
 def build(budgets: dict[str, float], **options) -> NullSpacePPO:
     agent, buffer = merged()
     envs = make_vec_env(NEW["discrete"], 2, seed=0)
-    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, task_budgets=budgets, **SMALL, **options)
+    return NullSpacePPO.from_pretrained(agent, envs, retain=buffer, task_budgets=budgets, **{**SHARED, **options})
 
 
 def test_the_mean_weighs_tasks_by_their_budgets_and_the_worst_share_counts() -> None:

@@ -157,12 +157,15 @@ def test_the_parameter_stays_the_same_object_for_the_optimizer() -> None:
     assert bool(state["exp_avg"].any())  # its moments are those of the exploration's gradients
 
 
-def test_who_explores_widely_or_asks_for_another_treatment_has_no_spread_of_its_own() -> None:
-    agent, buffer = trained("box")
+def test_a_wide_spread_is_taken_over_as_it_is() -> None:
+    agent, _ = trained("box")
     wide = torch.as_tensor(wide_log_std(agent.action_space))
     with torch.no_grad():
         agent.policy.log_std.copy_(wide + 0.1)
-    assert ExplorationSpread.where_narrow(agent.policy) is None
+    assert torch.equal(ExplorationSpread.wide(agent.policy).log_std, agent.policy.log_std)
+
+
+def test_who_asks_for_another_treatment_has_no_spread_of_its_own() -> None:
     agent, buffer = narrow()
     for options in ({"opening": "off"}, {"preserve": "mode"}, {"method": "finetune"}, {"method": "kl_penalty"}):
         assert learner(agent, buffer, **options).retention.exploration is None
@@ -183,8 +186,8 @@ def test_wide_is_a_share_of_the_action_space() -> None:
     assert wide.shape == (3,) and wide.dtype == np.float32
     assert wide[1] == pytest.approx(10.0 * wide[0], rel=1e-6) and 0.0 < wide[0] < 1.0 and wide[2] == 1.0
     agent, _ = narrow()
-    found = ExplorationSpread.where_narrow(agent.policy)
-    assert found is not None and bool((found.log_std >= agent.policy.log_std).all())
+    found = ExplorationSpread.wide(agent.policy)
+    assert bool((found.log_std >= agent.policy.log_std).all())
     assert found.log_std.data_ptr() != agent.policy.log_std.data_ptr()
 
 

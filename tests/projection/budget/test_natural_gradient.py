@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsrl.projection.budget.natural_gradient import LocalModel
+from nsrl.projection.jacobians.matrix_free import LayerFactors
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.projection.solvers.conjugate_gradients import conjugate_gradients
 from nsrl.rl.algorithms.surrogate import Surrogate
@@ -236,6 +238,52 @@ def test_the_null_space_step_is_the_dense_one_and_stays_there() -> None:
     # From the first direction on: Krylov vectors that start at zero never leave the subspace.
     early = local_model(iterations=2)[0].null_step(lambda v: free.T @ (free @ v))
     assert float((protected @ early.displacement).norm()) < 1e-10 * float(early.displacement.norm())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_only_some_parameters_may_move_the_step_is_the_dense_one_of_these(whole: bool) -> None:
+    local, dense = local_model("box", iterations=200)
+    blocks = local.fisher.factors()
+    if whole:  # rows and columns of layers, which the preconditioner has a part for
+        moving = torch.ones(len(dense), dtype=torch.float64)
+        for layer in blocks:
+            rows, columns = len(layer.outputs), len(layer.inputs) - (layer.bias is not None)
+            weight = torch.ones(rows, columns, dtype=torch.float64)
+            weight[0], weight[:, columns // 2] = 0.0, 0.0
+            moving[layer.weight : layer.weight + rows * columns] = weight.flatten()
+            if layer.bias is not None:
+                moving[layer.bias] = 0.0
+    else:
+        moving = (torch.rand(len(dense), generator=torch.Generator().manual_seed(2)) < 0.4).double()
+    assert blocks and 0 < int(moving.sum()) < len(dense)
+    step = replace(local, free=moving).step()
+    free = moving > 0.0
+    exact = torch.zeros_like(local.gradient)
+    inner = (dense + 0.1 * torch.eye(len(dense), dtype=torch.float64))[free][:, free]
+    exact[free] = torch.linalg.solve(inner, -local.gradient[free])
+    exact *= math.sqrt(0.04 / float(exact @ dense @ exact))
+    torch.testing.assert_close(step.displacement, exact, rtol=1e-6, atol=1e-8)
+    assert not step.displacement[~free].any() and step.kl == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_factors_of_some_rows_and_columns_are_those_of_the_part(biased: bool) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    inputs, outputs = (torch.randn(n, n, generator=drawn, dtype=torch.float64) for n in (4, 3))
+    inputs, outputs = inputs @ inputs.T, outputs @ outputs.T
+    columns = 3 if biased else 4
+    layer = LayerFactors(inputs, outputs, 0, 3 * columns if biased else None)
+    rows, read = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])[:columns]
+    free = torch.outer(rows, read).flatten()
+    if biased:
+        free = torch.cat([free, rows])
+        read = torch.cat([read, torch.ones(1)])
+    part = layer.restricted(free)
+    torch.testing.assert_close(part.inputs, inputs * torch.outer(read, read).double())
+    torch.testing.assert_close(part.outputs, outputs * torch.outer(rows, rows).double())
+    if biased:
+        still = layer.restricted(torch.cat([torch.outer(rows, read[:-1]).flatten(), torch.zeros(3)]))
+        assert not still.inputs[-1].any() and not still.inputs[:, -1].any()
 
 
 def test_without_a_gradient_there_is_no_step() -> None:

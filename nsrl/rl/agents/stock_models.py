@@ -167,9 +167,9 @@ def hyperparameters(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) 
     """Keyword arguments of `algorithm` that fine-tuning inherits from a model: those that both classes have.
 
     Constant schedules come as plain numbers. Between TRPO and the others, those that mean something else there
-    stay behind, and those of `left_behind`.
+    stay behind, and those of `left_behind` and `foreign_defaults`.
     """
-    names = _shared(model, algorithm) - left_behind(model, algorithm).keys()
+    names = _shared(model, algorithm) - left_behind(model, algorithm).keys() - foreign_defaults(model, algorithm).keys()
     return {name: _plain_schedule(vars(model)[name]) for name in sorted(names)}
 
 
@@ -179,12 +179,27 @@ def left_behind(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> d
     for name in MOVING:
         if name in names and is_zero(vars(model)[name]):
             found[name] = "0, with which no weight moves"
-    if stock_class(type(model)) is A2C and stock_class(algorithm) is not A2C:
-        if "n_steps" in names:
-            found["n_steps"] = f"{vars(model)['n_steps']}, the length of an A2C's rollouts"
-        if "gae_lambda" in names and vars(model)["gae_lambda"] == 1.0:
-            found["gae_lambda"] = "1.0, A2C's default, which in rollouts longer than an A2C's is mostly noise"
+    if "n_steps" in names and stock_class(type(model)) is A2C and stock_class(algorithm) is not A2C:
+        found["n_steps"] = f"{vars(model)['n_steps']}, the length of an A2C's rollouts"
     return found
+
+
+def foreign_defaults(model: BaseAlgorithm, algorithm: type[BaseAlgorithm] = PPO) -> dict[str, Any]:
+    """Settings that nobody chose, by name: at the default of the model's algorithm, where `algorithm` has another.
+
+    A2C's advantages are neither normalised nor a trade-off (`gae_lambda` 1), which PPO hardly learns with.
+    """
+    source, target = stock_class(type(model)), stock_class(algorithm)
+    if source is target:
+        return {}
+    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (source, target))
+    values = {name: _plain_schedule(vars(model)[name]) for name in _shared(model, algorithm)}
+    return {
+        name: value
+        for name, value in sorted(values.items())
+        if value == theirs[name].default and theirs[name].default != ours[name].default
+        if name not in left_behind(model, algorithm)
+    }
 
 
 def set_in_motion(model: BaseAlgorithm) -> dict[str, Any]:

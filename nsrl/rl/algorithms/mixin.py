@@ -23,7 +23,7 @@ from nsrl.rl.agents.agent import Agent, export, load
 from nsrl.rl.agents.archive import check_model_file
 from nsrl.rl.agents.normalization import ObservationNormalizer, freeze_observations, same_statistics
 from nsrl.rl.agents.spaces import check_spaces
-from nsrl.rl.agents.stock_models import MOVING, is_zero, left_behind, stock_class
+from nsrl.rl.agents.stock_models import MOVING, foreign_defaults, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.critic import reset_critic
 from nsrl.rl.algorithms.expansion import with_room
 from nsrl.rl.algorithms.fused_update import fused_update, is_switched_on
@@ -140,6 +140,15 @@ class ProtectedMixin(OnPolicyAlgorithm):
                     f"give {name}=... for another",
                     stacklevel=2,
                 )
+        defaults = {k: v for k, v in foreign_defaults(source.model, cls).items() if k not in options}
+        if defaults:
+            theirs = stock_class(type(source.model)).__name__
+            warnings.warn(
+                f"{' and '.join(f'{name} {value}' for name, value in defaults.items())} of "
+                f"{source.path or 'the agent'}: {theirs}'s default, which nobody chose; {cls.__name__} takes its own "
+                "instead, give another by name",
+                stacklevel=2,
+            )
         added = 0
         check_kind("method", method, str, "the name of a method")
         if "policy_kwargs" not in options:

@@ -36,12 +36,15 @@ class FreeBlock:
         free: indices of the fresh units, by hidden layer; the first of each is the switch for the layer above.
         switch: between the tasks.
         heard: whether the new task hears the old units, so that fresh ones may read them.
+        silent: whether the last layer's units rest at a pre-activation of 0 on the old task, where they say nothing,
+            instead of being off: what gSDE makes of them is the new task's alone then.
     """
 
     layers: ActorLayers
     free: Sequence[Tensor]
     switch: Switch
     heard: bool = False
+    silent: bool = False
 
     def written(self) -> dict[str, Any]:
         """In lists and numbers, for checkpoints and zips."""
@@ -51,6 +54,7 @@ class FreeBlock:
             "weights": self.switch.weights.tolist(),
             "flicker": self.switch.flicker,
             "heard": self.heard,
+            "silent": self.silent,
         }
 
     @classmethod
@@ -65,7 +69,7 @@ class FreeBlock:
         Raises:
             Unreadable: it cannot have given that for this policy and buffer.
         """
-        mapping(state, "the free block", ("free", "columns", "weights", "flicker", "heard"), ())
+        mapping(state, "the free block", ("free", "columns", "weights", "flicker", "heard", "silent"), ())
         layers = ActorLayers.of(policy)
         if layers is None or not layers.activations:
             raise Unreadable("it has a free block, which this policy cannot have")
@@ -76,13 +80,13 @@ class FreeBlock:
         ]
         columns = torch.tensor(_indices(state["columns"], layers.linears[0].in_features, 1), device=device)
         weights = torch.as_tensor(numbers(state["weights"], "weights", (len(columns),)), device=device)
-        if type(state["heard"]) is not bool:
-            raise Unreadable("whether its free block hears the old units is damaged")
+        if not type(state["heard"]) is type(state["silent"]) is bool:
+            raise Unreadable("what its free block hears and says is damaged")
         origin = _features(policy, old)[:, columns]
         if not bool((origin == origin[:1]).all()):
             raise Unreadable("the inputs that told its tasks apart move on this buffer")
         flicker = finite(state["flicker"], "flicker", 0.0)
-        return cls(layers, free, Switch(columns, weights, origin[0], flicker), state["heard"])
+        return cls(layers, free, Switch(columns, weights, origin[0], flicker), state["heard"], state["silent"])
 
     @property
     def units(self) -> int:
@@ -135,9 +139,12 @@ class FreeBlock:
         values = features
         for number, (layer, units) in enumerate(zip(self.layers.linears, self.free, strict=False)):
             before = values @ layer.weight.double().T + layer.bias.double()
-            short = before[:, units].amax(0) + OFF
+            if self.silent and number == len(self.free) - 1:
+                short = before[:, units].mean(0)
+            else:
+                short = (before[:, units].amax(0) + OFF).clamp_min(0.0)
             short[0] = 0.0  # the switch itself does not move
-            self._push(number, short.clamp_min(0.0))
+            self._push(number, short)
             values = self.layers.activations[number](values @ layer.weight.double().T + layer.bias.double())
         head, switch = self.layers.linears[-1], self.free[-1][0]
         off, on = self._levels(len(self.free) - 1, float(values[:, switch].mean()))

@@ -16,8 +16,9 @@ from nsrl.rl.opening.spread import wide_log_std
 ROUNDS = 2000
 #: Variance that stands for none, and activation that counts as none.
 NOTHING, SILENT = 1e-12, 1e-3
-#: What fresh units without a part in the old task add to the new one's standard deviation, as a share of the wide one.
-OWN = 0.1
+#: What fresh units without a part in the old task make of the new one's variance; the rest is the switch's, which is
+#: the same at every state.
+OWN = 0.9
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class HiddenNoise:
     ) -> None:
         """Give the old task its variances on the kept units, and the new one a spread of its own on the free ones.
 
-        The first free unit is silent on the old task, so that what the noise makes of it is the new task's alone.
+        The first free unit at least is silent on the old task, so that what the noise makes of it is the new task's
+        alone.
 
         Args:
             wanted: variances at the old states, (N, A) or (N, 1).
@@ -70,15 +72,15 @@ class HiddenNoise:
         goal = (spread * self.wide).square()
         if variance.shape[1] == 1:
             goal = goal.mean(0, keepdim=True)
-        loud = after[:, free[1:]].square().mean(0)
-        own = OWN**2 * goal / loud.sum().clamp_min(NOTHING)
+        loud = after.square().mean(0)
+        own = OWN / loud[free[1:]].sum().clamp_min(NOTHING)
         for column in range(variance.shape[1]):
             found = fit_variances(columns, wanted[:, column])
             variance[kept, column] = found[:-1]
-            variance[free[1:], column] = torch.where(said, found[-1], own[column])
-            rest = after.square().mean(0) @ variance[:, column]
-            awake = float(after[:, free[0]].square().mean())
-            variance[free[0], column] = (goal[column] - rest).clamp_min(NOTHING) / max(awake, SILENT)
+            left = (goal[column] - loud[kept] @ found[:-1]).clamp_min(0.0)
+            variance[free[1:], column] = torch.where(said, found[-1], own * left)
+            left = goal[column] - loud @ variance[:, column]
+            variance[free[0], column] = left.clamp_min(NOTHING) / loud[free[0]].clamp_min(SILENT)
         self.write(self._logs(variance.clamp_min(NOTHING).sqrt()))
 
     def write(self, log_std: Tensor) -> None:

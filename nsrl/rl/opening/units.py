@@ -82,7 +82,7 @@ def free_units(
                     hidden = layers.hidden(before), layers.hidden(after)
                     noise.divide(wanted, *hidden, kept[-1], free[-1], spread)
                 if divergence() <= cost:
-                    return FreeBlock(layers, free, switch, heard=not silence)
+                    return FreeBlock(layers, free, switch, heard=not silence, silent=fresh.silent)
         layers.write(originals)
         if noise is not None:
             noise.write(log_std)
@@ -97,7 +97,8 @@ class FreshNetwork:
         kept, free: indices of the units that the old task keeps and of the others, by hidden layer.
         switch: between the tasks.
         seed: of the weights.
-        silent: the last layer's switch says 0 on the old task, where its activation can.
+        silent: the last layer's units say 0 on the old task, where their activation can: all of them behind another
+            hidden layer, whose units are off, else the switch alone.
     """
 
     def __init__(
@@ -116,6 +117,11 @@ class FreshNetwork:
         self._free = free
         self._switch = switch
         self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def silent(self) -> bool:
+        """Whether all units of the last layer rest at a pre-activation of 0 on the old task."""
+        return len(self._free) > 1 and self._is_silent(len(self._free) - 1)
 
     def plant(self, before: Tensor, after: Tensor, silence: bool) -> bool:
         """Write the units' weights; False where the new task's states flicker too much for the switch.
@@ -157,11 +163,15 @@ class FreshNetwork:
 
     def _rest(self, number: int) -> float:
         """Pre-activation of a layer's switch on the old task."""
+        return 0.0 if self._is_silent(number) else -OFF
+
+    def _is_silent(self, number: int) -> bool:
+        """Whether a layer's units are to say 0 on the old task, at a pre-activation of 0, which says more elsewhere."""
         if not self._silent or number != len(self._free) - 1:
-            return -OFF
+            return False
         activation = self._layers.activations[number]
         off, zero = (abs(float(activation(torch.tensor(x, dtype=torch.float64)))) for x in (-OFF, 0.0))
-        return 0.0 if zero < off else -OFF
+        return zero < off
 
     def _silence(self, before: Tensor, after: Tensor) -> Tensor:
         """Let the switch turn the old task's first units off; returns how far it moves each."""
@@ -184,7 +194,10 @@ class FreshNetwork:
         weight[0] = weight[:, 0] = 0.0
         # on the new task switch and bias cancel; on the old one they outweigh what the constants below add up to
         idle = weight.sum(1) * off
-        weight[:, 0] = (OFF + idle.clamp_min(0.0)) / (on - off)
+        if self._is_silent(number):
+            weight[:, 0] = idle / (on - off)
+        else:
+            weight[:, 0] = (OFF + idle.clamp_min(0.0)) / (on - off)
         bias = -weight[:, 0] * on
         weight[0, 0] = (OFF - self._rest(number)) / (on - off)
         bias[0] = OFF - weight[0, 0] * on

@@ -18,11 +18,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from nsrl import NullSpacePPO
+from nsrl import NullSpacePPO, NullSpaceTRPO
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.agents.normalization import ObservationNormalizer, RetainingVecNormalize
-from nsrl.rl.agents.stock_models import hyperparameters
+from nsrl.rl.agents.stock_models import foreign_defaults, hyperparameters
 from nsrl.rl.playing.environments import training_env
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -510,6 +510,24 @@ def test_the_length_of_a2c_s_rollouts_is_no_other_algorithm_s():
     with pytest.warns(UserWarning, match="n_steps of the agent is 5, the length of an A2C's rollouts"):
         model = NullSpacePPO.from_pretrained(agent, env)
     assert (model.n_steps, model.gamma, model.gae_lambda) == (2048, 0.9, 0.95)
-    tuned = A2C("MlpPolicy", env, gae_lambda=0.9, device="cpu")
-    assert hyperparameters(agent, A2C)["gae_lambda"] == 1.0 and hyperparameters(tuned)["gae_lambda"] == 0.9
+
+
+def test_what_nobody_chose_is_no_other_algorithm_s() -> None:
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    agent = A2C("MlpPolicy", env, gamma=0.9, device="cpu")
+    with pytest.warns(UserWarning, match=r"gae_lambda 1.0 and learning_rate 0.0007 and normalize_advantage False of"):
+        model = NullSpacePPO.from_pretrained(agent, env)
+    stock = PPO("MlpPolicy", env, device="cpu")
+    for name in ("gae_lambda", "learning_rate", "normalize_advantage"):
+        assert getattr(model, name) == getattr(stock, name) != getattr(agent, name)
+    with pytest.warns(UserWarning, match="gae_lambda 1.0 and normalize_advantage False of the agent"):
+        model = NullSpaceTRPO.from_pretrained(agent, env)
+    assert model.normalize_advantage and model.gae_lambda == 0.95
+    kept = hyperparameters(agent, A2C)
+    assert kept["gae_lambda"] == 1.0 and kept["normalize_advantage"] is False
+    # what somebody chose, and what is asked for, counts
+    tuned = A2C("MlpPolicy", env, gae_lambda=0.9, learning_rate=1e-4, device="cpu")
+    assert hyperparameters(tuned)["gae_lambda"] == 0.9 and hyperparameters(tuned)["learning_rate"] == 1e-4
+    assert NullSpacePPO.from_pretrained(agent, env, normalize_advantage=False).normalize_advantage is False
+    assert foreign_defaults(stock, NullSpacePPO) == {}
     assert NullSpacePPO.from_pretrained(agent, env, n_steps=32).n_steps == 32

@@ -107,6 +107,7 @@ def test_it_is_written_and_read() -> None:
         {"weights": [1.0, 2.0]},
         {"weights": [float("nan")]},
         {"heard": 1},
+        {"silent": None},
         {"flicker": -1.0},
         {"more": 0},
     ],

@@ -19,7 +19,7 @@ from nsrl.rl.opening.units import free_units
 from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.training import checkpoint
 from tests.rl.builders import NEW, OLD, trained
-from tests.rl.opening.test_units import ACTIVATIONS, measured, policy_of, states
+from tests.rl.opening.builders import ACTIVATIONS, measured, policy_of, states
 from tests.tolerances import relative
 
 SETTINGS: dict[type, dict[str, Any]] = {

@@ -82,7 +82,7 @@ class SavedConstraint:
     def resumed(self) -> RetentionConfig:
         """The configuration to go on with: what happens once at the start of a run has happened.
 
-        The opening is left in, since it says that a narrow Gaussian explores with a spread of its own.
+        The opening is left in, since it says that a Gaussian explores with a spread of its own.
         """
         return replace(self.config, critic="keep", log_std_init=None)
 

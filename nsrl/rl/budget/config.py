@@ -80,8 +80,8 @@ class RetentionConfig:
         opening: what is done before the first roll-out so that a certain policy tries things on the new task's states
             (see `nsrl.rl.opening`), inside the budget: "auto" measures and opens where there is need of it, "off" does
             nothing, a number in (0, 1] is the share of the largest entropy to open to. Baselines are opened by a number
-            only. A Gaussian whose standard deviation is narrow explores with a wider one of its own; what is retained,
-            saved and exported keeps its standard deviation.
+            only. A Gaussian explores with a standard deviation of its own, wide where the policy's is narrow; what is
+            retained, saved and exported keeps its standard deviation.
         room: whether `from_pretrained` adds units (`nsrl.rl.surgery.add_units`) to an actor that the old task needs
             whole, where an input may tell the tasks apart: "auto" or "off". The exported agent's actor is wider then.
         opening_states: states of the new task, by random actions, that the policy is opened on; they count as

@@ -68,6 +68,21 @@ PAIRS: dict[str, Pair] = {
         200_000,
         published=("a2c", "ppo"),
     ),
+    "pendulum_gsde": Pair(
+        "nsrl/Pendulum-v0",
+        "nsrl/PendulumReversed-v0",
+        0,
+        80_000,
+        published=("ppo", "a2c"),
+    ),
+    "swimmer_backward": Pair(
+        "nsrl/Swimmer-v0",
+        "nsrl/SwimmerBackward-v0",
+        0,
+        200_000,
+        published=("a2c",),
+        test=True,
+    ),
     "lunarlander_swapped": Pair(
         "nsrl/LunarLanderTold-v0",
         "nsrl/LunarLanderSwapped-v0",

@@ -113,7 +113,7 @@ class FreeBlock:
                 deaf = torch.ones(layer.in_features, dtype=torch.bool, device=weight.device)
                 deaf[self.free[number - 1]] = False
                 weight[:, deaf] = 0.0
-            masks += [(layer.weight, weight), (layer.bias, bias)]
+            masks += [(cast(nn.Parameter, layer.weight), weight), (layer.bias, bias)]
         noise = HiddenNoise.of(policy)
         if noise is not None:
             # what a unit says on the old task is noise there
@@ -124,7 +124,7 @@ class FreeBlock:
     @torch.no_grad()
     def constant(self, policy: ActorCriticPolicy, old: Observation) -> Tensor:
         """What the fresh units make of the head's outputs on the old task, bias included, (O,) float64."""
-        return self._constant(_features(policy, old))
+        return self._said(self._idle(_features(policy, old)))
 
     @torch.no_grad()
     def settle(self, policy: ActorCriticPolicy, old: Observation, constant: Tensor) -> None:
@@ -135,24 +135,46 @@ class FreeBlock:
             old: inputs of the buffer, (N, ...).
             constant: as it was (`constant`).
         """
-        features = _features(policy, old)
-        values = features
-        for number, (layer, units) in enumerate(zip(self.layers.linears, self.free, strict=False)):
-            before = values @ layer.weight.double().T + layer.bias.double()
-            if self.silent and number == len(self.free) - 1:
-                short = before[:, units].mean(0)
-            else:
-                short = (before[:, units].amax(0) + OFF).clamp_min(0.0)
-            short[0] = 0.0  # the switch itself does not move
-            self._push(number, short)
-            values = self.layers.activations[number](values @ layer.weight.double().T + layer.bias.double())
+        idle = self._idle(_features(policy, old), push=True)
         head, switch = self.layers.linears[-1], self.free[-1][0]
-        off, on = self._levels(len(self.free) - 1, float(values[:, switch].mean()))
-        missing = constant - self._constant(features)
+        off, on = self._levels(len(self.free) - 1, float(idle[0]))
         # on the new task what the bias gains the switch takes back
-        share = missing / (off - on)
+        share = (constant - self._said(idle)) / (off - on)
         head.weight[:, switch] += share.to(head.weight)
-        head.bias -= (share * on).to(head.bias)
+        head.bias.sub_((share * on).to(head.bias))
+
+    def _idle(self, features: Tensor, push: bool = False) -> Tensor:
+        """Means of the last layer's fresh units on the old task, (F,), pushed off before with `push`."""
+        values = whole = features
+        for number, (layer, units) in enumerate(zip(self.layers.linears, self.free, strict=False)):
+            activation, weight, bias = self.layers.activations[number], layer.weight.double(), layer.bias.double()
+            read, seen = weight[units], whole
+            if number > 0 and not self.heard:
+                read, seen = read[:, self.free[number - 1]], values
+            before = seen @ read.T + bias[units]
+            if push:
+                short = self._short(number, before)
+                self._push(number, short)
+                before = before - short
+            values = activation(before)
+            if self.heard and number + 1 < len(self.free):
+                whole = activation(whole @ weight.T + bias)
+                whole[:, units] = values
+        return values.mean(0)
+
+    def _short(self, number: int, before: Tensor) -> Tensor:
+        """By how much pre-activations of a layer's fresh units on the old task, (N, F), are to be lower, (F,)."""
+        if self.silent and number == len(self.free) - 1:
+            short = before.mean(0)
+        else:
+            short = (before.amax(0) + OFF).clamp_min(0.0)
+        short[0] = 0.0  # the switch itself does not move
+        return short
+
+    def _said(self, idle: Tensor) -> Tensor:
+        """What the head makes of it, bias included, (O,)."""
+        head = self.layers.linears[-1]
+        return head.weight[:, self.free[-1]].double() @ idle + head.bias.double()
 
     def _push(self, number: int, short: Tensor) -> None:
         """Lower a layer's fresh units by so much on the old task, and not at all on the new one."""
@@ -170,11 +192,6 @@ class FreeBlock:
         activation = self.layers.activations[number]
         low, high = (float(activation(torch.tensor(x, dtype=torch.float64))) for x in (-OFF, OFF))
         return (low if off is None else off), high
-
-    def _constant(self, features: Tensor) -> Tensor:
-        head, units = self.layers.linears[-1], self.free[-1]
-        said = self.layers.hidden(features)[:, units].mean(0)
-        return head.weight[:, units].double() @ said + head.bias.double()
 
 
 def _features(policy: ActorCriticPolicy, inputs: Observation) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.studies.frontier_plan import BUDGET, METHODS, PAIRS, REFRESHED, Cell, Pair
+from nsrl.bench.studies.joined_envs import JoinedEnvs
 from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
 from nsrl.runs.machine import describe_environment
@@ -84,6 +85,11 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
             options.setdefault("opening", 0.9)  # everybody is opened
     start = time.monotonic()
     env = training_env(pair.new, None, seed=cell.seed, n_envs=ENVS)
+    if method.method == "joint":
+        half = ENVS // 2
+        tasks = ((pair.old, cell.seed), (pair.new, cell.seed + half))
+        env = JoinedEnvs([training_env(task, None, seed=seed, n_envs=half) for task, seed in tasks])
+        options["method"] = "finetune"
     if cell.scale != 1.0:
         env = _scaled(env, cell.scale)
     model: Any = algorithm.from_pretrained(agent, env, seed=cell.seed, **options)

@@ -119,7 +119,7 @@ class Method:
 
     Attributes:
         algorithm: "ppo" or "trpo".
-        method: of the engine, or "scratch": a fresh policy, learnt as stock SB3 does.
+        method: of the engine; "scratch": a fresh policy, learnt as stock SB3 does; or "joint": both tasks at once.
         options: of `from_pretrained`.
         later: whether the other methods are run on all agents first.
         refresh: whether the buffer is refreshed, at every tenth of the run.
@@ -165,7 +165,9 @@ METHODS: dict[str, Method] = {
     "frozen trunk": Method("ppo", "frozen", later=True),
     "A-GEM": Method("ppo", "agem", later=True),
     "gradients projected": Method("ppo", "gradient_only", later=True),
-    "hard null space": Method("trpo", "null_space", {"kl_budget": 0.0}, later=True),
+    "hard null space": Method("trpo", "null_space", {**SHARED, "kl_budget": 0.0}, later=True),
+    # both tasks at once, half of the steps each: what there is to be had where the old one is at hand
+    "joint training": Method("ppo", "joint", {"opening": "off"}, later=True),
 }
 
 #: Coefficients tried for each penalty, on two agents of the first development pair.

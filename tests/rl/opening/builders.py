@@ -15,12 +15,14 @@ from tests.rl.builders import generators_left_alone
 ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.ELU, nn.SiLU]
 
 
-def policy_of(activation: type[nn.Module] = nn.Tanh, widths: list[int] | None = None) -> ActorCriticPolicy:
+def policy_of(
+    activation: type[nn.Module] = nn.Tanh, widths: list[int] | None = None, actions: spaces.Space | None = None
+) -> ActorCriticPolicy:
     with generators_left_alone():
         torch.manual_seed(0)
         policy = ActorCriticPolicy(
             spaces.Box(-9.0, 9.0, (4,)),
-            spaces.Discrete(3),
+            actions or spaces.Discrete(3),
             lambda _: 1e-3,
             net_arch=widths or [48, 40],
             activation_fn=activation,

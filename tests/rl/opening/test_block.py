@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.training import checkpoint
 from tests.rl.builders import NEW, OLD, trained
 from tests.rl.opening.builders import ACTIVATIONS, measured, policy_of, states
+from tests.rl.policy_builders import ACTIONS, joint_kl
 from tests.tolerances import relative
 
 SETTINGS: dict[type, dict[str, Any]] = {
@@ -68,6 +70,23 @@ def test_a_large_step_is_in_the_null_space(activation: type[nn.Module], widths: 
     assert moved > 0.1 > left, "the step would have been felt"
     # the switch of an inner layer is off by as much from what it is taken to say
     assert on_new <= rounding + (0.0 if activation is nn.ReLU else 1e-4 * head)
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_it_is_so_for_every_kind_of_action(actions: str) -> None:
+    policy = policy_of(actions=ACTIONS[actions])
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    block = free_units(policy, old, new, lambda: 0.0, 1e-3, seed=0)
+    assert block is not None
+    with torch.no_grad():
+        reference, constant = copy.deepcopy(policy.get_distribution(old)), block.constant(policy, old)
+        move(policy, block, old, 0.3)
+        there = policy_outputs(policy, new)
+        block.settle(policy, old, constant)
+        kl = joint_kl(reference, policy.get_distribution(old))
+    # outputs of size 1000 in single precision, one step behind another
+    assert float(kl.mean()) < 1e-6
+    torch.testing.assert_close(policy_outputs(policy, new).detach(), there, rtol=1e-5, atol=1e-4)
 
 
 def test_what_the_old_task_is_computed_with_does_not_move() -> None:

@@ -35,8 +35,9 @@ CLOSE_ENOUGH = 0.95
 #: KL at most, nats a state, between what the policy does in the new task before units are freed and behind it, where
 #: that pays.
 WHERE_IT_PAYS = 0.01
-#: Share of the budget that condensing the old task on a part of the units may spend.
-CONDENSING = 0.05
+#: Share of the opening's budget that condensing the old task on a part of the units may spend, and at most, where it
+#: cannot be had for that. It is spent for good, and an actor that can be given more units needs to spend nothing at all.
+CONDENSING, CONDENSING_AT_MOST = 0.001, 0.05
 #: Fields of the record that earlier versions did not write.
 LATER = ("units", "pays", "added")
 #: Share of a run's timesteps that the opening may take.
@@ -253,18 +254,21 @@ class Opening:
             return constraint.binding_divergence()
 
         before = constraint.binding_divergence()
-        # of the opening's budget; a policy that is on its way is condensed for as little as a fresh one
-        cost = before + CONDENSING * self._budget
-        return free_units(
-            constraint.policy,
-            select(constraint.inputs, constraint.train),
-            new.inputs,
-            divergence,
-            min(cost, self._budget),
-            self._seed,
-            silence=paying is None,
-            used=used,
-        )
+        for share in (CONDENSING, CONDENSING_AT_MOST):
+            # of the opening's budget; a policy that is on its way is condensed for as little as a fresh one
+            block = free_units(
+                constraint.policy,
+                select(constraint.inputs, constraint.train),
+                new.inputs,
+                divergence,
+                min(before + share * self._budget, self._budget),
+                self._seed,
+                silence=paying is None,
+                used=used,
+            )
+            if block is not None:
+                return block
+        return None
 
     def _redraw(self, new: NewStates) -> int:
         """Draw the free columns, unless the bias cannot hold what they said: its rounding grows with the inputs."""

@@ -21,8 +21,8 @@ KEPT = (0.25, 0.375, 0.5, 0.625, 0.75)
 MOST_FLICKER = 0.5
 #: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
 OPEN_WHERE_IT_PAYS = 0.3
-#: Gains of fresh layers and of the head on them, as SB3 initialises.
-GAIN, HEAD_GAIN = 2.0**0.5, 0.01
+#: Gains of fresh layers, as SB3 initialises, and of the head on them.
+GAIN, HEAD_GAIN = 2.0**0.5, 1.0
 
 
 @torch.no_grad()
@@ -137,8 +137,21 @@ class FreshNetwork:
             return False
         for number in range(1, len(self._free)):
             self._inner(number)
+        self._pair()
         self._head(before, after, silence)
         return True
+
+    def _pair(self) -> None:
+        """Make twins of the last layer's units, which the head cancels."""
+        layer = self._layers.linears[-2]
+        units, twins, _ = self._twins()
+        layer.weight[twins], layer.bias[twins] = layer.weight[units], layer.bias[units]
+
+    def _twins(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer's units in two halves, and what is left over, without the switch."""
+        half = (len(self._free[-1]) - 1) // 2
+        units, twins, odd = self._free[-1][1:].split([half, half, len(self._free[-1]) - 1 - 2 * half])
+        return units, twins, odd
 
     def _first(self, before: Tensor, after: Tensor) -> Tensor:
         """The first layer's units, on inputs in units of their spread; returns how far the switch moves each."""
@@ -206,10 +219,17 @@ class FreshNetwork:
         layer.bias[units] = bias.to(layer.bias)
 
     def _head(self, before: Tensor, after: Tensor, silence: bool) -> None:
-        """The head: a small random one on the fresh units; what they are on the old task goes into the bias."""
+        """The head: random on the fresh units, the opposite on their twins, and their old outputs in the bias.
+
+        So nothing is preferred to begin with, whatever the size of the weights, and the layers below learn from the
+        first step on: with a small head as SB3 draws it their gradients are small, and a natural gradient's damping
+        holds them (Zhang et al. 2020, "A type of generalization error induced by initialization": antisymmetric).
+        """
         layer, units = self._layers.linears[-1], self._free[-1]
-        weight = self._drawn(layer.out_features, len(units), HEAD_GAIN).to(before)
-        weight[:, 0] = 0.0
+        weight = torch.zeros_like(layer.weight[:, units], dtype=torch.float64)
+        half = len(self._twins()[0])
+        weight[:, 1 : 1 + half] = self._drawn(layer.out_features, half, HEAD_GAIN).to(before)
+        weight[:, 1 + half : 1 + 2 * half] = -weight[:, 1 : 1 + half]
         idle, awake = (self._layers.hidden(features)[:, units].mean(0) for features in (before, after))
         if silence:
             # what the silenced units and the bias still say, a constant, is cancelled by the switch

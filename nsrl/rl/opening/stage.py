@@ -36,7 +36,7 @@ CLOSE_ENOUGH = 0.95
 #: that pays.
 WHERE_IT_PAYS = 0.01
 #: Share of the opening's budget that condensing the old task on a part of the units may spend, and at most, where it
-#: cannot be had for that. It is spent for good, and an actor that can be given more units needs to spend nothing at all.
+#: cannot be had for that. It is spent for good, and an actor that is given more units need not spend anything.
 CONDENSING, CONDENSING_AT_MOST = 0.001, 0.05
 #: Fields of the record that earlier versions did not write.
 LATER = ("units", "pays", "added")

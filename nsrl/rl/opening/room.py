@@ -17,6 +17,8 @@ from nsrl.rl.retention.constraint import RetentionConstraint
 
 #: Units that are added to a layer at most, unless a half of it is more.
 MOST = 128
+#: Share of the units, at most, that the old task may keep: with less than a half the new one learns more slowly.
+ENOUGH = 0.5
 #: Share of the cost that counts as room: the opening, which comes later and knows the new task, is to find it too.
 SURE = 0.5
 
@@ -26,7 +28,7 @@ def missing_units(constraint: RetentionConstraint, cost: float) -> int:
     """How many units every hidden layer of an actor lacks for the new task to have some of its own; 0 for none.
 
     It lacks some where an input that never moved on the buffer may tell the tasks apart, and the old task cannot be
-    condensed on three quarters of the units (see `nsrl.rl.opening.units`).
+    condensed on a half of the units (see `nsrl.rl.opening.units`).
 
     Args:
         constraint: policy against buffer; the policy is the same afterwards.
@@ -44,7 +46,7 @@ def missing_units(constraint: RetentionConstraint, cost: float) -> int:
     log_std = None if noise is None else noise.log_std.detach().clone()
     wanted = None if noise is None else noise.variances(layers.hidden(features))
     try:
-        for share in KEPT:
+        for share in (share for share in KEPT if share <= ENOUGH):
             kept = condense(layers, features, share)
             free = [others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
             if min(map(len, free)) >= 2:

@@ -7,7 +7,6 @@ run.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import multiprocessing
 import time
@@ -197,13 +196,14 @@ def _divergence(reference: Any, model: Any, seen: Any) -> float:
     from torch.distributions import Categorical, Distribution, Normal, kl_divergence
 
     def acting(policy: Any) -> Distribution:
+        policy.set_training_mode(False)
         told = policy.get_distribution(policy.obs_to_tensor(seen)[0]).distribution
         if isinstance(told, Categorical):
             return Categorical(logits=told.logits.double())
         return Normal(told.loc.double(), told.scale.double())
 
     with torch.no_grad():
-        kl = kl_divergence(*(acting(copy.deepcopy(held.policy).eval()) for held in (reference, model)))
+        kl = kl_divergence(acting(reference.policy), acting(model.policy))
     return float(kl.reshape(len(kl), -1).sum(1).mean())
 
 

@@ -11,6 +11,9 @@ from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
 
+#: Fields that zips of earlier versions do not have.
+LATER = ("method", "penalty", "trusted", "opened", "units", "given")
+
 
 @dataclass(frozen=True)
 class SavedConstraint:
@@ -24,6 +27,7 @@ class SavedConstraint:
         trusted: whether the buffer was taken with `trust_buffer`.
         opened: whether the opening was behind it; zips of before this was noted were saved behind it as a rule.
         units: hidden units that the opening had freed.
+        given: digest of the buffer that the run began with, where refreshes have added states to it since; else empty.
     """
 
     config: RetentionConfig
@@ -33,6 +37,7 @@ class SavedConstraint:
     trusted: bool = False
     opened: bool = True
     units: int = 0
+    given: str = ""
 
     def written(self) -> str:
         """As a line of JSON, which SB3 stores as it is."""
@@ -46,9 +51,7 @@ class SavedConstraint:
             NsrlError: anything that `written` cannot have given.
         """
         try:
-            content = mapping(
-                parse_json(text), "it", ("config", "digest"), ("method", "penalty", "trusted", "opened", "units")
-            )
+            content = mapping(parse_json(text), "it", ("config", "digest"), LATER)
             settings = mapping(content["config"], "its settings")
             known = {entry.name for entry in fields(RetentionConfig)}
             if settings.keys() <= known:
@@ -66,7 +69,7 @@ class SavedConstraint:
         Raises:
             Unreadable: a field is of another kind than `written` gives.
         """
-        for name, kind in (("digest", str), ("method", str), ("trusted", bool), ("opened", bool)):
+        for name, kind in (("digest", str), ("method", str), ("trusted", bool), ("opened", bool), ("given", str)):
             if type(getattr(self, name)) is not kind:
                 raise Unreadable(f"its {name} is {shown(getattr(self, name))}")
         finite(self.penalty, "its penalty", 0.0)
@@ -79,6 +82,18 @@ class SavedConstraint:
         The opening is left in, since it says that a narrow Gaussian explores with a spread of its own.
         """
         return replace(self.config, critic="keep", log_std_init=None)
+
+    def other(self, digest: str) -> str:
+        """The sentence for a buffer of another digest than the model was saved under."""
+        if digest == self.given:
+            return (
+                "the buffer that the run began with has been refreshed since, and the model is held to all of its "
+                "states: give that one, which model.retention.constraint.buffer.save(path) writes beside the zip"
+            )
+        return (
+            f"the model was saved under another buffer (digest {self.digest[:12]}, this one has {digest[:12]}); give "
+            "that one, or load without retain and call protect(model, retain=buffer)"
+        )
 
     def missing(self, name: str) -> str:
         """The sentence for a model of class `name` that would learn without."""

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (rows of a table are one line each)
-"""Writes docs/reliability.md: `python -m tests.reading.hostile.table docs/reliability.md` (some minutes), then `make reliability`.
+"""Writes docs/reliability.md: `python -m tests.reading.hostile.table docs/reliability.md`, then `make reliability`.
 
 Every hostile file is met by the command line that reads its kind, in processes of their own under a limit of memory and
 of processor time; what is written there is what happened.

@@ -362,7 +362,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             super().set_parameters(load_path_or_dict, exact_match, device)
             self.retention.verify()
         except BaseException:  # torch has copied what fits before it tells of what does not
-            super().set_parameters(before, device=device)
+            super().set_parameters(before, device=device)  # type: ignore[arg-type]
             raise
 
     def train(self) -> None:

@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cpus lint wheel wheel-check docs leaderboard clean
+.PHONY: help demo test test-all test-cpus lint wheel wheel-check docs leaderboard reliability clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -54,6 +54,9 @@ docs: $(DOCUMENTED)  ## build the documentation site into build/docs
 
 leaderboard: $(INSTALLED)  ## write docs/leaderboard.md from the results under runs/reference
 	@$(BIN)/python docs/leaderboard.py
+
+reliability: $(INSTALLED)  ## write the tables of docs/reliability.md from the results under runs/reference
+	@$(BIN)/python docs/reliability.py
 
 clean:  ## remove caches and build output; keeps .venv and runs
 	@rm -rf build dist *.egg-info MUJOCO_LOG.TXT .pytest_cache .mypy_cache .ruff_cache .hypothesis

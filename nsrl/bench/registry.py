@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nsrl.errors import NsrlError, near
 from nsrl.runs.lock import alone_in
+from nsrl.runs.memory import check_memory
 from nsrl.runs.packaged import CONFIGS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Where results that are committed lie.
 REFERENCE = Path("runs/reference")
+#: Bytes that a process takes at least: torch, and what it runs.
+WORKER = 2**28
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def run_benchmark(name: str, options: Options, console: Console) -> Results:
     """
     if options.workers < 1:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
+    check_memory(f"--workers {options.workers}", options.workers * WORKER)
     keys = ("only", "quick", "again", "threads", "folder")
     given = {key for key in keys if getattr(options, key) not in ((), False, None)}
     for key in sorted(given - TAKES.get(name, SUITES_TAKE)):
@@ -297,7 +301,7 @@ def frontier(options: Options, console: Console) -> Results:
     reference = out / "results" if options.quick else options.reference / "frontier"
     agents = out / "agents" if options.quick else options.reference / "agents"
     cells = plan_cells(options.only, options.quick)
-    with console.status("frontier") as show:
+    with alone_in(out), console.status("frontier") as show:
         failures = run_cells(cells, reference, agents, workers=options.workers, quick=options.quick, on_status=show)
     for name, why in failures.items():
         console.note(f"nsrl: {name} came to no result: {why}")

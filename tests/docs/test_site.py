@@ -65,6 +65,39 @@ def test_the_leaderboard_is_what_its_command_writes(tmp_path: Path) -> None:
     assert written == page(ROOT / "runs" / "reference"), "run make leaderboard and commit the page"
 
 
+def test_the_tables_of_promises_are_what_their_command_writes() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "reliability.py"))["page"]
+    written = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert written == page(written, ROOT / "runs" / "reference"), "run make reliability and commit the page"
+
+
+def test_a_promise_that_was_not_kept_is_counted() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "reliability.py"))
+    agent = {"name": "a", "env": "E-v0", "stage": "stock", "status": "ok", "kl": 0.004, "kl_stock": 0.004}
+    agent |= {"same_actions": True, "enjoy": "played"}
+    bad = agent | {"kl": 0.02, "kl_stock": 0.03, "same_actions": False, "enjoy": "no such wrapper"}
+    agents = {"rows": [agent, bad], "steps": 2000, "budget": 0.01}
+    fuzz = {"rows": [{"target": "t", "mutations": 10, "read": 2, "refused": 7, "3: KeyError: x": 1}]}
+    text = made["promises"](agents, fuzz, [{"held": 3, "updates": 4}])
+    for said in (
+        "3 of 4 updates",
+        "largest KL 0.02",
+        "2 of 2 agents",
+        "1 with the same",
+        "1 of 2 agents",
+        "1 with anot",
+    ):
+        assert said in text
+    assert made["fuzz_table"](fuzz).rows == (("`t`", "10", "7", "2", "1"),)
+    assert [row[5:] for row in made["agents_table"](agents).rows] == [("same", "played"), ("others", "no such wrapper")]
+
+
+def test_what_the_promises_name_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/.]+)`", text)
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_leaderboard_ranks_by_what_is_learnt_among_those_that_keep_the_old_task() -> None:
     table = runpy.run_path(str(ROOT / "docs" / "leaderboard.py"))["pair_table"]
 

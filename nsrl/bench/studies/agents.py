@@ -1,4 +1,4 @@
-"""Agents as their owners saved them: each loaded, collected from, fine-tuned, exported and played by stock SB3.
+"""Agents as their owners saved them: loaded, collected from, fine-tuned, exported, played by stock SB3 and rl_zoo3.
 
 What a folder of public agents holds is taken as it is: zips of any age beside VecNormalize pickles and rl-zoo's
 settings, whose environments may have other versions by now. Nothing in the folder is written to, and no code in it is
@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nsrl.bench.lifeline import begin_worker
+from nsrl.bench.studies.zoo_play import play_in_zoo
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
@@ -128,11 +129,13 @@ def try_agent(path: Path, out: Path, *, steps: int = STEPS, states: int = STATES
 
     Returns:
         Plain JSON: `stage`, how far it came ("stock" is the end); `status`, "ok", "refused" (with a sentence) or
-        "failed"; `reason`; `env`, `algorithm`, `kl`, `same_actions`, `seconds`, and `warnings`.
+        "failed"; `reason`; `env`, `algorithm`; `kl`, as reported, and `kl_stock`, of the export in stock SB3, nats a
+        state; `same_actions`; `enjoy`, "played", or what rl_zoo3's script said, None without rl_zoo3; `seconds`, and
+        `warnings`.
     """
     start = time.perf_counter()
     row: dict[str, Any] = {"stage": STAGES[0], "status": "ok", "reason": None, "env": None, "algorithm": None}
-    row |= {"kl": None, "same_actions": None}
+    row |= {"kl": None, "kl_stock": None, "same_actions": None, "enjoy": None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -176,8 +179,32 @@ def _try(path: Path, out: Path, steps: int, states: int, row: dict[str, Any]) ->
     seen = agent.normalizer.normalize(seen) if agent.normalizer is not None else seen
     theirs, ours = (policy.predict(seen, deterministic=True)[0] for policy in (stock, model))
     row["same_actions"] = bool(np.array_equal(theirs, ours))
+    row["kl_stock"] = _divergence(agent.model, stock, seen)
+    row["enjoy"] = play_in_zoo(model, out / "zoo", read_settings(path).get("env_wrapper"))
     for envs in (old, new):
         envs.close()
+
+
+def _divergence(reference: Any, model: Any, seen: Any) -> float:
+    """Mean KL of a model from a reference by torch's own formula and nothing of nsrl's.
+
+    Args:
+        reference, model: of stock SB3, with categorical or Gaussian actions.
+        seen: observations as the policies see them.
+    """
+    import torch
+    from torch.distributions import Categorical, Distribution, Normal, kl_divergence
+
+    def acting(policy: Any) -> Distribution:
+        policy.set_training_mode(False)
+        told = policy.get_distribution(policy.obs_to_tensor(seen)[0]).distribution
+        if isinstance(told, Categorical):
+            return Categorical(logits=told.logits.double())
+        return Normal(told.loc.double(), told.scale.double())
+
+    with torch.no_grad():
+        kl = kl_divergence(acting(reference.policy), acting(model.policy))
+    return float(kl.reshape(len(kl), -1).sum(1).mean())
 
 
 def try_agents(
@@ -222,6 +249,7 @@ def try_agents(
 def _row(agent: Found, out: Path, steps: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         row = {"name": agent.name, **try_agent(agent.path, Path(folder), steps=steps)}
+    row["enjoy"] = row["enjoy"] and row["enjoy"].replace(folder, "FOLDER")
     row["reason"] = row["reason"] and row["reason"].replace(str(agent.path.parent), "FOLDER")
     row["warnings"] = [told.replace(str(agent.path.parent), "FOLDER") for told in row["warnings"]]
     write_json(_file(out, agent), {"steps": steps, "row": row})
@@ -240,16 +268,18 @@ def _stored(out: Path, agent: Found, steps: int) -> dict[str, Any] | None:
 
 
 def agents_tables(content: dict[str, Any]) -> list[Table]:
-    """A row an agent: how far it came, the KL that was measured, and whether stock SB3 acts the same."""
+    """A row an agent: how far it came, the KL as reported and in stock SB3, whether that acts the same, and rl_zoo3."""
     rows = tuple(
         (
             row["name"],
             row["env"] or "-",
             row["status"] if row["status"] == "ok" else f"{row['stage']}: {row['status']}",
             "-" if row["kl"] is None else scientific(row["kl"]),
+            "-" if row["kl_stock"] is None else scientific(row["kl_stock"]),
             {True: "yes", False: "NO", None: "-"}[row["same_actions"]],
+            row["enjoy"] or "-",
         )
         for row in content["rows"]
     )
     title = f"agents: {content['steps']} steps on the reversed task, KL budget {content['budget']:g}"
-    return [Table(("agent", "env", "outcome", "KL", "same actions"), rows, title)]
+    return [Table(("agent", "env", "outcome", "KL", "in stock SB3", "same actions", "enjoy"), rows, title)]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
-from nsrl.files import parsed_lines
+from nsrl.files import NO_ROOM, NoRoom, parsed_lines, unwritable
 from nsrl.reading.documents import Results
 from nsrl.reading.limits import Unreadable
 
@@ -26,6 +26,9 @@ class Named(Protocol):
         """Unique among those of a study, and the line's `cell`."""
         ...
 
+
+#: What to do where a line cannot be written; those that are there stay.
+AGAIN = "; make room and give the command again"
 
 Cell = TypeVar("Cell", bound=Named)
 
@@ -57,7 +60,7 @@ def append_run(path: Path, row: dict[str, Any]) -> None:
             whole = file.tell() == 0 or path.read_bytes().endswith(b"\n")
             file.write(("" if whole else "\n") + json.dumps(row) + "\n")
     except OSError as error:
-        raise NsrlError(f"cannot write {path}: {error.strerror or error}") from error
+        raise unwritable(path, error, AGAIN) from error
 
 
 def run_missing(
@@ -80,18 +83,25 @@ def run_missing(
         Why runs came to no result, by name.
 
     Raises:
-        NsrlError: a file cannot be read or written.
+        NsrlError: a file cannot be read or written; or there is no room left, of which the runs to come would die, too.
     """
     start = time.monotonic()
     done = {row["cell"] for path in files for row in read_runs(path)}
     waiting = [cell for cell in cells if cell.name not in done]
     finished, failures = [cell.name for cell in cells if cell.name in done], dict[str, str]()
     for path in {file_of(cell).parent for cell in waiting}:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(path, error, "; choose another folder") from error
     for number, (cell, result) in enumerate(run(waiting), start=1):
         if isinstance(result, dict):
             append_run(file_of(cell), result)
             finished.append(cell.name)
+        elif isinstance(result, NoRoom):
+            raise result
+        elif isinstance(result, OSError) and result.errno in NO_ROOM:
+            raise unwritable(Path(result.filename or file_of(cell)), result, AGAIN) from result
         else:
             failures[cell.name] = str(result) if isinstance(result, NsrlError) else repr(result)
         if on_status is not None:

@@ -193,7 +193,8 @@ def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
     `VecNormalize.load`.
 
     Raises:
-        NsrlError: no model of SB3, it cannot be written, or statistics of another agent lie beside the path.
+        NsrlError: no model of SB3, it cannot be written, statistics of another agent lie beside the path, or the model
+            is held to a budget and not as it was measured inside it.
     """
     check_kind("the model", model, OnPolicyAlgorithm, "an on-policy Stable-Baselines3 model")
     path, vec_normalize = _zip_path(path), model.get_vec_normalize_env()
@@ -210,6 +211,9 @@ def export(model: OnPolicyAlgorithm, path: str | Path) -> Path:
 
 def export_weights(model: OnPolicyAlgorithm, path: str | Path) -> Path:
     """As `export`, without the statistics."""
+    retention = getattr(model, "retention", None)
+    if retention is not None:
+        retention.verify()  # nobody measures it where it goes
     stock = bare(stock_class(type(model)), ActorCriticPolicy, "cpu")
     known = {*vars(stock), "observation_space", "action_space", "n_envs", "lr_schedule"}
     return _save(model, path, exclude=vars(model).keys() - known)

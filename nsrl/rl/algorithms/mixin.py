@@ -27,6 +27,7 @@ from nsrl.rl.agents.stock_models import MOVING, foreign_defaults, is_zero, left_
 from nsrl.rl.algorithms.critic import reset_critic
 from nsrl.rl.algorithms.expansion import with_room
 from nsrl.rl.algorithms.fused_update import fused_update, is_switched_on
+from nsrl.rl.algorithms.numbers import BROKEN, check_numbers, check_weights, is_no_number
 from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
 from nsrl.rl.algorithms.report import RetentionReport
 from nsrl.rl.algorithms.saved_constraint import SavedConstraint
@@ -290,7 +291,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
             digest, opening = self.retention.constraint.buffer.digest(), self.retention.opening
             units = 0 if opening.record is None else opening.record.units
             block = None if opening.block is None else opening.block.written()
-            terms = replace(self._terms, digest=digest, opened=not opening.pending, units=units, block=block)
+            given = self.retention.given if self.retention.refreshes else ""
+            terms = replace(
+                self._terms, digest=digest, opened=not opening.pending, units=units, block=block, given=given
+            )
             self._saved_constraint = terms.written()
         # The engine is tied to this very policy; `load` builds another one, and a new engine around it.
         include = None if include is None else [name for name in include if name != "retention"]
@@ -304,10 +308,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
             )
         saved = SavedConstraint.read(self._saved_constraint)
         if isinstance(retain, RetentionBuffer) and retain.digest() != saved.digest:
-            raise NsrlError(
-                f"the model was saved under another buffer (digest {saved.digest[:12]}, this one has "
-                f"{retain.digest()[:12]}); give that one, or load without retain and call protect(model, retain=buffer)"
-            )
+            raise NsrlError(saved.other(retain.digest()))
         self.constrain(retain, saved.resumed(), trust_buffer=saved.trusted, method=saved.method, penalty=saved.penalty)
         assert self.retention is not None
         if saved.opened and self.retention.opening.pending:
@@ -367,31 +368,42 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """As the algorithm's own; while a budget is in force, weights outside of it are refused.
 
         Raises:
-            NsrlError: the policy would be over the budget; it stays as it was.
+            NsrlError: the policy would be over the budget; it stays as it was, as it does where SB3 or torch raise.
         """
-        before = None if self.retention is None else copy.deepcopy(self.get_parameters())
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self.retention is None:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        before = copy.deepcopy(self.get_parameters())
         try:
-            if self.retention is not None:
-                self.retention.verify()
-        except NsrlError:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            self.retention.verify()
+        except BaseException:  # torch has copied what fits before it tells of what does not
             super().set_parameters(before, device=device)  # type: ignore[arg-type]
             raise
 
     def train(self) -> None:
-        """One policy update of the algorithm, inside the budget."""
+        """One policy update of the algorithm, inside the budget.
+
+        Raises:
+            NsrlError: the roll-out, or the critic behind the update, holds what is no number; the actor is as it was
+                last measured.
+        """
         self._check_in_force()
         if self.retention is None:
             super().train()
             return
+        check_numbers(self)
         with nullcontext() if self.retention.exploration is None else self.retention.exploration.in_force():
             try:
                 self.retention.begin()
                 self._train_in_units()
                 scalars = self.retention.end()
-            except BaseException:
+            except BaseException as error:
                 self.retention.abandon()
+                if is_no_number(error):
+                    raise NsrlError(BROKEN.format("the policy")) from error
                 raise
+        check_weights(self)
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)
@@ -473,11 +485,12 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """Measure the policy on the buffer and summarise the run so far.
 
         Raises:
-            NsrlError: when nothing is protected.
+            NsrlError: when nothing is protected, or what the measured KL rests on is not as it was.
         """
         if self.retention is None:
             raise NsrlError("nothing is protected: pass retain=buffer, or call protect(model, retain=buffer)")
         retention = self.retention
+        retention.premises.check()
         with evaluation_mode(self.policy):  # type: ignore[arg-type]
             measured = retention.constraint.measure()
             rank, dimension = retention.diagnose()
@@ -508,6 +521,10 @@ class ProtectedMixin(OnPolicyAlgorithm):
         """Write a zip of the stock algorithm (atomically), which its `load` reads and which acts identically.
 
         When the environment is VecNormalize-wrapped, its statistics are written beside it as `vecnormalize.pkl`.
+
+        Raises:
+            NsrlError: the policy, or the statistics around its environment, are not those that were measured inside
+                the budget; or as `nsrl.rl.agents.export`.
         """
         return export(self, path)
 

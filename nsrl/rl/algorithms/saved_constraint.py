@@ -12,8 +12,8 @@ from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import finite, mapping, whole
 from nsrl.rl.budget.config import RetentionConfig
 
-#: Fields that earlier versions did not write.
-LATER = ("method", "penalty", "trusted", "opened", "units", "block")
+#: Fields that zips of earlier versions do not have.
+LATER = ("method", "penalty", "trusted", "opened", "units", "block", "given")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SavedConstraint:
         opened: whether the opening was behind it; zips of before this was noted were saved behind it as a rule.
         units: hidden units that the opening had freed.
         block: which they are (`FreeBlock.written`); None where there are none, or where nobody noted it.
+        given: digest of the buffer that the run began with, where refreshes have added states to it since; else empty.
     """
 
     config: RetentionConfig
@@ -39,6 +40,7 @@ class SavedConstraint:
     opened: bool = True
     units: int = 0
     block: dict[str, Any] | None = None
+    given: str = ""
 
     def written(self) -> str:
         """As a line of JSON, which SB3 stores as it is."""
@@ -70,7 +72,7 @@ class SavedConstraint:
         Raises:
             Unreadable: a field is of another kind than `written` gives.
         """
-        for name, kind in (("digest", str), ("method", str), ("trusted", bool), ("opened", bool)):
+        for name, kind in (("digest", str), ("method", str), ("trusted", bool), ("opened", bool), ("given", str)):
             if type(getattr(self, name)) is not kind:
                 raise Unreadable(f"its {name} is {shown(getattr(self, name))}")
         finite(self.penalty, "its penalty", 0.0)
@@ -85,6 +87,18 @@ class SavedConstraint:
         The opening is left in, since it says that a Gaussian explores with a spread of its own.
         """
         return replace(self.config, critic="keep", log_std_init=None)
+
+    def other(self, digest: str) -> str:
+        """The sentence for a buffer of another digest than the model was saved under."""
+        if digest == self.given:
+            return (
+                "the buffer that the run began with has been refreshed since, and the model is held to all of its "
+                "states: give that one, which model.retention.constraint.buffer.save(path) writes beside the zip"
+            )
+        return (
+            f"the model was saved under another buffer (digest {self.digest[:12]}, this one has {digest[:12]}); give "
+            "that one, or load without retain and call protect(model, retain=buffer)"
+        )
 
     def missing(self, name: str) -> str:
         """The sentence for a model of class `name` that would learn without."""

@@ -213,8 +213,9 @@ class Retention:
             Whether the buffer was taken.
 
         Raises:
-            NsrlError: the buffer's outputs are not of this policy's kind.
+            NsrlError: the buffer's outputs are not of this policy's kind, or what the budget rests on is not as it was.
         """
+        self.premises.check()  # those of the new buffer are read from what is there
         constraint = self.constraint.against(buffer)
         if self.enforces:
             here = constraint.parameters.read()

@@ -136,6 +136,8 @@ class Opening:
     def run(self, model: OnPolicyAlgorithm) -> OpeningRecord:
         """Do it; steps count as the run's own, and what is found out is logged.
 
+        An exception, of the environment or Ctrl-C, leaves the policy as it was, and the opening to be done.
+
         Args:
             model: the constraint's, after `_setup_learn`.
         """
@@ -145,6 +147,7 @@ class Opening:
         room = max(int(MOST_STEPS * (model._total_timesteps - model.num_timesteps)), 1)
         count = min(self._count, max(int(room / (1.0 + (CYCLES + 2) * FOLLOWING)), 1))
         modes = [(module, module.training) for module in policy.modules()]
+        weights = {name: value.detach().clone() for name, value in policy.state_dict().items()}
         policy.eval()
         try:
             targets = targets_of(constraint)
@@ -164,6 +167,10 @@ class Opening:
                 after, steps, skipped = before, 0, "a Gaussian without bounds explores by its standard deviation"
             else:
                 after, steps, skipped = self._open(model, targets, new, visited, pays)
+        except BaseException:  # half an opening measures anywhere
+            policy.load_state_dict(weights)
+            self.states = None
+            raise
         finally:
             for module, training in modes:
                 module.training = training

@@ -140,6 +140,30 @@ def check_env(env: Any) -> None:
         raise NsrlError(f"env must be an environment's id, a gymnasium.Env or an SB3 VecEnv, not {described(env)}")
 
 
+def check_apart(env: Any, model: BaseAlgorithm, what: str) -> None:
+    """Raise NsrlError where an environment that is to be played during learning is the one that is learnt on.
+
+    Its episodes would go on under the learner's hands, from states that it has not seen.
+
+    Args:
+        env: an id, an environment, a VecEnv, or several environments.
+        model: that learns.
+        what: the environment is for, as the sentence says.
+    """
+    learnt_on = parts_of(model.env)
+    several = env if isinstance(env, list | tuple) else [env]
+    if env is None or any(part is known for each in several for part in parts_of(each) for known in learnt_on):
+        given = "None" if env is None else "the environment that the model learns on"
+        raise NsrlError(f"{what} is {given}; give it one of its own, as the id of the task")
+
+
+def parts_of(env: Any) -> list[Any]:
+    """What is left of an environment without its wrappers: the VecEnv and its copies, where they can be reached."""
+    if isinstance(env, VecEnv):
+        return [env.unwrapped, *(copy.unwrapped for copy in getattr(env.unwrapped, "envs", ()))]
+    return [env.unwrapped] if isinstance(env, gym.Env) else []
+
+
 @contextmanager
 def told(env: str) -> Iterator[None]:
     """Around making an environment: what fails becomes a sentence, with nsrl's own extra where a package is missing.

@@ -18,7 +18,7 @@ from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.rl.agents.normalization import ObservationNormalizer
 from nsrl.rl.algorithms.mixin import ProtectedMixin
 from nsrl.rl.budget.engine import Retention
-from nsrl.rl.playing.environments import Environments, open_copies
+from nsrl.rl.playing.environments import Environments, check_apart, open_copies
 from nsrl.rl.playing.evaluation import Returns, evaluate
 from nsrl.rl.training.tensorboard import is_pending, lay_out, write_points
 
@@ -92,6 +92,8 @@ class TaskEvaluation(BaseCallback):
         return getattr(self.model, "retention", None)
 
     def _on_training_start(self) -> None:
+        for name, (env, _) in self.tasks.items():
+            check_apart(env, self.model, f"the environment that {name or 'the new task'} is evaluated in")
         self._started, self._evaluating = perf_counter(), 0.0
         self._seconds_before = self.history[-1]["seconds"] if self.history else 0.0
         self._opened = {

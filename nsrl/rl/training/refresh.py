@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from nsrl.errors import NsrlError, check_whole
 from nsrl.rl.agents.agent import resolve_agent
 from nsrl.rl.budget.engine import Retention
-from nsrl.rl.playing.environments import Environments
+from nsrl.rl.playing.environments import Environments, check_apart
 from nsrl.rl.policies.distributions import INVALID, is_maskable
 from nsrl.rl.retention.arrays import Reference
 from nsrl.rl.retention.buffer import RetentionBuffer
@@ -38,7 +38,8 @@ class BufferRefresh(BaseCallback):
             warning.
 
     Raises:
-        NsrlError: a number out of range; when learning begins: nothing is retained, or another agent's buffer is.
+        NsrlError: a number out of range; when learning begins: nothing is retained, another agent's buffer is, or the
+            environment is the one that is learnt on.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class BufferRefresh(BaseCallback):
         self._last = 0
 
     def _on_training_start(self) -> None:
+        check_apart(self.env, self.model, "the environment of a buffer's refresh")
         retention = self._retention()
         agent = resolve_agent(self.reference, self.trust)[0]
         retention.constraint.buffer.check(agent)  # type: ignore[attr-defined]

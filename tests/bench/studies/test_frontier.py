@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 
 from nsrl.bench.studies import frontier_plan, frontier_report, lines
+from nsrl.cli.main import main
 from nsrl.errors import NsrlError
+from nsrl.files import NoRoom
+from nsrl.runs.lock import locked
 
 
 def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
@@ -112,3 +117,54 @@ def test_what_counts_as_solved_is_the_least_that_is_asked_for() -> None:
     for solved, end in ((None, 480 / 20), (410.0, 480 / 400)):
         found = {row["method"]: row for row in frontier_report.scores([line(), fresh], solved)}
         assert found["NullSpacePPO"]["end"] == pytest.approx(end)
+
+
+def test_a_folder_that_another_benchmark_writes_to_is_left_alone(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        assert main(["bench", "frontier", "--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_wrong_folders_and_too_many_processes_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    for words, said in (
+        (["--out", str(tmp_path / "file")], "cannot make the output folder"),
+        (["--out", str(tmp_path / "out"), "--workers", "9" * 11], "--workers 99999999999 would take"),
+    ):
+        assert main(["bench", "frontier", "--quick", *words]) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error", [NoRoom("cannot write x: No space left on device"), OSError(errno.ENOSPC, "No space left on device", "x")]
+)
+def test_a_full_disk_ends_a_study_at_once_and_keeps_its_lines(tmp_path: Path, error: Exception) -> None:
+    cells = [Planned(name) for name in ("a", "b", "c")]
+    asked = []
+
+    def run(waiting: Any) -> Any:
+        for cell, result in zip(waiting, ({"cell": "a"}, error, {"cell": "c"}), strict=True):
+            asked.append(cell.name)
+            yield cell, result
+
+    with pytest.raises(NoRoom, match="cannot write x: No space left"):
+        lines.run_missing(cells, [], lambda _: tmp_path / "runs.jsonl", run)
+    assert asked == ["a", "b"]
+    assert [row["cell"] for row in lines.read_runs(tmp_path / "runs.jsonl")] == ["a"]
+
+
+def test_what_keeps_one_run_from_a_result_does_not_stop_the_others(tmp_path: Path) -> None:
+    cells = [Planned(name) for name in ("a", "b")]
+    results = [ValueError("its environment"), {"cell": "b"}]
+    failures = lines.run_missing(cells, [], lambda _: tmp_path / "runs.jsonl", lambda w: zip(w, results, strict=True))
+    assert failures == {"a": "ValueError('its environment')"}
+    assert [row["cell"] for row in lines.read_runs(tmp_path / "runs.jsonl")] == ["b"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    name: str

@@ -38,6 +38,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "buffer/outputs": ("outputs.npy",),
     "checkpoint": (),
     "checkpoint/state": ("state.json",),
+    "checkpoint/tensors": ("tensors.pt",),
     "checkpoint/tensors/pickle": ("tensors.pt", "*/data.pkl"),
     "task": (),
     "task/pickle": ("*/data.pkl",),

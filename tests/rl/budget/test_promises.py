@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +23,7 @@ from torch import nn
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
 from nsrl.projection.budget.enforcement import Enforcement
+from nsrl.rl.agents import rl_zoo
 from nsrl.rl.agents.normalization import RetainingVecNormalize
 from tests.rl.builders import NEW, OLD, SHARED, SMALL, SpikyReward, trained
 from tests.rl.oracles import independent_kl, within
@@ -175,6 +177,45 @@ def test_weights_over_the_budget_are_refused_before_learning_and_by_set_paramete
     model.set_parameters({**parameters, "policy": feasible})
     model.learn(128)
     assert independent_kl(model, buffer) <= within(BUDGET, buffer)
+
+
+@pytest.mark.parametrize("damage", ["another shape", "a name missing", "an unknown name"])
+def test_parameters_that_torch_refuses_halfway_are_not_taken_halfway(damage: str) -> None:
+    model, _ = protected()
+    model.learn(128)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    weights = disturbed(model, 0.3)
+    if damage == "another shape":
+        weights["action_net.bias"] = torch.zeros(3)
+    elif damage == "a name missing":
+        del weights["action_net.bias"]
+    else:
+        weights["nowhere"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="Error"):
+        model.set_parameters({**model.get_parameters(), "policy": weights})
+    assert all(torch.equal(value, before[key]) for key, value in model.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["weights", "layer", "statistics"])
+def test_what_is_not_as_it_was_measured_is_neither_reported_nor_exported(damage: str, tmp_path: Path) -> None:
+    envs = VecNormalize(make_vec_env(OLD["discrete"], 2, seed=0))
+    agent = PPO("MlpPolicy", envs, seed=0, device="cpu", **SMALL).learn(256)
+    buffer = RetentionBuffer.collect(agent, envs, n_states=96)
+    new = RetainingVecNormalize(make_vec_env(NEW["discrete"], 2, seed=0), buffer.normalizer)
+    model = NullSpacePPO.from_pretrained(agent, new, retain=buffer, kl_budget=BUDGET, **SMALL, opening="off")
+    model.learn(128)
+    model.export(tmp_path / "good" / "agent.zip")
+    if damage == "weights":
+        model.policy.load_state_dict(disturbed(model, 0.3))
+    elif damage == "layer":
+        replace_hidden_layer(model)
+    else:
+        model.get_vec_normalize_env().obs_rms.mean += 0.5
+    exports = [lambda: model.export(tmp_path / "bad" / "agent.zip"), lambda: rl_zoo.export_run(model, tmp_path / "zoo")]
+    for call in exports if damage == "weights" else [*exports, model.retention_report]:
+        with pytest.raises(NsrlError, match="budget"):
+            call()
+    assert not any((tmp_path / "bad").glob("*")) and not any((tmp_path / "zoo").rglob("*.zip"))
 
 
 def test_weights_inside_the_budget_are_where_the_next_update_starts_from() -> None:

@@ -395,3 +395,41 @@ def test_what_pays_in_the_new_task_is_as_it_was_behind_the_opening(algorithm: ty
     assert before > 400.0 and record.pays and record.units > 0
     assert evaluate(model, envs, episodes=8, seed=5).mean > 400.0
     assert independent_kl(model, buffer) <= within(BUDGET, buffer)
+
+
+class Stopped(Exception):
+    """Of an environment, or of whoever sits at the keyboard."""
+
+
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "nsrl.rl.opening.units.FreshNetwork._inner",  # the old task is condensed, and nothing is planted yet
+        "nsrl.rl.opening.units.FreshNetwork._head",
+        "nsrl.rl.opening.stage.open_outputs",
+    ],
+)
+def test_an_exception_in_the_middle_leaves_the_policy_as_it_was(
+    where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, buffer = certain()
+    if where.endswith("open_outputs"):
+        monkeypatch.setattr("nsrl.rl.opening.units.KEPT", ())
+    else:
+        monkeypatch.setattr("nsrl.rl.opening.units.KEPT", (0.05, 0.5))  # too few units for the old task, to begin with
+    model = learner(agent, buffer)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with monkeypatch.context() as broken:
+
+        def stop(*_: Any) -> None:
+            raise error
+
+        broken.setattr(where, stop)
+        with pytest.raises(error):
+            model.learn(600)
+    assert all(torch.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    assert model.retention.opening.pending and not model.policy.training
+    model.learn(600)
+    assert model.retention_report().opening is not None
+    assert independent_kl(model, buffer) <= within(BUDGET, buffer)

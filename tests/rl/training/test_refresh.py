@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer
 from nsrl.errors import NsrlError
 from nsrl.rl.policies.actor_critic import policy_outputs
-from nsrl.rl.training import BufferRefresh, checkpoint
+from nsrl.rl.training import BufferRefresh, TaskEvaluation, checkpoint
 from tests.rl.builders import NEW, OLD, SMALL, build_agent, trained
 from tests.rl.clockwork import AtBoundary, Clockwork
 from tests.rl.oracles import independent_kl, same, within
@@ -177,3 +178,39 @@ def test_a_refresh_that_is_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="left out"):
         model.learn(200, callback=refresh)
     assert refresh.taken == 0 and model.retention.constraint.buffer is buffer
+
+
+def test_what_has_changed_since_the_budget_was_put_in_force_is_not_taken_for_what_it_rests_on() -> None:
+    agent, buffer = trained()
+    model = learner(agent, buffer, opening="off")
+    model.policy.mlp_extractor.policy_net[1] = torch.nn.ReLU()
+    with pytest.raises(NsrlError, match="was replaced after the budget was put in force"):
+        model.retention.hold_to(buffer)
+
+
+def own(model: Any) -> list[Any]:
+    return [None, model.env, model.env.unwrapped, model.env.unwrapped.envs[0]]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_the_environment_that_is_learnt_on_is_not_played_in_meanwhile(which: int) -> None:
+    agent, buffer = trained()
+    envs = DummyVecEnv([lambda: gym.make(NEW["discrete"])])
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, kl_budget=BUDGET, **SMALL, opening="off")
+    env = own(model)[which]
+    refresh = BufferRefresh(env, agent, every=64, states=8)
+    evaluation = TaskEvaluation(None, {"old": (env, None)})
+    for callback in (refresh, evaluation):
+        with pytest.raises(NsrlError, match="give it one of its own"):
+            model.learn(128, callback=callback)
+
+
+def test_the_sentence_for_the_first_buffer_of_a_refreshed_run_says_which_one_is_wanted(tmp_path: Path) -> None:
+    agent, buffer = trained()
+    model = learner(agent, buffer, opening="off")
+    model.learn(300, callback=BufferRefresh(OLD["discrete"], agent, every=64, states=8))
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(NsrlError, match=r"retention\.constraint\.buffer\.save"):
+        NullSpacePPO.load(tmp_path / "model.zip", retain=buffer)
+    path = model.retention.constraint.buffer.save(tmp_path / "refreshed.npz")
+    assert NullSpacePPO.load(tmp_path / "model.zip", retain=RetentionBuffer.load(path)).retention is not None

@@ -55,13 +55,13 @@ class KLBudgetStrategy(Strategy):
         return self.budget.nbytes()
 
     def diagnostics(self) -> dict[str, float]:
-        """As `Strategy`; largest KL of a task on its retained inputs, multiplier, restorations, rank and the like."""
+        """As `Strategy`; largest KL of a task on its retained inputs, largest multiplier, restorations and the like."""
         if not self.tasks:
             return {}
         return {
             **super().diagnostics(),
             "largest_kl": self.budget.binding_divergence(),
-            "multiplier": self.budget.multiplier.integral,
+            "multiplier": self.budget.multipliers.largest(),
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
             **self.budget.certificate(),

@@ -171,8 +171,11 @@ class KLBudget:
             return 0.0
         divergences = self.retained.divergences(self.model)
         self.multipliers.measured(divergences)
-        kl = float(divergences.max())
-        return kl if math.isfinite(kl) else math.inf
+        return _largest(divergences)
+
+    def largest_divergence(self) -> float:
+        """As `binding_divergence`, to look at: it has no effect on the multipliers."""
+        return _largest(self.retained.divergences(self.model)) if len(self) else 0.0
 
     def enforce(self) -> float:
         """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`.
@@ -285,3 +288,8 @@ class KLBudget:
         )
         residual = metric.residual(self.retained.reference[indices], J.outputs) * scale
         return Quadratic(J, residual.flatten(), 0.0)
+
+
+def _largest(divergences: Tensor) -> float:
+    kl = float(divergences.max())
+    return kl if math.isfinite(kl) else math.inf

@@ -52,6 +52,10 @@ MEASURED = (
     "preserved_kl",
     "kept_share",
     "leakage",
+    "worst_kl",
+    "worst_retained_kl",
+    "worst_drop",
+    "worst_accuracy",
     "train_seconds",
     "train_cpu_seconds",
     "memory_bytes",
@@ -65,16 +69,20 @@ class Cell:
     Attributes:
         benchmark: name of its configuration.
         config: with strategy, seed and order filled in.
+        variant: what the strategy is called here; its own name, unless it runs with several options.
     """
 
     benchmark: str
     config: ContinualConfig
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Unique among the cells."""
         config = self.config
-        return f"{self.benchmark}/{config.strategy.name}_seed{config.seed}_order{config.benchmark.order}"
+        return (
+            f"{self.benchmark}/{self.variant or config.strategy.name}_seed{config.seed}_order{config.benchmark.order}"
+        )
 
     def stored(self, out: Path) -> dict[str, Any] | None:
         """The result in `out`, if it is of the same configuration."""
@@ -195,7 +203,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
             metrics = found[cell.name]
             identity: dict[str, Any] = {
                 "benchmark": cell.benchmark,
-                "strategy": cell.config.strategy.name,
+                "strategy": cell.variant or cell.config.strategy.name,
                 "seed": cell.config.seed,
                 "order": cell.config.benchmark.order,
             }
@@ -205,7 +213,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
         for key in ("seed", "out", "strategy"):
             config.pop(key)
         config["presets"] = {
-            cell.config.strategy.name: cell.config.strategy.options
+            cell.variant or cell.config.strategy.name: cell.config.strategy.options
             for cell in cells
             if cell.benchmark == name and cell.config.strategy.options
         }

@@ -110,11 +110,20 @@ class Strategy:
         """
         if not self.tasks:
             return {}
-        moved = []
+        moved = self.moved()
+        return {"preserved_kl": sum(moved) / len(moved)}
+
+    def moved(self) -> list[float]:
+        """Mean KL(then || now) of every learnt task on inputs of it that are no part of any method, nats a sample."""
+        found = []
         for position, task in enumerate(self.tasks):
             with self.recalled(task):
-                moved.append(self._watched.divergence(self.model, position))
-        return {"preserved_kl": sum(moved) / len(moved)}
+                found.append(self._watched.divergence(self.model, position))
+        return found
+
+    def promised_kl(self) -> float | None:
+        """Largest KL of a task on what a budget is held on; None for strategies without a budget."""
+        return None
 
     @contextmanager
     def recalled(self, task: Task) -> Iterator[None]:

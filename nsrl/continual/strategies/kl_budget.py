@@ -60,12 +60,16 @@ class KLBudgetStrategy(Strategy):
             return {}
         return {
             **super().diagnostics(),
-            "largest_kl": self.budget.binding_divergence(),
+            "largest_kl": self.budget.largest_divergence(),
             "multiplier": self.budget.multipliers.largest(),
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
             **self.budget.certificate(),
         }
+
+    def promised_kl(self) -> float | None:
+        """Largest KL of a task on its retained inputs."""
+        return self.budget.largest_divergence() if self.tasks else None
 
     def progress(self) -> dict[str, Any]:
         """Draws, multiplier and counters."""

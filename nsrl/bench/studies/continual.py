@@ -80,9 +80,12 @@ class Cell:
     def name(self) -> str:
         """Unique among the cells."""
         config = self.config
-        return (
-            f"{self.benchmark}/{self.variant or config.strategy.name}_seed{config.seed}_order{config.benchmark.order}"
-        )
+        return f"{self.benchmark}/{self.title}_seed{config.seed}_order{config.benchmark.order}"
+
+    @property
+    def title(self) -> str:
+        """What its strategy is called."""
+        return self.variant or self.config.strategy.name
 
     def stored(self, out: Path) -> dict[str, Any] | None:
         """The result in `out`, if it is of the same configuration."""
@@ -203,7 +206,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
             metrics = found[cell.name]
             identity: dict[str, Any] = {
                 "benchmark": cell.benchmark,
-                "strategy": cell.variant or cell.config.strategy.name,
+                "strategy": cell.title,
                 "seed": cell.config.seed,
                 "order": cell.config.benchmark.order,
             }
@@ -213,7 +216,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
         for key in ("seed", "out", "strategy"):
             config.pop(key)
         config["presets"] = {
-            cell.variant or cell.config.strategy.name: cell.config.strategy.options
+            cell.title: cell.config.strategy.options
             for cell in cells
             if cell.benchmark == name and cell.config.strategy.options
         }
@@ -241,7 +244,7 @@ def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> 
     }
     summary: dict[str, Any] = {"benchmark": benchmark, "strategy": strategy, "runs": len(mine)}
     for key in MEASURED:
-        values = [row[key] for row in mine.values() if row[key] is not None and row[key] == row[key]]
+        values = [row[key] for row in mine.values() if row.get(key) is not None and row[key] == row[key]]
         if values:
             summary[key] = _interval(bootstrap(values)) | {"minimum": min(values), "maximum": max(values)}
     for other in ("naive", "joint"):

@@ -290,6 +290,34 @@ def continual(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files)
 
 
+@benchmark("continual_memories", "only", "quick", "again")
+def continual_memories(options: Options, console: Console) -> Results:
+    """A KL budget with its default against replay with 20, 100 and 500 samples a task, nothing tuned."""
+    from nsrl.bench.studies.continual import run_cells
+    from nsrl.bench.studies.continual_memories import broken, plan_memories
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_memories_quick" if options.quick else "continual_memories")
+    reference = out / "results" if options.quick and options.reference == REFERENCE else options.reference
+    reference = reference / "continual"
+    name = "_".join(["memories", *(part for part in options.only)])
+    cells = plan_memories(options.configs, only=options.only, quick=options.quick)
+    with alone_in(out), console.status("continual_memories") as show:
+        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
+    write_json(reference / f"{name}.json", content)
+    for failed, why in content["failures"].items():
+        console.note(f"nsrl: {failed} came to no result: {why}")
+    command = " ".join(["nsrl bench continual_memories", *(["--only " + ",".join(options.only)] * bool(options.only))])
+    title = "Continual learning with few samples: what stands after the name is how many are kept of a task"
+    files = (
+        ("results", reference / f"{name}.json"),
+        ("report", write_markdown(content, reference / f"{name}.md", title, command)),
+        ("figure", draw_benchmarks(content, reference / f"{name}.png")),
+    )
+    return Results(benchmark_tables(content), files, broken(content))
+
+
 @benchmark("frontier", "only", "quick")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""

@@ -1,6 +1,6 @@
 """The KL budget of a sequence of tasks: how far behaviour on retained inputs may move, enforced by measurement.
 
-    now and then    the gradient gets multiplier * grad KL of a few retained inputs (a Lagrangian gradient: at the
+    now and then    the gradient gets multiplier * grad KL of a few retained inputs, a multiplier a task (at the
                     constrained optimum the optimizer's moments see zero); with `replay` also that of their labels
     beside it       a quadratic model of the KL on all the other inputs, by its gradient or by implicit steps
     more rarely     the KL of every task is measured on all of its retained inputs; if one is over the budget, restore
@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.curvature import Curvature, step_length
 from nsrl.continual.heads import model_outputs
+from nsrl.continual.multipliers import Multipliers
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Loader, Task
 from nsrl.projection import SpectralProjection, jacobian
 from nsrl.projection.budget.enforcement import Enforcement
 from nsrl.projection.budget.model import Quadratic
-from nsrl.projection.budget.multiplier import Multiplier
 from nsrl.projection.jacobians.factored import Jacobian
 from nsrl.projection.optimizer import FlatParameters
 from nsrl.reading import values
+from nsrl.reading.limits import Unreadable
 from nsrl.reading.tensors import like
 
 
@@ -43,7 +44,7 @@ class KLBudget:
 
     Attributes:
         retained: inputs and the outputs of then.
-        multiplier: the dual variable.
+        multipliers: the dual variables.
         restorations, fallbacks: how often either was needed.
     """
 
@@ -53,14 +54,13 @@ class KLBudget:
         self.retained = RetainedBehaviour(options.states_per_task, options.seed)
         self.curvature = Curvature(model, options.curvature_samples) if options.curvature else None
         aim = options.target * options.kl_budget
-        # A larger multiplier would only make noise: the restoration keeps the budget.
-        self.multiplier = Multiplier(
-            aim, options.rate, options.damping, start=options.multiplier, floor=1e-3, ceiling=30.0, relative=False
-        )
+        self.multipliers = Multipliers(aim, options.rate, options.damping, options.multiplier)
         self.enforcement = Enforcement(self, options.kl_budget, aim, options.restore_steps, bisections=10)
         self.restorations = 0
         self.fallbacks = 0
         self._steps = 0
+        self._next, self._spacing = 0, 1
+        self._shares = torch.zeros(0)  # of the inputs of each task that are retained
         self._lengths: list[float] = []
         self._feasible: Tensor | None = None
         self._learnt: Tensor | None = None
@@ -75,28 +75,35 @@ class KLBudget:
 
     def draws(self) -> bool:
         """Whether this step draws retained inputs."""
-        return len(self) > 0 and self._steps % self.options.draw_every == 0
+        return len(self) > 0 and self._steps >= self._next
 
     def draw(self, batch: int = 16) -> Tensor:
         """Indices of the retained inputs of the next Lagrangian gradient, (batch_states,) int64."""
         return self.retained.memory.draw(self.options.batch_states or 4 * batch)
 
     def pull(self, outputs: Tensor, indices: Tensor) -> Tensor:
-        """Gradient of multiplier * mean KL + replay * tasks * labels' loss in the outputs of some retained inputs.
+        """Gradient of the sum over the tasks of multiplier * KL + replay * share retained * loss of the labels.
 
-        Moves the multiplier.
+        In the outputs of some retained inputs, which stand for all. Moves the multipliers.
 
         Args:
             outputs: detached, shape (n, O).
             indices: which inputs.
         """
         kl, slope = self.retained.gap(outputs, indices)
-        share = self.options.draw_every / len(indices)
-        replay = self.options.replay * len(self.retained.memory.tasks)
-        slope = slope.mul_((self.multiplier.update(kl) + replay) * share)
-        if replay:
-            slope.add_(self.retained.errors.index_select(0, indices), alpha=replay * share)
-        return slope
+        owner = self.retained.memory.owner.index_select(0, indices)
+        weights = self.multipliers.update(kl, owner, self._spacing).to(slope)
+        # the less a draw weighs, the rarer: it stands for the steps to the next, and weighs no more than a batch
+        whole = float(weights.sum() + self.options.replay * self._shares.sum())
+        self._spacing = max(1, min(self.options.draw_every, int(1.0 / max(whole, 1e-9))))
+        self._next = self._steps + self._spacing
+        each = self._spacing * len(weights) / len(indices)
+        if not self.options.replay:
+            return slope.mul_(weights.mul_(each).index_select(0, owner).unsqueeze(1))
+        labels = (self.options.replay * each) * self._shares.to(slope)
+        slope.mul_(weights.mul_(each).add_(labels).index_select(0, owner).unsqueeze(1))
+        errors = self.retained.errors.index_select(0, indices)
+        return slope.addcmul_(errors, labels.index_select(0, owner).unsqueeze(1))
 
     def add_gradient(self) -> None:
         """Add the Lagrangian gradient of some retained inputs to the parameters' gradients."""
@@ -149,9 +156,12 @@ class KLBudget:
             self.relax(optimizer)
         self.enforce()
         self.retained.add(self.model, task, loader)
+        seen = sum(len(batch[1]) for batch in loader)
+        kept = min(1.0, self.options.states_per_task / seen)
+        self._shares = torch.cat([self._shares, torch.tensor([kept])]).to(self.retained.reference.device)
+        self.multipliers.add(self.retained.reference)
+        self._next, self._spacing = 0, 1
         if self.curvature is not None:
-            seen = sum(len(batch[1]) for batch in loader)
-            kept = min(1.0, self.options.states_per_task / seen)
             self.curvature.add(task, loader, 1.0 - kept)
         self._feasible = self._learnt = self.parameters.read()
 
@@ -159,8 +169,13 @@ class KLBudget:
         """KL of the task that has moved most; infinity where the model has diverged, 0 with nothing retained."""
         if not len(self):
             return 0.0
-        kl = float(self.retained.divergences(self.model).max())
-        return kl if math.isfinite(kl) else math.inf
+        divergences = self.retained.divergences(self.model)
+        self.multipliers.measured(divergences)
+        return _largest(divergences)
+
+    def largest_divergence(self) -> float:
+        """As `binding_divergence`, to look at: it has no effect on the multipliers."""
+        return _largest(self.retained.divergences(self.model)) if len(self) else 0.0
 
     def enforce(self) -> float:
         """Measure; bring every task inside the budget; returns the largest KL, which is at most `kl_budget`.
@@ -211,7 +226,8 @@ class KLBudget:
         """Draws, multiplier and counters."""
         return {
             **self.retained.memory.progress(),
-            "multiplier": self.multiplier.integral,
+            "multiplier": self.multipliers.integrals,
+            "divergences": self.multipliers.divergences,
             "counts": [self._steps, self.restorations, self.fallbacks],
             "lengths": self._lengths,
             "feasible": self._feasible,
@@ -224,15 +240,25 @@ class KLBudget:
             Unreadable: a file that was changed.
         """
         values.mapping(progress, "progress", ["multiplier", "counts", "lengths", "feasible"])
-        multiplier = values.finite(progress["multiplier"], "multiplier")
+        remembered = [self._remembered(progress, key) for key in ("multiplier", "divergences")]
         counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
         lengths = [values.finite(length, "a length") for length in values.items(progress["lengths"], "lengths")]
         feasible = progress["feasible"]
         feasible = None if feasible is None else like(feasible, self.parameters.read(), "feasible")
         self.retained.memory.resume(progress)
-        self.multiplier.integral, self._feasible = multiplier, feasible
+        self.multipliers.integrals, self.multipliers.divergences = remembered
+        self._feasible = feasible
         self._steps, self.restorations, self.fallbacks = counts
         self._lengths = lengths
+
+    def _remembered(self, progress: dict[str, Any], what: str) -> Tensor:
+        held = progress.get(what, 0.0)
+        if isinstance(held, float):  # one for all tasks, as older files have it
+            held = torch.full_like(self.multipliers.integrals, values.finite(held, what))
+        found = like(held, self.multipliers.integrals, what)
+        if bool((found < 0.0).any()):
+            raise Unreadable(f"{what} must not be negative")
+        return found
 
     def nbytes(self) -> int:
         """Retained inputs and outputs, and the model of the curvature."""
@@ -262,3 +288,8 @@ class KLBudget:
         )
         residual = metric.residual(self.retained.reference[indices], J.outputs) * scale
         return Quadratic(J, residual.flatten(), 0.0)
+
+
+def _largest(divergences: Tensor) -> float:
+    kl = float(divergences.max())
+    return kl if math.isfinite(kl) else math.inf

@@ -16,16 +16,17 @@ class KLBudgetOptions:
         kl_budget: largest mean KL(then || now) of a task on its retained inputs, nats a sample (regression: half the
             squared change of the outputs).
         states_per_task: inputs retained of every task, with the outputs of then.
-        replay: weight of the labels of retained inputs, for every earlier task, next to the loss of the task at hand:
-            0 uses no old labels, 1 weighs all tasks alike, as joint training does.
+        replay: weight of the labels of retained inputs next to the loss of the task at hand: 0 uses no old labels, 1
+            weighs every retained input like one at hand, as joint training does. An earlier task counts by the share
+            of its inputs that is retained: the labels of a few, with the weight of all, would be noise.
         batch_states: of them, in a Lagrangian gradient; None: four times as many as the batch has, and in `protect`,
             which does not see it, 64.
-        draw_every: steps from one that draws retained inputs to the next, which weighs them as many times.
+        draw_every: most steps from one that draws retained inputs to the next. A draw stands for the steps to the next
+            one, and is the rarer the less it weighs: at most as much as the batch at hand.
         enforce_every: steps from one measurement (and restoration, if needed) to the next; also at the task's end.
-        target: share of the budget that the multiplier and the restoration aim at. The multiplier sees the mean over
-            the tasks, the budget holds for the worst.
-        multiplier: the Lagrange multiplier to start with.
-        rate: integral gain of its logarithm, a step, on the relative excess of the KL.
+        target: share of the budget that the multipliers and the restoration aim at.
+        multiplier: the Lagrange multiplier that a task starts with.
+        rate: integral gain of its logarithm, a step, on the relative excess of the task's KL.
         damping: proportional gain.
         restore_steps: Gauss-Newton steps tried before going back along the segment.
         restore_states: retained inputs, of all tasks mixed, that such a step is solved on; how far it is made is
@@ -37,11 +38,11 @@ class KLBudgetOptions:
         seed: of the choice of states and of the draws.
     """
 
-    kl_budget: float = 0.05
+    kl_budget: float = 0.1
     states_per_task: int = 200
-    replay: float = 0.5
+    replay: float = 1.0
     batch_states: int | None = None
-    draw_every: int = 2
+    draw_every: int = 8
     enforce_every: int = 500
     target: float = 0.75
     multiplier: float = 1.0

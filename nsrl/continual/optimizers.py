@@ -78,6 +78,13 @@ class OptimizerConfig:
         return optimizer
 
 
+def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is a multiple of the gradient: no momentum, no coupled decay."""
+    return type(optimizer) is torch.optim.SGD and not any(
+        group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups
+    )
+
+
 def _attach_decay(optimizer: torch.optim.Optimizer, weight_decay: float, to_reference: bool) -> None:
     """Decay in a step hook: constraints attached later see it as a part of the step."""
     groups = [group["params"] for group in optimizer.param_groups]

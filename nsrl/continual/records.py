@@ -185,6 +185,10 @@ def _check_entry(entry: Any) -> None:
     for key, value in mapping(entry["diagnostics"], "diagnostics").items():
         if type(value) is not float:
             raise Unreadable(f"{shown(key)} is {shown(value)}, not a number")
+    # the first ones do not have the worst
+    for key, value in mapping(entry.get("worst", {}), "worst").items():
+        if type(value) is not float:
+            raise Unreadable(f"{shown(key)} is {shown(value)}, not a number")
     for key in CLOCKS:
         finite(entry[key], key, 0.0)
     whole(entry["memory_bytes"], "memory_bytes")

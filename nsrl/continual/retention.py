@@ -80,16 +80,15 @@ class RetainedBehaviour:
         mine = (self.memory.owner == position).nonzero().squeeze(1)
         return float(self.metric.divergence(self.reference[mine], self.outputs(model, mine)).double().mean())
 
-    def gap(self, outputs: Tensor, indices: Tensor) -> tuple[float, Tensor]:
-        """Mean KL of some inputs with these detached outputs (n, O), and n times its gradient in them."""
+    def gap(self, outputs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """KL of each of some inputs, (n,), with these detached outputs (n, O), and its gradient in them, (n, O)."""
         if isinstance(self.objective, Classification):
             # every step comes by here: nothing of then is computed anew, and float32 is enough
             then, now = self._probabilities.index_select(0, indices), F.log_softmax(outputs, -1)
-            negentropy = self._negentropies.index_select(0, indices).sum()
-            kl = float(negentropy - torch.vdot(then.view(-1), now.view(-1))) / len(indices)
+            kl = self._negentropies.index_select(0, indices).sub_((then * now).sum(-1))
             return kl, now.exp_().sub_(then)
         metric, reference = self.metric, self.reference[indices]
-        return float(metric.divergence(reference, outputs).mean()), metric.slope(reference, outputs)
+        return metric.divergence(reference, outputs), metric.slope(reference, outputs)
 
     def nbytes(self) -> int:
         """All that is held, in bytes: inputs, targets, outputs of then and what is derived from them."""

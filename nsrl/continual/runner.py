@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from nsrl.continual.benchmarks import Benchmark, build_benchmark
 from nsrl.continual.config import ContinualConfig, TrainingSettings
-from nsrl.continual.heads import model_outputs, predictions
 from nsrl.continual.metrics import sequence_metrics
 from nsrl.continual.models import build_model, measure_statistics
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.records import Records
+from nsrl.continual.scores import evaluate
 from nsrl.continual.strategies import build_strategy
 from nsrl.continual.strategies.base import Strategy
-from nsrl.continual.tasks import Task
+from nsrl.continual.watching import LOOKS, Watch
 from nsrl.errors import NsrlError
 from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import mapping
@@ -46,8 +45,10 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         The content of metrics.json. `matrix` is R[trained, evaluated] on the test parts: accuracy, or for regression
         the share of the variance explained (0 where worse than the mean); `acc`, `bwt`, `fwt`, `forgetting`,
         `learning` as in `nsrl.continual.metrics`; `preserved_kl`, `kept_share`, `leakage` and `rank` as the strategy
-        measured them at the end of the last task (None where it has none); `train_seconds` without evaluation and, of
-        all threads of this process, `train_cpu_seconds`, which a busy machine stretches less;
+        measured them at the end of the last task (None where it has none); `worst_kl`, `worst_retained_kl`,
+        `worst_drop` and `worst_accuracy` of a learnt task while others were learnt, see `Watch`; `train_seconds`
+        without evaluation and, of all threads of this process, `train_cpu_seconds`, which a busy machine stretches
+        less;
         `memory_bytes` kept of earlier tasks at the end; `history`, an entry a task.
 
     Raises:
@@ -67,12 +68,14 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
                 f"{folder} holds {len(history)} finished tasks, but the benchmark has {len(benchmark.tasks)}; "
                 "resume with the configuration of the run"
             )
+        watch = Watch(strategy, benchmark, config.training.device)
         for index in range(len(history)):
             _recall_task(strategy, benchmark, index, records.state(index), config)
+            watch.learnt()
         records.begin([data.task.name for data in benchmark.tasks], len(history))
         with _bar(config, benchmark, len(history), progress) as bar:
             for index in range(len(history), len(benchmark.tasks)):
-                entry, state = _learn_task(strategy, benchmark, index, config, records, bar)
+                entry, state = _learn_task(strategy, benchmark, index, config, records, bar, watch)
                 history.append(entry)
                 records.write_task(index, history, state)
         metrics = summary(config, benchmark, history, untrained) | {"wall_seconds": perf_counter() - start}
@@ -123,6 +126,7 @@ def summary(
         "score": "variance explained" if benchmark.regression else "accuracy",
         **asdict(sequence_metrics(matrix, untrained)),
         **{key: last["diagnostics"].get(key) for key in ("preserved_kl", "kept_share", "leakage", "rank")},
+        **_worst([entry.get("worst", {}) for entry in history]),
         **{key: sum(entry[key] for entry in history) for key in ("train_seconds", "train_cpu_seconds")},
         "memory_bytes": last["memory_bytes"],
         "tasks": [data.task.name for data in benchmark.tasks],
@@ -132,52 +136,14 @@ def summary(
     }
 
 
-def evaluate(
-    model: nn.Module,
-    benchmark: Benchmark,
-    part: str,
-    seen: Sequence[Task],
-    device: str = "cpu",
-    recalled: Callable[[Task], AbstractContextManager[None]] | None = None,
-) -> list[float]:
-    """Score on every task: accuracy from 0 to 1, or for regression the share of the variance explained (0 or more).
-
-    Args:
-        model: with the outputs that the benchmark needs.
-        benchmark: the tasks.
-        part: "validation" or "test".
-        seen: tasks learnt so far; class-incremental predictions are among their classes.
-        device: of the model.
-        recalled: makes the model what it is on a task, for as long as a block runs (`Strategy.recalled`).
-    """
-    scores = []
-    for index, data in enumerate(benchmark.tasks):
-        with nullcontext() if recalled is None else recalled(data.task):
-            score = _explained if benchmark.regression else _accuracy
-            scores.append(score(model, benchmark, index, part, device, seen))
-    return scores
-
-
-def _accuracy(
-    model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str, seen: Sequence[Task]
-) -> float:
-    right = count = 0
-    for inputs, targets, _ in benchmark.loader(index, part, device=device):
-        right += int((predictions(model, inputs, benchmark.tasks[index].task, seen) == targets).sum())
-        count += len(targets)
-    return right / count if count else float("nan")
-
-
-@torch.no_grad()
-def _explained(
-    model: nn.Module, benchmark: Benchmark, index: int, part: str, device: str, seen: Sequence[Task]
-) -> float:
-    errors, values = [], []
-    for inputs, targets, _ in benchmark.loader(index, part, device=device):
-        errors.append((model_outputs(model, inputs, None) - targets).square())
-        values.append(targets)
-    variance = torch.cat(values).var(0, correction=0).mean()
-    return max(0.0, 1.0 - float(torch.cat(errors).mean() / variance))
+def _worst(entries: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """The worst of all tasks; None for what no task has."""
+    found: dict[str, float | None] = {}
+    for key in ("kl", "retained_kl", "drop", "accuracy"):
+        values = [entry[key] for entry in entries if key in entry]
+        worst = min if key == "accuracy" else max
+        found[f"worst_{key}"] = worst(values) if values else None
+    return found
 
 
 class TrainingClock:
@@ -198,7 +164,13 @@ class TrainingClock:
 
 
 def _learn_task(
-    strategy: Strategy, benchmark: Benchmark, index: int, config: ContinualConfig, records: Records, bar: tqdm
+    strategy: Strategy,
+    benchmark: Benchmark,
+    index: int,
+    config: ContinualConfig,
+    records: Records,
+    bar: tqdm,
+    watch: Watch,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results of a task, and the state at the end of its training that a resumed run goes on from."""
     training, task = config.training, benchmark.tasks[index].task
@@ -210,7 +182,10 @@ def _learn_task(
         device=training.device,
     )
     torch.manual_seed(_task_seed(config, index))
-    watch = TrainingClock()
+    looks = _looks(training.epochs * len(loader))
+    watch.begin()
+    step = 0
+    clock = TrainingClock()
     strategy.before_task(task, _whole(benchmark, index, config))
     losses = []
     for epoch in range(training.epochs):
@@ -218,32 +193,45 @@ def _learn_task(
         for batch in loader:
             total += strategy.step(batch) * len(batch[1])
             bar.update()
+            step += 1
+            if step in looks:
+                clock.stop()
+                watch.look()
+                clock.start()
         if epoch + 1 in training.milestones:
             for group in strategy.optimizer.param_groups:
                 group["lr"] *= training.decay
         losses.append(total / len(loader.examples))
-        watch.stop()
+        clock.stop()
         records.write_loss(index * training.epochs + epoch + 1, losses[-1])
         bar.set_postfix_str(f"{task.name}, loss {losses[-1]:.3g}", refresh=False)
-        watch.start()
-    watch.stop()
+        clock.start()
+    clock.stop()
+    worst = watch.worst()
     # before the task at hand joins those that are kept: it has not been forgotten yet
     diagnostics = strategy.diagnostics()
     state = copy.deepcopy({"weights": strategy.model.state_dict(), "progress": strategy.progress()})
-    watch.start()
+    clock.start()
     strategy.after_task(task, _whole(benchmark, index, config))
-    watch.stop()
+    clock.stop()
+    watch.learnt()
     seen = [data.task for data in benchmark.tasks[: index + 1]]
     entry = {
         "task": task.name,
         "scores": evaluate(strategy.model, benchmark, "test", seen, training.device, strategy.recalled),
         "losses": losses,
         "diagnostics": {key: float(value) for key, value in diagnostics.items()},
-        "train_seconds": watch.seconds,
-        "train_cpu_seconds": watch.cpu_seconds,
+        "worst": worst,
+        "train_seconds": clock.seconds,
+        "train_cpu_seconds": clock.cpu_seconds,
         "memory_bytes": int(strategy.memory_bytes()),
     }
     return entry, state
+
+
+def _looks(steps: int) -> set[int]:
+    """Steps behind which learnt tasks are looked at, evenly spread; the last is the end."""
+    return {-(-steps * number // LOOKS) for number in range(1, LOOKS + 1)}
 
 
 def _recall_task(

@@ -1,6 +1,7 @@
 """The gradient that the KL budget adds to every step, and its certificate, against autograd and dense algebra."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 from nsrl.continual import Task
 from nsrl.continual.budget import KLBudget
 from nsrl.continual.budget_options import KLBudgetOptions
+from nsrl.continual.multipliers import CEILING, Multipliers
 from nsrl.continual.objectives import Classification, Regression
 from nsrl.errors import NsrlError
 from tests.continual.learning import Batches, blobs, build, learn, network
@@ -36,18 +38,65 @@ def test_the_pull_is_the_gradient_of_multiplier_times_kl_and_labels(regression, 
     budget = _moved_budget(regression, replay=replay, rate=0.0, damping=0.0, multiplier=2.5)
     memory, reference = budget.retained.memory, budget.retained.reference
     indices = torch.tensor([3, 17, 21, 39, 8])
+    budget._shares[1] *= 0.5  # as if the second task had twice as many inputs
+    shares = torch.where(memory.owner[indices] == 0, 1.0, 0.5) * 20 / 96
     outputs = budget.retained.outputs(budget.model, indices).detach().requires_grad_()
     if regression:
-        kl = 0.5 * (outputs - reference[indices]).square().sum() / 5
-        labels = 0.5 * (outputs - memory.targets[indices]).square().sum() / 5
+        kl = 0.5 * (outputs - reference[indices]).square().sum(1)
+        labels = 0.5 * (outputs - memory.targets[indices]).square().sum(1)
     else:
         then = reference[indices].log_softmax(-1)
-        kl = F.kl_div(outputs.log_softmax(-1), then, log_target=True, reduction="batchmean")
-        labels = F.cross_entropy(outputs, memory.targets[indices])
-    (wanted,) = torch.autograd.grad(2.5 * kl + 2 * replay * labels, outputs)
+        kl = F.kl_div(outputs.log_softmax(-1), then, log_target=True, reduction="none").sum(1)
+        labels = F.cross_entropy(outputs, memory.targets[indices], reduction="none")
+    # each of the five stands for two fifths of a task
+    (wanted,) = torch.autograd.grad((2 / 5 * (2.5 * kl + replay * shares * labels)).sum(), outputs)
     found = budget.pull(outputs.detach(), indices)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
-    assert budget.retained.gap(outputs.detach(), indices)[0] == pytest.approx(float(kl.detach()), rel=1e-3, abs=1e-6)
+    measured = budget.retained.gap(outputs.detach(), indices)[0].to(kl)
+    torch.testing.assert_close(measured, kl.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_task_that_has_moved_most_is_pulled_hardest_and_the_others_let_go():
+    multipliers = Multipliers(aim=0.1, rate=0.1, damping=0.0, start=1.0)
+    for _ in range(3):
+        multipliers.add(torch.zeros(1))
+    owner = torch.arange(30) % 3
+    moved = torch.tensor([0.0, 0.1, 0.3])
+    for _ in range(20):
+        weights = multipliers.update(moved[owner], owner)
+    # 10 of 30 samples a draw: the running mean is near what is drawn, and the integral is that of its excess
+    divergences, integrals = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for _ in range(20):
+        divergences += (1 - math.exp(-10 / 32)) * (moved.double() - divergences)
+        integrals = (integrals * torch.exp(0.1 * (divergences / 0.1 - 1).clamp(-1, 2))).clamp(max=CEILING)
+    torch.testing.assert_close(weights.double(), integrals, rtol=1e-5, atol=0.0)
+    assert weights[0] < 0.2 and weights[2] > 5.0
+    held = multipliers.integrals.clone()
+    for _ in range(3):
+        multipliers.update(torch.full((10,), math.nan), torch.zeros(10, dtype=torch.long))
+    assert bool(torch.isfinite(multipliers.integrals).all())
+    # a task without a sample in the draw is judged by what was seen of it before
+    torch.testing.assert_close(multipliers.divergences[1:], divergences[1:].float(), rtol=1e-5, atol=0.0)
+    assert multipliers.integrals[0] > held[0]
+
+
+def test_draws_are_as_rare_as_they_weigh_little():
+    """Over many steps the draws add up to the same weight, and none weighs more than a batch."""
+    budget = _moved_budget(False, rate=0.0, damping=0.0, multiplier=0.05, replay=1.0, draw_every=50)
+    whole = 2 * (0.05 + 20 / 96)
+    budget.multipliers.integrals.fill_(0.05)
+    optimizer = torch.optim.Adam(budget.model.parameters())
+    drawn, total = [], 0.0
+    for step in range(40):
+        if budget.draws():
+            indices = torch.arange(40)
+            outputs = budget.retained.outputs(budget.model, indices).detach()
+            drawn.append(step)
+            budget.pull(outputs, indices)
+            total += budget._spacing
+        budget.due(optimizer)
+    assert drawn == list(range(0, 40, int(1 / whole)))
+    assert total == 40
 
 
 @pytest.mark.parametrize("objective", [Classification(), Regression()])
@@ -92,7 +141,7 @@ def test_a_step_takes_the_gradient_of_the_whole_objective():
     new = F.cross_entropy(twin(second.inputs[32:64]), second.targets[32:64])
     outputs = twin(retained.memory.inputs)
     kl = F.kl_div(outputs.log_softmax(1), retained.reference.log_softmax(1), log_target=True, reduction="batchmean")
-    total = new + kl + 0.5 * F.cross_entropy(outputs, retained.memory.targets)
+    total = new + kl + 0.5 * 30 / 96 * F.cross_entropy(outputs, retained.memory.targets)
     wanted = torch.autograd.grad(total, list(twin.parameters()))
     strategy.step((second.inputs[32:64], second.targets[32:64], 1))
     # the model's own gradient has a test of its own

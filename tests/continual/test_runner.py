@@ -24,7 +24,8 @@ from nsrl.continual.config import (
 )
 from nsrl.continual.models import ResNet18, build_model, measure_statistics
 from nsrl.continual.records import Records
-from nsrl.continual.runner import evaluate, run_continual
+from nsrl.continual.runner import run_continual
+from nsrl.continual.scores import evaluate
 from nsrl.errors import NsrlError
 
 

@@ -52,6 +52,10 @@ MEASURED = (
     "preserved_kl",
     "kept_share",
     "leakage",
+    "worst_kl",
+    "worst_retained_kl",
+    "worst_drop",
+    "worst_accuracy",
     "train_seconds",
     "train_cpu_seconds",
     "memory_bytes",
@@ -65,16 +69,23 @@ class Cell:
     Attributes:
         benchmark: name of its configuration.
         config: with strategy, seed and order filled in.
+        variant: what the strategy is called here; its own name, unless it runs with several options.
     """
 
     benchmark: str
     config: ContinualConfig
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Unique among the cells."""
         config = self.config
-        return f"{self.benchmark}/{config.strategy.name}_seed{config.seed}_order{config.benchmark.order}"
+        return f"{self.benchmark}/{self.title}_seed{config.seed}_order{config.benchmark.order}"
+
+    @property
+    def title(self) -> str:
+        """What its strategy is called."""
+        return self.variant or self.config.strategy.name
 
     def stored(self, out: Path) -> dict[str, Any] | None:
         """The result in `out`, if it is of the same configuration."""
@@ -195,7 +206,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
             metrics = found[cell.name]
             identity: dict[str, Any] = {
                 "benchmark": cell.benchmark,
-                "strategy": cell.config.strategy.name,
+                "strategy": cell.title,
                 "seed": cell.config.seed,
                 "order": cell.config.benchmark.order,
             }
@@ -205,7 +216,7 @@ def gather(cells: Sequence[Cell], found: dict[str, dict[str, Any]], failures: di
         for key in ("seed", "out", "strategy"):
             config.pop(key)
         config["presets"] = {
-            cell.config.strategy.name: cell.config.strategy.options
+            cell.title: cell.config.strategy.options
             for cell in cells
             if cell.benchmark == name and cell.config.strategy.options
         }
@@ -233,7 +244,7 @@ def summarise(benchmark: str, strategy: str, rows: Sequence[dict[str, Any]]) -> 
     }
     summary: dict[str, Any] = {"benchmark": benchmark, "strategy": strategy, "runs": len(mine)}
     for key in MEASURED:
-        values = [row[key] for row in mine.values() if row[key] is not None and row[key] == row[key]]
+        values = [row[key] for row in mine.values() if row.get(key) is not None and row[key] == row[key]]
         if values:
             summary[key] = _interval(bootstrap(values)) | {"minimum": min(values), "maximum": max(values)}
     for other in ("naive", "joint"):

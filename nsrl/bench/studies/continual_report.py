@@ -23,6 +23,8 @@ def run_table(metrics: dict[str, Any]) -> Table:
         ("forward transfer (FWT)", points(metrics["fwt"], sign=True)),
         ("forgetting", points(metrics["forgetting"])),
         ("KL on learnt tasks", scientific(metrics["preserved_kl"])),
+        ("worst KL of a learnt task on the way", scientific(metrics.get("worst_kl"))),
+        ("worst drop of a learnt task on the way", points(metrics.get("worst_drop"))),
         ("training time", duration(metrics["train_seconds"])),
         ("kept of earlier tasks", size(metrics["memory_bytes"])),
     ]
@@ -50,6 +52,9 @@ def benchmark_table(content: dict[str, Any], benchmark: str) -> Table:
                 *(points(_mean(entry, key), sign=True) for key in ("bwt", "fwt")),
                 *(points(_mean(entry, key)) for key in ("forgetting", "learning")),
                 scientific(_mean(entry, "preserved_kl")),
+                scientific(_mean(entry, "worst_kl")),
+                scientific(_mean(entry, "worst_retained_kl")),
+                points(_mean(entry, "worst_drop")),
                 number(_mean(entry, "kept_share"), 2),
                 scientific(_mean(entry, "leakage")),
                 "-" if "slowdown" not in entry else f"{entry['slowdown']:.2f}",
@@ -57,21 +62,29 @@ def benchmark_table(content: dict[str, Any], benchmark: str) -> Table:
             )
         )
     runs = max(entry["runs"] for entry in entries)
-    head = ("strategy", "ACC", "BWT", "FWT", "forgetting", "learning", "KL", "kept", "leakage", "time", "memory")
+    head = ("strategy", "ACC", "BWT", "FWT", "forgetting", "learning", "KL", "worst KL", "of retained", "worst drop")
+    head = (*head, "kept", "leakage", "time", "memory")
     return Table(head, tuple(rows), f"{benchmark.replace('_', ' ')}, {runs} runs")
 
 
-def write_markdown(content: dict[str, Any], path: Path) -> Path:
+def write_markdown(
+    content: dict[str, Any],
+    path: Path,
+    title: str = "Continual learning: all strategies on the offline benchmarks",
+    command: str = "nsrl bench continual",
+) -> Path:
     """All tables, what failed, and how they were made."""
     environment = content["environment"]
     parts = [
-        "# Continual learning: all strategies on the offline benchmarks",
-        "`nsrl bench continual` makes this page, `continual.json` and `continual.png`. Mean over seeds and task orders"
+        f"# {title}",
+        f"`{command}` makes this page, `{path.stem}.json` and `{path.stem}.png`. Mean over seeds and task orders"
         " on test data; ACC with its 95 % bootstrap interval; BWT and the others in points of 100."
-        " `KL` is the divergence on inputs of learnt tasks, `kept` the least share of a step over the layers,"
+        " `KL` is the divergence on inputs of learnt tasks at the end, `worst KL` the largest of a task on the way, ten"
+        " looks a task, `of retained` the same on what a budget is held on, `worst drop` the largest fall of a learnt"
+        " task's score below that right after it was learnt; `kept` the least share of a step over the layers,"
         " `time` the median ratio of processor time in training to naive's, `memory` what is kept of earlier tasks."
         " nsrl's own strategies are in bold.",
-        "![ACC of all strategies](continual.png)",
+        f"![ACC of all strategies]({path.stem}.png)",
     ]
     for table in benchmark_tables(content):
         parts += [f"## {table.title}", table.markdown()]

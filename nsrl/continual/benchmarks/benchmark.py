@@ -109,6 +109,7 @@ class Benchmark:
         seed: int | None = None,
         augment: bool = False,
         device: str = "cpu",
+        first: int | None = None,
     ) -> Minibatches:
         """Minibatches of one task.
 
@@ -119,9 +120,12 @@ class Benchmark:
             seed: shuffles, anew in every pass; None keeps the order.
             augment: random crops and mirroring of images.
             device: of the batches.
+            first: only so many of the examples.
         """
         data = self.tasks[index]
         examples: Examples = getattr(data.splits, part)
+        if first is not None:
+            examples = Examples(examples.inputs[:first], examples.targets[:first])
         return Minibatches(examples, data.task.index, self.normalise, batch_size, seed, augment, device)
 
 

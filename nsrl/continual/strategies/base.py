@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nsrl.continual.heads import model_outputs, refuse_moving_statistics
+from nsrl.continual.heads import refuse_moving_statistics
 from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.passes import Chain, Pass, run
 from nsrl.continual.retention import RetainedBehaviour
 from nsrl.continual.tasks import Batch, Loader, Task
 from nsrl.errors import NsrlError
@@ -51,6 +52,7 @@ class Strategy:
         self.tasks: list[Task] = []
         self.task: Task | None = None
         self._watched = RetainedBehaviour(WATCHED)
+        self._chain: Chain | None = None
 
     def before_task(self, task: Task, loader: Loader) -> None:
         """Prepare for a task.
@@ -66,6 +68,7 @@ class Strategy:
             raise NsrlError(f"the loader of task {task.name!r} is empty: a task needs at least one sample")
         self.task = task
         self.optimizer = self.config.build(self.model, first=not self.tasks)
+        self._chain = Chain.of(self.model)
         self._begin(task, loader)
 
     def step(self, batch: Batch | tuple[Tensor, Tensor]) -> float:
@@ -107,11 +110,20 @@ class Strategy:
         """
         if not self.tasks:
             return {}
-        moved = []
+        moved = self.moved()
+        return {"preserved_kl": sum(moved) / len(moved)}
+
+    def moved(self) -> list[float]:
+        """Mean KL(then || now) of every learnt task on inputs of it that are no part of any method, nats a sample."""
+        found = []
         for position, task in enumerate(self.tasks):
             with self.recalled(task):
-                moved.append(self._watched.divergence(self.model, position))
-        return {"preserved_kl": sum(moved) / len(moved)}
+                found.append(self._watched.divergence(self.model, position))
+        return found
+
+    def promised_kl(self) -> float | None:
+        """Largest KL of a task on what a budget is held on; None for strategies without a budget."""
+        return None
 
     @contextmanager
     def recalled(self, task: Task) -> Iterator[None]:
@@ -141,15 +153,16 @@ class Strategy:
 
     def _backward(self, inputs: Tensor, targets: Tensor, head: int | None) -> float:
         """Fill the gradients; returns the batch's loss."""
-        loss = self._loss(inputs, targets, head)
-        loss.backward()
-        return float(loss.detach())
-
-    def _loss(self, inputs: Tensor, targets: Tensor, head: int | Tensor | None) -> Tensor:
-        outputs = model_outputs(self.model, inputs, head)
+        passed = self._pass(inputs, head)
         objective = objective_of(targets)
-        objective.check(outputs, targets)
-        return objective.loss(outputs, targets)
+        objective.check(passed.outputs, targets)
+        loss, slope = objective.loss_and_slope(passed.outputs, targets)
+        passed.backward(slope)
+        return float(loss)
+
+    def _pass(self, inputs: Tensor, head: int | Tensor | None) -> Pass:
+        """Forward; what a step computes with goes by here."""
+        return run(self.model, self._chain, inputs, head)
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor, int | None]:
         if self.task is None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nsrl.continual.passes import Rows
 from nsrl.projection.constraints.constraint import Constraint, Eigenspace
 from nsrl.projection.jacobians.blocks import Range
 from nsrl.projection.jacobians.columns import LayerColumns
@@ -91,6 +92,36 @@ class BasisConstraint(Constraint):
             kept = matrix - ((matrix @ part.basis) * part.removed) @ part.basis.T
             part.layer.write(part.gain * kept, out)
         return out
+
+    def rows(self, model: nn.Module) -> Rows | None:
+        """Projected layer inputs: gradients made with them are projected; None where a layer is no whole linear one.
+
+        They are projected in their own precision. What that leaves of a protected direction is round-off of the step,
+        less than the round-off with which weights of that precision take the step up.
+
+        Args:
+            model: whose parameters the columns are.
+        """
+        names = {columns: name for name, columns in self.columns.items()}
+        parameters, found = dict(model.named_parameters()), {}
+        for part in self.layers:
+            layer = part.layer
+            if layer.transposed or layer.bias is not None or layer.weight not in names:
+                return None
+            weight = parameters[names[layer.weight]]
+            if weight.shape != (layer.width_out, layer.width_in) or id(weight) in found:
+                return None
+            basis = part.basis.to(weight)
+            found[id(weight)] = (basis * part.removed.to(weight), basis.T.contiguous(), part.gain)
+
+        def projected(layer: nn.Linear, inputs: Tensor) -> Tensor:
+            if id(layer.weight) not in found:
+                return inputs
+            removed, basis, gain = found[id(layer.weight)]
+            kept = torch.addmm(inputs, inputs @ removed, basis, alpha=-1.0)
+            return kept if gain == 1.0 else kept.mul_(gain)
+
+        return projected
 
     def nbytes(self) -> int:
         """Bases and shares."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsrl.continual.heads import ABSENT, model_outputs
+from nsrl.continual.heads import ABSENT
 from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.reservoir import Reservoir
@@ -92,13 +92,13 @@ class DER(Strategy):
         """Indices for each of the terms in `_penalty`."""
         return [self.reservoir.draw(self.options.batch_samples)]
 
-    def _penalty(self, outputs: list[Tensor], draws: list[Tensor]) -> Tensor:
-        """What the reservoir adds to the loss."""
+    def _slopes(self, outputs: list[Tensor], draws: list[Tensor]) -> list[Tensor]:
+        """Gradient of what the reservoir adds to the loss, in the outputs of each draw."""
         then, now = self.reservoir.outputs.index_select(0, draws[0]), outputs[0]
         there = then > 0.5 * ABSENT
         # a head may be narrower than the widest one: its missing columns are no outputs
         gaps = torch.where(there, now - then, 0.0)
-        return self.options.alpha * gaps.square().sum() / there.sum()
+        return [gaps.mul_(2.0 * self.options.alpha / there.sum())]
 
     def _backward(self, inputs: Tensor, targets: Tensor, head: int | None) -> float:
         draws = self._draws() if len(self.reservoir) else []
@@ -106,22 +106,29 @@ class DER(Strategy):
         if draws:
             heads = joined_heads(head, len(inputs), self.reservoir.heads_of(old))
             together = torch.cat([inputs, self.reservoir.inputs.index_select(0, old)])
-            outputs = model_outputs(self.model, together, heads)
+            passed = self._pass(together, heads)
         else:
-            outputs = model_outputs(self.model, inputs, head)
-        new, *kept = outputs.split([len(inputs), *map(len, draws)])
+            passed = self._pass(inputs, head)
+        new, *kept = passed.outputs.split([len(inputs), *map(len, draws)])
         objective = objective_of(targets)
         objective.check(new, targets)
-        loss = objective.loss(new, targets)
-        total = loss + self._penalty(self._fitted(kept), draws) if draws else loss
-        total.backward()
-        self.reservoir.offer(inputs, targets, new.detach(), head)
-        return float(loss.detach())
+        loss, slope = objective.loss_and_slope(new, targets)
+        width = slope.shape[1]
+        slopes = [self._sized(piece, width, 0.0) for piece in self._slopes(self._fitted(kept), draws)] if draws else []
+        passed.backward(torch.cat([slope, *slopes]))
+        self.reservoir.offer(inputs, targets, new, head)
+        return float(loss)
 
     def _fitted(self, outputs: list[Tensor]) -> list[Tensor]:
         """Outputs with as many columns as those in the reservoir."""
         width = self.reservoir.outputs.shape[1]
-        return [F.pad(out, (0, width - out.shape[1]), value=ABSENT)[:, :width] for out in outputs]
+        return [self._sized(out, width, ABSENT) for out in outputs]
+
+    @staticmethod
+    def _sized(outputs: Tensor, width: int, value: float) -> Tensor:
+        """(n, width): columns cut off, or filled."""
+        gap = width - outputs.shape[1]
+        return F.pad(outputs, (0, gap), value=value) if gap > 0 else outputs[:, :width]
 
 
 class DERPlusPlus(DER):
@@ -142,8 +149,8 @@ class DERPlusPlus(DER):
     def _draws(self) -> list[Tensor]:
         return [*super()._draws(), self.reservoir.draw(self.options.batch_samples)]
 
-    def _penalty(self, outputs: list[Tensor], draws: list[Tensor]) -> Tensor:
+    def _slopes(self, outputs: list[Tensor], draws: list[Tensor]) -> list[Tensor]:
         assert isinstance(self.options, DERPlusPlusOptions)
         targets = self.reservoir.targets.index_select(0, draws[1])
-        labels = objective_of(targets).loss(outputs[1], targets)
-        return super()._penalty(outputs, draws) + self.options.beta * labels
+        _, labels = objective_of(targets).loss_and_slope(outputs[1], targets)
+        return [*super()._slopes(outputs, draws), labels.mul_(self.options.beta)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsrl.continual.heads import model_outputs
 from nsrl.continual.memory import Memory
 from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.passes import Rows
 from nsrl.continual.strategies.bases import AsGiven, BasisConstraint, LayerBasis
 from nsrl.continual.strategies.projected import ProjectedStrategy, freeze_uncovered
 from nsrl.continual.tasks import Loader, Task
@@ -104,6 +105,10 @@ class GPM(ProjectedStrategy):
     def _project(self, displacement: Tensor) -> Tensor:
         assert self.constraint is not None
         return self.constraint.applied(displacement)
+
+    def _projected_rows(self) -> Rows | None:
+        assert self.constraint is not None
+        return self.constraint.rows(self.model)
 
     def _certify(self, displacement: Tensor) -> dict[str, float]:
         assert self.constraint is not None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from nsrl.continual.budget import KLBudget
 from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.features import FeatureOptions, ProtectedFeatures
-from nsrl.continual.heads import model_outputs
 from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
 from nsrl.continual.strategies.base import Strategy, joined_heads
@@ -56,17 +55,21 @@ class KLBudgetStrategy(Strategy):
         return self.budget.nbytes()
 
     def diagnostics(self) -> dict[str, float]:
-        """As `Strategy`; largest KL of a task on its retained inputs, multiplier, restorations, rank and the like."""
+        """As `Strategy`; largest KL of a task on its retained inputs, largest multiplier, restorations and the like."""
         if not self.tasks:
             return {}
         return {
             **super().diagnostics(),
-            "largest_kl": self.budget.binding_divergence(),
-            "multiplier": self.budget.multiplier.integral,
+            "largest_kl": self.budget.largest_divergence(),
+            "multiplier": self.budget.multipliers.largest(),
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
             **self.budget.certificate(),
         }
+
+    def promised_kl(self) -> float | None:
+        """Largest KL of a task on its retained inputs."""
+        return self.budget.largest_divergence() if self.tasks else None
 
     def progress(self) -> dict[str, Any]:
         """Draws, multiplier and counters."""
@@ -83,13 +86,13 @@ class KLBudgetStrategy(Strategy):
             return plain
         memory, old = self.budget.retained.memory, self.budget.draw(len(inputs))
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
-        new, kept = outputs.detach().split([len(inputs), len(old)])
+        passed = self._pass(torch.cat([inputs, memory.take(old)]), heads)
+        new, kept = passed.outputs.split([len(inputs), len(old)])
         objective = objective_of(targets)
         objective.check(new, targets)
         loss, slope = objective.loss_and_slope(new, targets)
         # one root with a gradient in closed form: half as many nodes as two losses, and steps here are all overhead
-        outputs.backward(torch.cat([slope, self.budget.pull(kept, old)]))
+        passed.backward(torch.cat([slope, self.budget.pull(kept, old)]))
         self.budget.add_curvature(self.optimizer)
         return float(loss)
 

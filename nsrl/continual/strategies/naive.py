@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsrl.continual.heads import model_outputs
 from nsrl.continual.memory import Memory
 from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
@@ -84,11 +83,12 @@ class Joint(Strategy):
         memory = self._memory
         old = memory.draw(len(self.tasks) * len(inputs))
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
-        new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
+        passed = self._pass(torch.cat([inputs, memory.take(old)]), heads)
+        new, past = passed.outputs.split([len(inputs), len(old)])
         objective = objective_of(targets)
-        objective.check(new_outputs, targets)
-        loss = objective.loss(new_outputs, targets)
+        objective.check(new, targets)
+        loss, slope = objective.loss_and_slope(new, targets)
         share = len(self.tasks) / (len(self.tasks) + 1)
-        ((1.0 - share) * loss + share * objective.loss(old_outputs, memory.targets[old])).backward()
-        return float(loss.detach())
+        _, past_slope = objective.loss_and_slope(past, memory.targets[old])
+        passed.backward(torch.cat([slope.mul_(1.0 - share), past_slope.mul_(share)]))
+        return float(loss)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nsrl.continual.heads import model_outputs
 from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.passes import Rows
 from nsrl.continual.strategies.bases import AsGiven, BasisConstraint, LayerBasis
 from nsrl.continual.strategies.ewc import fisher_diagonal
 from nsrl.continual.strategies.gpm import weight_features
@@ -99,6 +100,10 @@ class AdamNSCL(ProjectedStrategy):
     def _project(self, displacement: Tensor) -> Tensor:
         assert self.constraint is not None
         return self.constraint.applied(displacement)
+
+    def _projected_rows(self) -> Rows | None:
+        assert self.constraint is not None
+        return self.constraint.rows(self.model)
 
     def _certify(self, displacement: Tensor) -> dict[str, float]:
         assert self.constraint is not None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nsrl.continual.heads import MultiHead
-from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.optimizers import OptimizerConfig, is_plain_sgd
+from nsrl.continual.passes import Pass, Rows, fits
 from nsrl.continual.strategies.base import Strategy
 from nsrl.continual.tasks import Loader, Task
 from nsrl.projection.optimizer import FlatParameters, StepHooks
@@ -37,6 +38,8 @@ class ProjectedStrategy(Strategy):
         super().__init__(model, optimizer)
         self.certificate: dict[str, float] = {}
         self._steps = 0
+        self._projected = False
+        self._rows: Rows | None = None
 
     def diagnostics(self) -> dict[str, float]:
         """As `Strategy`, with "kept_share", "leakage" and "rank"."""
@@ -63,11 +66,27 @@ class ProjectedStrategy(Strategy):
         """Number of protected parameter directions."""
         raise NotImplementedError
 
+    def _pass(self, inputs: Tensor, head: int | Tensor | None) -> Pass:
+        if self._projects_gradient and self._chain is not None and fits(self._chain, inputs, head):
+            self._projected = True
+            return self._chain.run(inputs, head, self._rows)
+        self._projected = False
+        return super()._pass(inputs, head)
+
+    @property
+    def _projects_gradient(self) -> bool:
+        """Whether this step's gradient is projected instead of its displacement; certificates are of displacements."""
+        return self._rows is not None and self._steps % CERTIFIED_EVERY != 0
+
     # -- for subclasses ---------------------------------------------------------------------------------------------
 
     def _project(self, displacement: Tensor) -> Tensor:
         """The displacement to make instead."""
         raise NotImplementedError
+
+    def _projected_rows(self) -> Rows | None:
+        """Where the projection is one of layer inputs: what stands in for them in a gradient; None: it is not."""
+        return None
 
     def _certify(self, displacement: Tensor) -> dict[str, float]:
         """Certificate of a displacement's projection."""
@@ -83,12 +102,18 @@ class ProjectedStrategy(Strategy):
             return
         flat = self.projected_parameters
         start = torch.zeros(0)
+        # A step of plain SGD is a multiple of the gradient.
+        self._rows = self._projected_rows() if is_plain_sgd(self.optimizer) and not self.config.weight_decay else None
 
         def before() -> None:
             nonlocal start
-            start = flat.read()
+            if not self._projected:
+                start = flat.read()
 
         def after() -> None:
+            if self._projected:
+                self._steps += 1
+                return
             way = flat.read() - start
             if self._steps % CERTIFIED_EVERY == 0:
                 self.certificate = self._certify(way)

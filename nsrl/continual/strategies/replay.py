@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsrl.continual.heads import model_outputs
 from nsrl.continual.memory import Memory
 from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
@@ -74,14 +73,15 @@ class ExperienceReplay(_WithMemory):
         memory = self._memory
         old = memory.draw(self.options.batch_samples)
         heads = joined_heads(head, len(inputs), memory.heads_of(old))
-        outputs = model_outputs(self.model, torch.cat([inputs, memory.take(old)]), heads)
-        new_outputs, old_outputs = outputs.split([len(inputs), len(old)])
+        passed = self._pass(torch.cat([inputs, memory.take(old)]), heads)
+        new, past = passed.outputs.split([len(inputs), len(old)])
         objective = objective_of(targets)
-        objective.check(new_outputs, targets)
-        loss = objective.loss(new_outputs, targets)
+        objective.check(new, targets)
+        loss, slope = objective.loss_and_slope(new, targets)
         weight = len(self.tasks) if self.options.weight is None else self.options.weight
-        ((loss + weight * objective.loss(old_outputs, memory.targets[old])) / (1.0 + weight)).backward()
-        return float(loss.detach())
+        _, past_slope = objective.loss_and_slope(past, memory.targets[old])
+        passed.backward(torch.cat([slope, past_slope.mul_(weight)]).div_(1.0 + weight))
+        return float(loss)
 
 
 class AGEM(_WithMemory):
@@ -102,7 +102,8 @@ class AGEM(_WithMemory):
             return super()._backward(inputs, targets, head)
         memory, flat = self._memory, self.flat
         old = memory.draw(self.options.batch_samples)
-        self._loss(memory.take(old), memory.targets[old], memory.heads_of(old)).backward()
+        passed, targets_then = self._pass(memory.take(old), memory.heads_of(old)), memory.targets[old]
+        passed.backward(objective_of(targets_then).loss_and_slope(passed.outputs, targets_then)[1])
         reference = flat.gradient()
         self.optimizer.zero_grad()
         loss = super()._backward(inputs, targets, head)

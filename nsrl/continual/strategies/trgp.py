@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nsrl.continual.objectives import objective_of
 from nsrl.continual.optimizers import OptimizerConfig
+from nsrl.continual.passes import GraphPass, Pass, Rows
 from nsrl.continual.strategies.bases import LayerBasis
 from nsrl.continual.strategies.gpm import GPM, GPMOptions, orthonormal
 from nsrl.continual.tasks import Loader, Task
@@ -131,26 +131,26 @@ class TRGP(GPM):
         with self.recalled(task):
             super()._end(task, loader)
 
-    def _loss(self, inputs: Tensor, targets: Tensor, head: int | Tensor | None) -> Tensor:
+    def _projected_rows(self) -> Rows | None:
+        return None  # the weights that a step computes with are not those that it moves
+
+    def _pass(self, inputs: Tensor, head: int | Tensor | None) -> Pass:
         found = self.reused.get(self.task.index, []) if self.task is not None else []
         if not found:
-            return super()._loss(inputs, targets, head)
+            return super()._pass(inputs, head)
         named = dict(self.model.named_parameters())
         weights: dict[str, Tensor] = {}
         for reuse in found:
             weight = weights.get(reuse.weight, named[reuse.weight])
             weights[reuse.weight] = weight + reuse.change().view_as(weight)
-        outputs = functional_call(self.model, weights, (inputs,) if head is None else (inputs, head))
-        objective = objective_of(targets)
-        objective.check(outputs, targets)
-        return objective.loss(outputs, targets)
+        return GraphPass(functional_call(self.model, weights, (inputs,) if head is None else (inputs, head)))
 
     def _related(self, task: Task, loader: Loader) -> list[Reuse]:
         """For every layer the old tasks in whose inputs most of the new task's gradient lies."""
         assert isinstance(self.options, TRGPOptions) and self.constraint is not None
         inputs, targets = next(iter(loader))[:2]
         self.model.zero_grad()
-        self._loss(inputs, targets, task.head).backward()
+        self._backward(inputs, targets, task.head)
         named, found = dict(self.model.named_parameters()), []
         for part in self.constraint.layers:
             name = self._weight_of(part)

@@ -93,6 +93,8 @@ def read_checkpoint(
         NsrlError: there is no such file, it is damaged, or its edits were made with something else.
     """
     told, tensors = _read(path)
+    # Files from before values could be searched for together do not say that they were not.
+    told["method"] = {"together": None, **told["method"]}
     for key, what in WITH.items():
         if told[key] != made_with[key]:
             raise NsrlError(f"the edits in {path} were made with {what}; give those that they were made with")

@@ -12,6 +12,9 @@ from nsrl.errors import NsrlError
 from nsrl.projection import Hard
 from nsrl.projection.constraints.feature_moments import LayerMoments, Subspace
 
+#: Times the mean of a Gram's diagonal is added to it: two edits of one subject have one key.
+JITTER = 1e-10
+
 
 @dataclass
 class Preservation:
@@ -66,10 +69,9 @@ class Preservation:
                 "the scale of this model's keys; give energy instead of a threshold, or kept=(0, 1) to run it as it is"
             )
         weight = method.penalty if penalty is None else penalty
-        mean = float(values.sum()) / dimension
-        return cls(
-            moments.layer.name, values, vectors, excluded, weight, method.ridge + method.relative_ridge * weight * mean
-        )
+        # Where values are searched for together the ridge stays, so that a stronger penalty turns to what is preserved.
+        unit = (weight if method.together is None else method.penalty) * float(values.sum()) / dimension
+        return cls(moments.layer.name, values, vectors, excluded, weight, method.ridge + method.relative_ridge * unit)
 
     @property
     def dimension(self) -> int:
@@ -153,6 +155,30 @@ def solve_update(preservation: Preservation, keys: Tensor, residuals: Tensor, ea
     moment = scaled.T @ scaled
     right = scaled[count - len(keys) :].T @ targets
     return preservation.root(_solve(moment, right, preservation.name).T)
+
+
+def factor(price: Tensor) -> Tensor:
+    """L of L L^T = Q + jitter, lower triangular, for a Gram Q of shape (n, n).
+
+    Raises:
+        NsrlError: it is NaN or infinite.
+    """
+    size = price.diagonal().mean()
+    root, failed = torch.linalg.cholesky_ex(price + JITTER * size * torch.eye(len(price)).to(price))
+    if int(failed) or not bool(torch.isfinite(root).all()):
+        raise NsrlError("the keys of the edits are NaN, infinite or all zero; the model has diverged")
+    return root
+
+
+def least_update(rows: Tensor, price: Tensor, delta: Tensor) -> Tensor:
+    """D A^{1/2} of the least D, in the metric A, with D K = delta, shape (d_out, d_in).
+
+    Args:
+        rows: A^{-1/2} times the keys, K^T A^{-1/2}, shape (n, d_in), float64.
+        price: their Gram, shape (n, n).
+        delta: shape (n, d_out).
+    """
+    return torch.cholesky_solve(delta, factor(price)).T @ rows
 
 
 def _solve(gram: Tensor, right: Tensor, name: str) -> Tensor:

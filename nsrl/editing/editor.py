@@ -15,6 +15,7 @@ from nsrl.editing.budget_search import smallest_penalty
 from nsrl.editing.checkpoint import provenance, read_checkpoint, write_checkpoint
 from nsrl.editing.edits import Edit
 from nsrl.editing.fingerprint import fingerprint
+from nsrl.editing.joint.writing import JointWriting
 from nsrl.editing.layer_memory import LayerMemory
 from nsrl.editing.layers import find_layers
 from nsrl.editing.logits import check_logits
@@ -23,7 +24,7 @@ from nsrl.editing.observation import observe
 from nsrl.editing.preserved import PreservedKeys
 from nsrl.editing.reports import BatchReport, EditorReport
 from nsrl.editing.text_budget import TextKL
-from nsrl.editing.tokens import check_tokenizer, longest, text_batches
+from nsrl.editing.tokens import Marked, check_tokenizer, longest, text_batches
 from nsrl.editing.values import Values, ValueSearch, find_values, mark_edit
 from nsrl.errors import NsrlError
 from nsrl.files import given_path
@@ -80,6 +81,7 @@ class Editor:
         self._edits: list[Edit] = []
         self._batches: list[BatchReport] = []
         self._penalty: float | None = None
+        self._marked: dict[Edit, Marked] = {}
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -146,7 +148,8 @@ class Editor:
 
         Args:
             edits: one batch; later ones count with these.
-            values: from `find_values`, perhaps of the unedited model; searched for when None.
+            values: from `find_values`, perhaps of the unedited model; searched for when None. A method that searches
+                for those of all edits together does not look at them.
 
         Raises:
             NsrlError: bad edits, nothing preserved, a method whose projector does not fit, a singular system, or a
@@ -160,13 +163,14 @@ class Editor:
             raise NsrlError("a KL budget needs text to be measured on; call preserve, or load_statistics with texts")
         for memory in self._memories:
             memory.prepare(self.preserved.of(memory.layer))
-        found = self.find_values(edits) if values is None else values
-        if len(found) != len(edits):
+        together = self.method.together is not None
+        found = self.find_values(edits) if values is None and not together else values
+        if found is not None and len(found) != len(edits):
             raise NsrlError(f"there are {len(found)} values for {len(edits)} edits; give those of these edits")
         searched = perf_counter() - start
         before = [memory.state() for memory in self._memories]
         try:
-            measured = self._write(edits, found)
+            measured = self._write_together(edits) if together or found is None else self._write(edits, found)
         except BaseException:
             for memory, state in zip(self._memories, before, strict=True):
                 memory.set_state(state)
@@ -217,6 +221,7 @@ class Editor:
         for memory, moment, state in zip(self._memories, moments, states, strict=True):
             memory.restore(moment, state, [batch.edits for batch in batches])
         self._edits, self._batches, self._penalty = edits, batches, penalty
+        self._marked = {edit: mark_edit(self.tokenizer, edit) for edit in edits}
 
     def report(self) -> EditorReport:
         """What has been written, and what it cost the preserved text."""
@@ -241,7 +246,7 @@ class Editor:
         padding, last = self.tokenizer.pad_token_id, self.layers[-1].block
         wanted = _anchored(values) if self.method.anchor else values.hidden
         for index, memory in enumerate(self._memories):
-            keys = values.keys if index == 0 else self._keys(edits, memory)
+            keys = values.keys if index == 0 else self._keys(edits, memory, ("", *self._prefixes))
             (now,) = observe(self.model, marked, padding, outputs_of=[last])
             residual = (wanted - now) / (len(self._memories) - index)
             memory.add(keys, residual, self._penalty)
@@ -249,24 +254,58 @@ class Editor:
         if self.method.kl_budget is not None:
             assert self._kl is not None
             penalty, measured = smallest_penalty(
-                self._memories, self._kl, self.model, self.method.kl_budget, self._penalty
+                self._solve,
+                max(memory.weakest() for memory in self._memories),
+                self._kl,
+                self.model,
+                self.method.kl_budget,
+                self._penalty,
             )
             self._penalty = penalty
         for memory in self._memories:
             memory.close()
         (after,) = observe(self.model, marked, padding, outputs_of=[last])
         missing = (wanted - after).norm(dim=1) / (wanted - values.before).norm(dim=1).clamp_min(1e-30)
+        return self._measured(missing, measured, penalty)
+
+    def _write_together(self, edits: list[Edit]) -> dict[str, Any]:
+        assert self._kl is not None
+        for memory in self._memories:
+            memory.show_original()
+        # Of the prompts themselves, since the search counts with what is added at these very keys.
+        keys = [self._keys(edits, memory, ("",)) for memory in self._memories]
+        for memory, rows in zip(self._memories, keys, strict=True):
+            memory.remember(rows)
+        every = [*self._edits, *edits]
+        final = {edit.text: number for number, edit in enumerate(every)}
+        for edit in edits:
+            self._marked[edit] = mark_edit(self.tokenizer, edit)
+        writing = JointWriting(
+            self.model,
+            self._memories,
+            [self._marked[edit] for edit in every],
+            [final[edit.text] == number for number, edit in enumerate(every)],
+            self.tokenizer.pad_token_id,
+            self.method,
+        )
+        self._penalty, measured = writing.write(self._kl, self._penalty)
+        return self._measured(writing.still_missing(len(self._edits)), measured, self._penalty)
+
+    def _solve(self, penalty: float) -> None:
+        for memory in self._memories:
+            memory.solve(penalty)
+
+    def _measured(self, missing: Tensor, kl: float | None, penalty: float | None) -> dict[str, Any]:
         return {
-            "edits": len(edits),
-            "kl": measured,
+            "edits": len(missing),
+            "kl": kl,
             "penalty": penalty,
             "missing": float(missing.mean()),
             "written": float((missing <= CLOSE).double().mean()),
             "change": sum(memory.change() for memory in self._memories) / len(self._memories),
         }
 
-    def _keys(self, edits: Sequence[Edit], memory: LayerMemory) -> Tensor:
-        prefixes = ("", *self._prefixes)
+    def _keys(self, edits: Sequence[Edit], memory: LayerMemory, prefixes: Sequence[str]) -> Tensor:
         rows = [mark_edit(self.tokenizer, edit, prefix) for edit in edits for prefix in prefixes]
         (keys,) = observe(self.model, rows, self.tokenizer.pad_token_id, inputs_of=[memory.layer.linear])
         return keys.reshape(len(edits), len(prefixes), -1).mean(1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsrl.editing.closed_form import Preservation, solve_update
+from nsrl.editing.closed_form import Preservation, least_update, solve_update
 from nsrl.editing.layers import EditedLayer
 from nsrl.editing.methods import Method
 from nsrl.errors import NsrlError
@@ -56,6 +56,7 @@ class LayerMemory:
         self._preservation: Preservation | None = None
         self._moments: LayerMoments | None = None
         self._original: Tensor | None = None
+        self._prices: tuple[float, Tensor, Tensor, Tensor] | None = None
         self._closed_until = 0
         self._seen = self._mark()
 
@@ -104,15 +105,60 @@ class LayerMemory:
         Raises:
             NsrlError: the system is singular, or something is NaN.
         """
-        assert self.keys is not None and self.wanted is not None and self._moments is not None
-        preservation = Preservation.of(self._moments, self.method, penalty)
-        self._write(solve_update(preservation, self.keys, self.wanted))
+        assert self.wanted is not None
+        self._write(solve_update(self._at(penalty), self._every(), self.wanted))
+
+    def remember(self, keys: Tensor) -> None:
+        """Add edits at some keys (n, d_in), float64, of which no wanted change is known yet."""
+        if self._original is None:
+            self._original = self.layer.weight.detach().clone()
+        wanted = keys.new_zeros(len(keys), self.layer.displacement(self._original).shape[0])
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
+        self.wanted = wanted if self.wanted is None else torch.cat([self.wanted, wanted])
+
+    def price(self, penalty: float) -> Tensor:
+        """K A^{-1} K^T of all keys: what it costs to write them, at some weight of the second moment; shape (n, n)."""
+        return self._priced(penalty)[1]
+
+    def leverage(self, penalty: float) -> float:
+        """Mean of the price's diagonal."""
+        return float(self._at(penalty).root(self._every()).square().sum(1).mean())
+
+    def known(self) -> Tensor:
+        """Wanted changes of all edits, shape (n, d_out)."""
+        assert self.wanted is not None
+        return self.wanted
+
+    def interpolate(self, wanted: Tensor, penalty: float) -> None:
+        """Write the least displacement, in the metric A, that changes the output at every key as it is wanted.
+
+        Args:
+            wanted: of all edits, from the original weight, shape (n, d_out).
+            penalty: weight of the second moment.
+        """
+        rows, price = self._priced(penalty)
+        self.wanted = wanted
+        self._write(self._at(penalty).root(least_update(rows, price, wanted)))
+
+    def _at(self, penalty: float) -> Preservation:
+        assert self._moments is not None
+        return Preservation.of(self._moments, self.method, penalty)
+
+    def _priced(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """A^{-1/2} times all keys, and their Gram; those of the last call where they are the same."""
+        keys = self._every()
+        if self._prices is None or self._prices[0] != penalty or self._prices[1] is not keys:
+            rows = self._at(penalty).root(keys)
+            self._prices = penalty, keys, rows, rows @ rows.T
+        return self._prices[2], self._prices[3]
+
+    def _every(self) -> Tensor:
+        assert self.keys is not None
+        return self.keys
 
     def weakest(self) -> float:
         """The least weight of the second moment that a budget may ask for."""
-        assert self.keys is not None and self._moments is not None
-        unit = Preservation.of(self._moments, self.method, 1.0)
-        return WEAKEST * float(unit.root(self.keys).square().sum(1).mean())
+        return WEAKEST * self.leverage(1.0)
 
     def close(self) -> None:
         """Where the method deflates: close the directions of the newest keys to later batches."""
@@ -170,7 +216,7 @@ class LayerMemory:
     def reset(self) -> None:
         """The weight as before the first edit, for good."""
         self.show_original()
-        self.keys = self.wanted = self._original = self._preservation = None
+        self.keys = self.wanted = self._original = self._preservation = self._prices = None
         self._closed_until = 0
 
     def check_untouched(self) -> None:

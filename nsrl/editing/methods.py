@@ -5,7 +5,8 @@ of the keys of preserved text, all of them are
 
     minimise |D K - R|^2 + [history] |D Kp|^2 + penalty tr(D C D^T) + ridge |D|^2    over D = D P
 
-with P the identity, or the projector onto the directions of C below a threshold.
+with P the identity, or the projector onto the directions of C below a threshold. `nsrl` asks for the answers instead of
+D K = R, at the least of the two last terms (`nsrl.editing.joint.search`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Method:
         deflation: share of the energy of a batch's projected keys whose directions are closed to later batches.
         anchor: a value vector gets the norm of the hidden state that it replaces.
         kl_budget: nats per token of the preserved text, measured after every batch and kept; None keeps none.
+        together: weight of what writing costs, where values of all edits are searched for at once and written from the
+            original weights (`nsrl.editing.joint.search`): moving one hidden state by its own length costs as much as
+            an answer that misses its margin by sqrt(together) nats. None takes each value as found alone.
         kept: share of all directions that a projector has to leave, least and most.
     """
 
@@ -45,6 +49,7 @@ class Method:
     deflation: float | None = None
     anchor: bool = False
     kl_budget: float | None = None
+    together: float | None = None
     kept: tuple[float, float] = (0.01, 0.99)
 
     def __post_init__(self) -> None:
@@ -69,6 +74,14 @@ class Method:
             raise NsrlError(f"the KL budget must be positive and finite, not {self.kl_budget}")
         if self.kl_budget is not None and not self.penalty:
             raise NsrlError("a KL budget is kept by a stronger penalty, so it needs one to begin with")
+        if self.together is not None:
+            if not 0.0 < self.together < math.inf:
+                raise NsrlError(f"the weight of a search together must be positive and finite, not {self.together}")
+            if self.kl_budget is None or self.anchor or self.projects or not (self.ridge or self.relative_ridge):
+                raise NsrlError(
+                    "values are searched for together where a KL budget and a ridge are given, without projector and "
+                    "anchor; change these, or set together to None"
+                )
 
     @property
     def projects(self) -> bool:
@@ -86,7 +99,7 @@ METHODS: Mapping[str, Method] = {
     "betaedit": Method(threshold=2e-2, ridge=1.0, penalty=3000.0),
     "evoedit": Method(history=False, threshold=2e-2, ridge=1.0, deflation=0.9),
     "anchored": Method(penalty=15000.0, anchor=True),
-    "nsrl": Method(penalty=1.0, relative_ridge=1e-3, kl_budget=0.01),
+    "nsrl": Method(penalty=1.0, relative_ridge=1e-3, together=1.0, kl_budget=0.01),
 }
 
 

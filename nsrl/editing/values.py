@@ -11,18 +11,19 @@ Many edits share a pass, each with its own delta and its own end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsrl.editing.continuations import Rows, rows_of, run_heads, run_tails
 from nsrl.editing.edits import Edit
 from nsrl.editing.layers import EditedLayer
-from nsrl.editing.logits import hidden_states, logits_of
+from nsrl.editing.logits import logits_of
 from nsrl.editing.observation import hidden_state, observe
-from nsrl.editing.tokens import Marked, mark, padded
+from nsrl.editing.tokens import Marked, mark
 from nsrl.errors import NsrlError
 
 
@@ -141,80 +142,6 @@ def find_values(
     )
 
 
-@dataclass
-class _Rows:
-    """Prompts of a batch, cut in front of the subject's last token: what ran once, and what runs at every step."""
-
-    edit: Tensor
-    head_mask: Tensor
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    labels: Tensor
-    weights: Tensor
-    essence: Tensor
-    past: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def of(self, active: Tensor) -> _Rows:
-        """The rows of the edits that a mask (n,) chooses."""
-        rows = active[self.edit]
-        kept = [
-            getattr(self, name)[rows]
-            for name in ("edit", "head_mask", "ids", "mask", "positions", "labels", "weights", "essence")
-        ]
-        return _Rows(*kept, past=[(k[rows], v[rows]) for k, v in self.past])  # type: ignore[misc]
-
-
-def _rows(groups: Sequence[Sequence[Marked]], essences: Sequence[Marked], padding: int, device: torch.device) -> _Rows:
-    marked = [row for group in groups for row in group] + list(essences)
-    owners = [index for index, group in enumerate(groups) for _ in group] + list(range(len(essences)))
-    heads, head_mask = padded([row.ids[: row.lookup] for row in marked], padding, device, left=True)
-    tails, mask = padded([row.ids[row.lookup :] for row in marked], padding, device)
-    labels, weights = torch.full_like(tails, -1), torch.zeros(tails.shape, device=device)
-    for index, row in enumerate(marked):
-        answer = row.ids[row.target :]
-        place = slice(row.target - row.lookup - 1, len(row.ids) - row.lookup - 1)
-        labels[index, place] = torch.tensor(answer, dtype=torch.long, device=device)
-        weights[index, place] = 1.0 / (max(1, len(answer)) * len(groups[owners[index]]))
-    places = head_mask.sum(1, keepdim=True) + torch.arange(tails.shape[1], device=device)
-    essence = torch.arange(len(marked), device=device) >= len(marked) - len(essences)
-    rows = _Rows(torch.tensor(owners, device=device), head_mask, tails, mask, places, labels, weights, essence)
-    rows.past = [] if not heads.shape[1] else [(heads, head_mask)]
-    return rows
-
-
-def _run_heads(model: Any, rows: _Rows) -> None:
-    """Keys and values of the tokens in front, in the place of their ids."""
-    if not rows.past:
-        return
-    from transformers import DynamicCache
-
-    (ids, mask), cache = rows.past[0], DynamicCache()
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        hidden_states(model, input_ids=ids, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
-    layers: Any = cache.layers  # typed as any kind of cache; a DynamicCache holds keys and values
-    rows.past = [(layer.keys, layer.values) for layer in layers]
-
-
-def _forward(model: Any, rows: _Rows) -> Tensor:
-    """Normalised hidden states of the tails."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(rows.past):
-        cache.update(keys, values, index)
-    mask = torch.cat([rows.head_mask, rows.mask], 1)
-    return hidden_states(
-        model,
-        input_ids=rows.ids,
-        attention_mask=mask,
-        position_ids=rows.positions,
-        cache=cache,
-        use_cache=True,
-    )
-
-
 def _search(
     model: Any,
     layer: EditedLayer,
@@ -225,8 +152,8 @@ def _search(
     search: ValueSearch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = layer.weight.device
-    every = _rows(groups, essences, padding, device)
-    _run_heads(model, every)
+    every = rows_of(groups, essences, padding, device)
+    run_heads(model, every)
     size = before.norm(dim=1).float()
     # An entry's size differs a hundredfold from model to model, and Adam's steps are as long as its learning rate.
     rate = search.learning_rate * size.mean() / before.shape[1] ** 0.5
@@ -280,12 +207,12 @@ def _norms(delta: Tensor) -> Tensor:
     return delta.square().sum(1).clamp_min(1e-30).sqrt()
 
 
-def _essence_logits(model: Any, rows: _Rows) -> Tensor:
-    return F.log_softmax(logits_of(model, _forward(model, rows)[rows.essence, 0]).float(), -1)
+def _essence_logits(model: Any, rows: Rows) -> Tensor:
+    return F.log_softmax(logits_of(model, run_tails(model, rows)[rows.essence, 0]).float(), -1)
 
 
-def _losses(model: Any, rows: _Rows, reference: Tensor, search: ValueSearch, count: int) -> Tensor:
-    hidden = _forward(model, rows)
+def _losses(model: Any, rows: Rows, reference: Tensor, search: ValueSearch, count: int) -> Tensor:
+    hidden = run_tails(model, rows)
     wanted = rows.labels >= 0
     logits = logits_of(model, torch.cat([hidden[wanted], hidden[rows.essence, 0]]))
     told = F.log_softmax(logits.float(), -1)

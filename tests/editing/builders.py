@@ -10,6 +10,8 @@ import torch
 from nsrl.editing.edits import Edit
 from nsrl.editing.knowledge.facts import World
 from nsrl.editing.knowledge.tiny import tiny_gpt2, word_tokenizer
+from nsrl.projection.constraints.feature_moments import LayerMoments, Subspace
+from nsrl.projection.jacobians.columns import LayerColumns
 
 TEXTS = World.generated(24, 3).sentences()
 EDITS = [
@@ -17,6 +19,8 @@ EDITS = [
     Edit("{} lives in the city of", "Leo Castelon", " Rome"),
     Edit("{} likes to play", "Clara Dorinham", " chess"),
 ]
+#: Width of keys, and of what they are mapped to.
+WIDTH, OUT = 24, 10
 
 
 def needs_transformers() -> None:
@@ -58,3 +62,20 @@ def model(kind: str = "gpt2"):
             if parameter.ndim == 2 and "wte" not in name and "embed" not in name:
                 parameter.mul_(8.0)
     return made
+
+
+def moments(scale: float = 1.0, rows: int = 400, seed: int = 0) -> LayerMoments:
+    """Of keys whose variances fall over four orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = scale * torch.logspace(0.0, -2.0, WIDTH, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))[0]
+    keys = (torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) * shape) @ basis.T
+    columns = LayerColumns("layer", OUT, (0, OUT * WIDTH), None, False)
+    part = LayerMoments(columns, Subspace.empty(WIDTH, keys))
+    part.add(keys)
+    return part
+
+
+def draws(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (WIDTH, OUT, WIDTH))

@@ -8,27 +8,8 @@ import torch
 from nsrl.editing.closed_form import Preservation, solve_update
 from nsrl.editing.methods import METHODS, Method, find_method
 from nsrl.errors import NsrlError
-from nsrl.projection.constraints.feature_moments import LayerMoments, Subspace
-from nsrl.projection.jacobians.columns import LayerColumns
-
-WIDTH, OUT = 24, 10
-
-
-def moments(scale: float = 1.0, rows: int = 400, seed: int = 0) -> LayerMoments:
-    """Of keys whose variances fall over four orders of magnitude."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = scale * torch.logspace(0.0, -2.0, WIDTH, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))[0]
-    keys = (torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64) * shape) @ basis.T
-    columns = LayerColumns("layer", OUT, (0, OUT * WIDTH), None, False)
-    part = LayerMoments(columns, Subspace.empty(WIDTH, keys))
-    part.add(keys)
-    return part
-
-
-def draws(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (WIDTH, OUT, WIDTH))
+from nsrl.projection.constraints.feature_moments import LayerMoments
+from tests.editing.builders import OUT, WIDTH, draws, moments
 
 
 def dense_projector(part: LayerMoments, threshold: float) -> torch.Tensor:

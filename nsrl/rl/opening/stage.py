@@ -169,7 +169,7 @@ class Opening:
                 after, steps, skipped = self._open(model, targets, new, visited, pays)
         except BaseException:  # half an opening measures anywhere
             policy.load_state_dict(weights)
-            self.states = None
+            self.states = self.block = None
             raise
         finally:
             for module, training in modes:

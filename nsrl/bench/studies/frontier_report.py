@@ -45,7 +45,10 @@ def scores(rows: Sequence[dict[str, Any]], solved: float | None = None) -> list[
     solved if that is more; and `old`, the old score at the end as a share of that before (of the distance to the worst
     return that was seen, or to 0 if that is less).
     """
-    before = fmean(row["curve"][0][2] for row in rows if not row["method"].startswith("scratch"))
+    agents = [row["curve"][0][2] for row in rows if not row["method"].startswith("scratch")]
+    if not agents:  # fresh policies alone have nothing to be held against
+        return []
+    before = fmean(agents)
     fresh = [
         fmean(values)
         for name in ("scratch PPO", "scratch TRPO")
@@ -191,7 +194,7 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
     Raises:
         NsrlError: there is no line.
     """
-    found = {pair: scores(rows, PAIRS[pair].solved) for pair in PAIRS if (rows := read_rows(reference, pair))}
+    found = {pair: rows for pair in PAIRS if (rows := scores(read_rows(reference, pair), PAIRS[pair].solved))}
     if not found:
         raise NsrlError(f"no run of the frontier came to a result; see {reference}")
     tables = [pair_table(rows, pair) for pair, rows in found.items()]
@@ -207,7 +210,8 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
             "solved on the test pairs, if that is more. Worst: the least of "
             "these ways. Area: the mean of the way over the run, the interquartile mean over the agents. Old kept: "
             f"agents with at least {KEPT:.0%} of the old score at the end. KL, most: the largest measured behind an "
-            "update of any run. Held: updates behind which it was within the budget.",
+            "update of any run. Held: updates behind which it was within the budget. Shared: all parameters move, inside "
+            "the budget, where the default's updates are confined to the free units.",
             *(f"## {table.title}\n\n{table.markdown()}" for table in tables),
             f"![frontier]({figure.name})",
         ]

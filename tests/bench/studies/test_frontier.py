@@ -69,6 +69,13 @@ def test_scores_are_shares_of_the_way_to_a_fresh_policy() -> None:
     assert ours["old"] == pytest.approx(495 / 500)  # no worse return than 0 was seen
 
 
+def test_a_pair_of_fresh_policies_alone_is_left_out(tmp_path: Path) -> None:
+    for pair, rows in (("acrobot_swapped", [line("scratch PPO")]), ("cartpole_swapped", [line("scratch PPO"), line()])):
+        (tmp_path / f"{pair}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables, _ = frontier_report.write_frontier(tmp_path)
+    assert len(tables) == 1 and tables[0].title.startswith("cartpole_swapped")
+
+
 def test_a_report_keeps_what_was_varied_apart(tmp_path: Path) -> None:
     path = tmp_path / "acrobot_swapped.jsonl"
     for row in (

@@ -210,8 +210,8 @@ def write_frontier(reference: Path) -> tuple[list[Table], list[tuple[str, Path]]
             "solved on the test pairs, if that is more. Worst: the least of "
             "these ways. Area: the mean of the way over the run, the interquartile mean over the agents. Old kept: "
             f"agents with at least {KEPT:.0%} of the old score at the end. KL, most: the largest measured behind an "
-            "update of any run. Held: updates behind which it was within the budget. Shared: all parameters move, inside "
-            "the budget, where the default's updates are confined to the free units.",
+            "update of any run. Held: updates behind which it was within the budget. Shared: all parameters move, "
+            "inside the budget, where the default's updates are confined to free units.",
             *(f"## {table.title}\n\n{table.markdown()}" for table in tables),
             f"![frontier]({figure.name})",
         ]

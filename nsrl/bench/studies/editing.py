@@ -75,7 +75,7 @@ EDITORS: dict[str, Entry] = {
     "ours, budget 0.002": Entry("nsrl", {"kl_budget": 0.002}),
     "ours, budget 0.05": Entry("nsrl", {"kl_budget": 0.05}),
 }
-#: Seed on which strengths were looked at.
+#: Strengths were looked at on seeds from here on; their lines are kept, and are in no table.
 DEVELOPMENT = 100
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nsrl.bench.studies.editing import EDITORS, MODES
+from nsrl.bench.studies.editing import DEVELOPMENT, EDITORS, MODES
 from nsrl.bench.studies.editing_pool import SETTINGS
 from nsrl.bench.studies.lines import read_runs
 from nsrl.errors import NsrlError
@@ -98,7 +98,9 @@ def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     models = [model for model in SETTINGS if any(entry["model"] == model for entry in summary)]
-    mode = next((mode for mode in MODES if any(entry["mode"] == mode for entry in summary)), MODES[0])
+    # The first mode in which ours was run: without it there is nothing to compare.
+    ran = {entry["mode"] for entry in summary if entry["editor"] == "ours"} or {entry["mode"] for entry in summary}
+    mode = next((mode for mode in MODES if mode in ran), MODES[0])
     figure = Figure(figsize=(14.0, 3.9 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
     panels, palette = figure.subplots(len(models), 4, squeeze=False), colormaps["tab20"]
@@ -108,6 +110,8 @@ def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
             for index, editor in enumerate(EDITORS):
                 mine = [e for e in summary if (e["model"], e["mode"], e["editor"]) == (model, mode, editor)]
                 mine = [entry for entry in mine if entry[key] is not None]
+                if not mine:
+                    continue
                 ours = editor.startswith("ours")
                 panel.plot(
                     [entry["edits"] for entry in mine],
@@ -145,7 +149,7 @@ def write_editing(reference: Path, command: str) -> tuple[list[Table], list[tupl
     rows = [row for path in sorted(reference.glob("*.jsonl")) for row in read_runs(path)]
     if not any(row["points"] for row in rows):
         raise NsrlError(f"no run of the editing study came to a result in {reference}; run nsrl bench edit")
-    summary = summarise(rows)
+    summary = summarise([row for row in rows if row["seed"] < DEVELOPMENT])
     results = reference / "editing.json"
     write_json(results, {"command": command, "summary": summary, "machine": rows[-1]["machine"]})
     figure = draw_collapse(summary, reference / "editing.png")

@@ -62,8 +62,8 @@ def benchmark_table(content: dict[str, Any], benchmark: str) -> Table:
             )
         )
     runs = max(entry["runs"] for entry in entries)
-    head = ("strategy", "ACC", "BWT", "FWT", "forgetting", "learning", "KL", "worst KL", "of retained", "worst drop")
-    head = (*head, "kept", "leakage", "time", "memory")
+    ends = ("ACC", "BWT", "FWT", "forgetting", "learning", "KL")
+    head = ("strategy", *ends, "worst KL", "of retained", "worst drop", "kept", "leakage", "time", "memory")
     return Table(head, tuple(rows), f"{benchmark.replace('_', ' ')}, {runs} runs")
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from nsrl.bench.lifeline import begin_worker
 from nsrl.bench.studies.frontier_plan import BUDGET, METHODS, PAIRS, REFRESHED, Cell, Pair
-from nsrl.bench.studies.joined_envs import JoinedEnvs
 from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
+from nsrl.rl.playing.joined import JoinedEnvs
 from nsrl.runs.machine import describe_environment
 
 #: Evaluations along a run, and episodes of each.

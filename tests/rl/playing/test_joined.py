@@ -6,7 +6,7 @@ import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from nsrl.bench.studies.joined_envs import JoinedEnvs
+from nsrl.rl.playing.joined import JoinedEnvs
 
 TASKS = ("nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0")
 

@@ -17,11 +17,11 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from nsrl.bench.studies.agents import BUDGET, find_agents, make_env, try_agent
-from nsrl.bench.studies.zoo_play import PLAYED, play_in_zoo
 from nsrl.cli.main import main
 from nsrl.errors import NsrlError
 from nsrl.rl import agents
 from nsrl.rl.algorithms.ppo import NullSpacePPO
+from nsrl.rl.playing.zoo_play import PLAYED, play_in_zoo
 
 FOLDER = Path(os.environ.get("NSRL_AGENTS", Path(__file__).parents[2] / ".." / "shared" / "agents"))
 #: Tried by `make test`, the others by `make test-all`.

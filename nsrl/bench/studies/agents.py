@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nsrl.bench.lifeline import begin_worker
-from nsrl.bench.studies.zoo_play import play_in_zoo
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
 from nsrl.reading.documents import read_results
 from nsrl.rl.agents.zoo_settings import environment_name, read_settings
+from nsrl.rl.playing.zoo_play import play_in_zoo
 from nsrl.runs.folder import slug
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.report import Table, scientific

@@ -158,7 +158,8 @@ def draw_frontier(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in METHODS if not name.startswith("scratch")]
+    # what lies under the default's dots, one upon the other, is for the tables
+    names = [name for name in METHODS if not name.startswith(("scratch", "shared"))]
     # a dot or two make no picture
     many = {pair: rows for pair, rows in found.items() if len(rows) >= FEWEST * len({row["method"] for row in rows})}
     found = many or found

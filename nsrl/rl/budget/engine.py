@@ -5,11 +5,10 @@
     after   every optimizer step: project the realised displacement
     end     measure on the whole buffer; restore (Gauss-Newton on all states); if that fails, fall back along the
             segment to the last feasible parameters
+    abandon in place of the end, after an exception: back to the last feasible parameters
 
 Where the new task has units to itself, the update is confined to them instead: the gradient before every step, the
 displacement at the end, which is then in the null space itself (`nsrl.rl.opening.block`), whatever its length.
-
-    abandon in place of the end, after an exception: back to the last feasible parameters
 
 It attaches to the optimizer's own step hooks, so the algorithm's `train()` is the stock one.
 """
@@ -170,8 +169,7 @@ class Retention:
         """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
         self._detach()
         self.model.policy.set_training_mode(False)  # what is measured is the policy as it acts
-        if self._confinement is not None:
-            self._confinement.project(self._feasible)
+        self._project_displacement()
         proposed = self.constraint.parameters.read() - self._feasible
         length = self.length()
         if length < 1.0 and self.enforces:
@@ -448,6 +446,11 @@ class Retention:
         if block is None or not self.enforces or self.config.confine == "off":
             return None
         return Confinement(block, self.constraint)
+
+    def _project_displacement(self) -> None:
+        """What the optimizer has made of the update is confined too: momentum and decay move what has no gradient."""
+        if self._confinement is not None:
+            self._confinement.project(self._feasible)
 
     def _linearise(self) -> None:
         start = perf_counter()

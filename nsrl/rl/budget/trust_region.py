@@ -119,6 +119,9 @@ class RetentionRegion(Retention):
         multiplier = self._coefficients[-1] if self._coefficients else 0.0
         return float(self.model.cg_damping) / multiplier if multiplier > 0.0 else math.inf  # type: ignore[attr-defined]
 
+    def _project_displacement(self) -> None:
+        """The step was confined when it was made, and what keeps the old task was part of what was measured."""
+
     def _before_step(self) -> None:
         """The optimizer steps the critic only."""
 

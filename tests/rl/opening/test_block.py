@@ -159,6 +159,30 @@ def test_updates_spend_nothing_of_the_budget(kind: str, algorithm: type) -> None
     assert report.held == report.updates and report.restored == report.rollbacks == 0
 
 
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_what_keeps_the_old_task_is_nothing_to_the_new_one(kind: str, algorithm: type) -> None:
+    """The policy that an update ends with is, on the roll-out, the one that the algorithm itself has come to."""
+    model, _ = learner(kind, algorithm, settle=0.0)
+    model.learn(400)
+    engine, reached = model.retention, []
+    enforce = engine.end
+    states = torch.as_tensor(model.rollout_buffer.observations).view(-1, *model.observation_space.shape)
+
+    def end() -> dict[str, float]:
+        reached.append(policy_outputs(model.policy, states).detach())
+        return enforce()
+
+    engine.end = end
+    before = engine._feasible
+    model.train()
+    with torch.no_grad():
+        behind = policy_outputs(model.policy, states)
+    assert len(reached) == 1 and not torch.equal(engine._feasible, before)
+    # single precision, weights of size 16 that cancel in the switch
+    torch.testing.assert_close(behind, reached[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("algorithm", SETTINGS)
 def test_without_it_updates_do(algorithm: type) -> None:
     model, _ = learner("discrete", algorithm, confine="off")

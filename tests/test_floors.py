@@ -48,7 +48,7 @@ PROJECTION = (
     ("nsrl.projection.budget",),
     ("nsrl.projection.solvers",),
     ("nsrl.projection.jacobians",),
-    ("nsrl.projection.optimizer", "nsrl.projection.precision", "nsrl.projection.metrics"),
+    ("nsrl.projection.optimizer", "nsrl.projection.precision", "nsrl.projection.metrics", "nsrl.projection.hooks"),
     ("nsrl.projection.roots",),
 )
 #: Python files in a folder, at most.

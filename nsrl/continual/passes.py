@@ -16,16 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsrl.continual.heads import ABSENT, MultiHead, model_outputs
-
-#: Attributes in which modules, parameters and torch keep what is called besides.
-MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+from nsrl.projection.hooks import is_hooked
 
 #: What stands in for a layer's inputs (N, d_in) in the gradient of its weight.
 Rows = Callable[[nn.Linear, Tensor], Tensor]
@@ -86,7 +77,7 @@ class Chain:
     @classmethod
     def of(cls, model: nn.Module) -> Chain | None:
         """A model as a chain; None where it has anything else in it, a hook, or a parameter in two places."""
-        if type(model) not in (MultiHead, nn.Sequential) or _is_hooked(model):
+        if type(model) not in (MultiHead, nn.Sequential) or is_hooked(model):
             return None
         outputs = list(model.heads) if isinstance(model, MultiHead) else []
         heads = tuple(head for head in outputs if type(head) is nn.Linear)
@@ -222,13 +213,3 @@ def _flat(module: nn.Module) -> list[nn.Module]:
     if type(module) is nn.Sequential:
         return [leaf for child in module for leaf in _flat(child)]
     return [] if type(module) is nn.Identity else [module]
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether a call of any module is more than its class's forward, or a gradient is looked at on its way."""
-    return (
-        any(getattr(torch.nn.modules.module, name, None) for name in GLOBAL_HOOKS)
-        or any(getattr(module, name, None) for module in model.modules() for name in MODULE_HOOKS)
-        or any("forward" in vars(module) for module in model.modules())
-        or any(getattr(parameter, name, None) for parameter in model.parameters() for name in PARAMETER_HOOKS)
-    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsrl.continual.benchmarks import Benchmark
 from nsrl.continual.heads import model_outputs, predictions
 from nsrl.continual.tasks import Task
+
+#: Inputs and targets of a part of a task.
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def evaluate(
@@ -39,39 +42,24 @@ def evaluate(
     scores = []
     for index, data in enumerate(benchmark.tasks[:first]):
         with nullcontext() if recalled is None else recalled(data.task):
-            score = _explained if benchmark.regression else _accuracy
-            scores.append(score(model, benchmark, index, part, device, seen, examples))
+            batches = ((x, y) for x, y, _ in benchmark.loader(index, part, device=device, first=examples))
+            score = _explained(model, batches) if benchmark.regression else _accuracy(model, batches, data.task, seen)
+            scores.append(score)
     return scores
 
 
-def _accuracy(
-    model: nn.Module,
-    benchmark: Benchmark,
-    index: int,
-    part: str,
-    device: str,
-    seen: Sequence[Task],
-    examples: int | None,
-) -> float:
+def _accuracy(model: nn.Module, batches: Batches, task: Task, seen: Sequence[Task]) -> float:
     right = count = 0
-    for inputs, targets, _ in benchmark.loader(index, part, device=device, first=examples):
-        right += int((predictions(model, inputs, benchmark.tasks[index].task, seen) == targets).sum())
+    for inputs, targets in batches:
+        right += int((predictions(model, inputs, task, seen) == targets).sum())
         count += len(targets)
     return right / count if count else float("nan")
 
 
 @torch.no_grad()
-def _explained(
-    model: nn.Module,
-    benchmark: Benchmark,
-    index: int,
-    part: str,
-    device: str,
-    seen: Sequence[Task],
-    examples: int | None,
-) -> float:
+def _explained(model: nn.Module, batches: Batches) -> float:
     errors, values = [], []
-    for inputs, targets, _ in benchmark.loader(index, part, device=device, first=examples):
+    for inputs, targets in batches:
         errors.append((model_outputs(model, inputs, None) - targets).square())
         values.append(targets)
     variance = torch.cat(values).var(0, correction=0).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -42,11 +42,8 @@ class Rows:
     def of(self, active: Tensor) -> Rows:
         """The rows of the edits that a mask (n,) chooses."""
         rows = active[self.edit]
-        kept = [
-            getattr(self, name)[rows]
-            for name in ("edit", "head_mask", "ids", "mask", "positions", "labels", "weights", "essence")
-        ]
-        return Rows(*kept, past=[(k[rows], v[rows]) for k, v in self.past])  # type: ignore[misc]
+        kept = {entry.name: getattr(self, entry.name)[rows] for entry in fields(self) if entry.name != "past"}
+        return replace(self, **kept, past=[(k[rows], v[rows]) for k, v in self.past])
 
 
 def rows_of(groups: Sequence[Sequence[Marked]], essences: Sequence[Marked], padding: int, device: torch.device) -> Rows:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from nsrl.reading.limits import Unreadable
@@ -82,7 +82,7 @@ class FreeBlock:
         weights = torch.as_tensor(numbers(state["weights"], "weights", (len(columns),)), device=device)
         if not type(state["heard"]) is type(state["silent"]) is bool:
             raise Unreadable("what its free block hears and says is damaged")
-        origin = _features(policy, old)[:, columns]
+        origin = layers.features(policy, old)[:, columns]
         if not bool((origin == origin[:1]).all()):
             raise Unreadable("the inputs that told its tasks apart move on this buffer")
         flicker = finite(state["flicker"], "flicker", 0.0)
@@ -117,14 +117,14 @@ class FreeBlock:
         noise = HiddenNoise.of(policy)
         if noise is not None:
             # what a unit says on the old task is noise there
-            silent = self.layers.hidden(_features(policy, old)).abs().amax(0) < SILENT
+            silent = self.layers.hidden(self.layers.features(policy, old)).abs().amax(0) < SILENT
             masks.append((noise.log_std, silent.to(noise.log_std).unsqueeze(1).expand_as(noise.log_std)))
         return masks
 
     @torch.no_grad()
     def constant(self, policy: ActorCriticPolicy, old: Observation) -> Tensor:
         """What the fresh units make of the head's outputs on the old task, bias included, (O,) float64."""
-        return self._said(self._idle(_features(policy, old)))
+        return self._said(self._idle(self.layers.features(policy, old)))
 
     @torch.no_grad()
     def settle(self, policy: ActorCriticPolicy, old: Observation, constant: Tensor) -> None:
@@ -135,7 +135,7 @@ class FreeBlock:
             old: inputs of the buffer, (N, ...).
             constant: as it was (`constant`).
         """
-        idle = self._idle(_features(policy, old), push=True)
+        idle = self._idle(self.layers.features(policy, old), push=True)
         head, switch = self.layers.linears[-1], self.free[-1][0]
         off, on = self._levels(len(self.free) - 1, float(idle[0]))
         # on the new task what the bias gains the switch takes back
@@ -192,10 +192,6 @@ class FreeBlock:
         activation = self.layers.activations[number]
         low, high = (float(activation(torch.tensor(x, dtype=torch.float64))) for x in (-OFF, OFF))
         return (low if off is None else off), high
-
-
-def _features(policy: ActorCriticPolicy, inputs: Observation) -> Tensor:
-    return BasePolicy.extract_features(policy, inputs, cast(Any, policy.pi_features_extractor)).double()
 
 
 def _indices(value: Any, below: int, least: int) -> list[int]:

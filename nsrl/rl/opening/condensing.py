@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import Tensor, nn
 
 from nsrl.projection.jacobians.matrix_free import is_plain
-from nsrl.rl.policies.actor_critic import hidden_layers
+from nsrl.rl.policies.actor_critic import Observation, hidden_layers
 
 #: Relative singular value below which a direction of a layer's activations is not used.
 CUTOFF = 1e-7
@@ -56,6 +56,11 @@ class ActorLayers:
             for layer, (weight, bias) in zip(self.linears, values, strict=True):
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
+
+    @staticmethod
+    def features(policy: ActorCriticPolicy, inputs: Observation) -> Tensor:
+        """What the first layer reads of a policy's inputs, (N, ...): (N, F) float64."""
+        return BasePolicy.extract_features(policy, inputs, cast(Any, policy.pi_features_extractor)).double()
 
     def hidden(self, features: Tensor) -> Tensor:
         """Activations of the last hidden layer on features, (N, F) float64, in float64: (N, H)."""

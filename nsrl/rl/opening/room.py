@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-from stable_baselines3.common.policies import BasePolicy
 
 from nsrl.rl.opening.block import OFF
 from nsrl.rl.opening.condensing import ActorLayers, condense
@@ -39,7 +38,7 @@ def missing_units(constraint: RetentionConstraint, cost: float) -> int:
     if layers is None or not layers.activations:
         return 0
     inputs = select(constraint.inputs, constraint.train)
-    features = BasePolicy.extract_features(policy, inputs, cast(Any, policy.pi_features_extractor)).double()
+    features = layers.features(policy, inputs)
     if not bool((features == features[:1]).all(0).any()):
         return 0
     originals, noise = layers.read(), HiddenNoise.of(policy)

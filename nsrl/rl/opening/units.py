@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from nsrl.rl.opening.block import OFF, FreeBlock
@@ -61,9 +60,8 @@ def free_units(
     layers = ActorLayers.of(policy)
     if layers is None or not layers.activations:
         return None
-    extractor = cast(Any, policy.pi_features_extractor)
-    before, after = (BasePolicy.extract_features(policy, inputs, extractor).double() for inputs in (old, new))
-    kept_on = before if used is None else BasePolicy.extract_features(policy, used, extractor).double()
+    before, after = (layers.features(policy, inputs) for inputs in (old, new))
+    kept_on = before if used is None else layers.features(policy, used)
     switch = Switch.between(before, after)
     if switch is None:
         return None

@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
+from nsrl.projection.hooks import is_hooked
 from nsrl.projection.jacobians.matrix_free import Stage, linear_chain
 from nsrl.rl.policies.actor_critic import critic_layers, hidden_layers
 
@@ -30,16 +31,6 @@ METHODS = (
     "obs_to_tensor",
     "_get_action_dist_from_latent",
     "set_training_mode",
-)
-
-#: Where modules, parameters and torch itself keep what is called besides.
-MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
 )
 
 
@@ -72,7 +63,7 @@ def chains_of(policy: ActorCriticPolicy) -> Chains | None:
     parameter, where features are more than flattened observations, where layers are shared or of another kind, where
     the distribution is none of `KNOWN`, or on another device than the CPU.
     """
-    if not _is_stock(policy) or _is_hooked(policy):
+    if not _is_stock(policy) or is_hooked(policy):
         return None
     hidden, critic = hidden_layers(policy), critic_layers(policy)
     if hidden is None or critic is None:
@@ -106,14 +97,4 @@ def _is_stock(policy: ActorCriticPolicy) -> bool:
         and not any(True for extractor in extractors for _ in (*extractor.parameters(), *extractor.buffers()))
         and len(formats) == 1
         and formats <= {(torch.float32, "cpu"), (torch.float64, "cpu")}
-    )
-
-
-def _is_hooked(policy: ActorCriticPolicy) -> bool:
-    """Whether a call of any module is more than its class's forward, or a gradient is looked at on its way."""
-    return (
-        any(getattr(torch.nn.modules.module, name, None) for name in GLOBAL_HOOKS)
-        or any(getattr(module, name, None) for module in policy.modules() for name in MODULE_HOOKS)
-        or any("forward" in vars(module) for module in policy.modules())
-        or any(getattr(parameter, name, None) for parameter in policy.parameters() for name in PARAMETER_HOOKS)
     )

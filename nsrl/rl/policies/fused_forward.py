@@ -22,8 +22,9 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
+from nsrl.projection.hooks import MODULE_HOOKS
 from nsrl.rl.policies.actor_critic import critic_layers, hidden_layers
-from nsrl.rl.policies.chains import MODULE_HOOKS, chains_of
+from nsrl.rl.policies.chains import chains_of
 
 Drawn = tuple[Tensor, Tensor]
 

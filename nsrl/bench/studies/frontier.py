@@ -3,10 +3,9 @@
     nsrl bench frontier --workers 2
 
 The agents are trained once and committed (runs/reference/agents), so that every machine starts alike: several seeds,
-just solved and three times over-trained, with SB3's default settings and with rl-zoo's. On the test pairs, on which
-nothing was chosen, they are agents that others have published. Every method gets the same agents, buffers, opening,
-environments and timesteps. A run is a line of JSON in runs/reference/frontier/PAIR.jsonl:
-what is there is not run again.
+just solved and three times over-trained, with SB3's default settings and with rl-zoo's. On the test pairs they are
+agents that others have published. Every method gets the same agents, buffers, opening, environments and timesteps. A
+run is a line of JSON in runs/reference/frontier/PAIR.jsonl: what is there is not run again.
 """
 
 from __future__ import annotations

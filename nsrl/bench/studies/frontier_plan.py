@@ -24,7 +24,7 @@ class Pair:
         published: folders of agents that others have trained, in place of a population of our own; what tells the tasks
             apart is an input that they are given first (`nsrl.rl.surgery.add_context`).
         solved: score of the new task that counts as solved, where a fresh policy may not get there; None for none.
-        test: whether nothing was tuned on it.
+        test: whether it is kept for judging; what was looked at on it all the same is in docs/log.md.
     """
 
     old: str

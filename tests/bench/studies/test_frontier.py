@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsrl.bench.studies import frontier_plan, frontier_report, lines
+from nsrl.bench.studies import frontier, frontier_plan, frontier_report, lines
 from nsrl.cli.main import main
 from nsrl.errors import NsrlError
 from nsrl.files import NoRoom
 from nsrl.runs.lock import locked
+
+AGENTS = Path(__file__).parents[3] / "runs" / "reference" / "agents"
 
 
 def line(method: str = "NullSpacePPO", **entries: Any) -> dict[str, Any]:
@@ -51,6 +53,18 @@ def test_every_cell_has_a_name_of_its_own_and_the_main_methods_come_first() -> N
             assert len(own) == agents
     later = [frontier_plan.METHODS[cell.method].later for cell in cells if cell.penalty is None and cell.states == 2048]
     assert later == sorted(later)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["joint training", "hard null space", "A-GEM", "L2", "frozen trunk", "gradients projected", "scratch PPO"],
+)
+def test_what_is_seldom_run_makes_a_line_too(method: str) -> None:
+    cell = frontier_plan.Cell("cartpole_swapped", method, "default", 0, 3)
+    row = frontier.run_cell(cell, AGENTS, quick=True)
+    assert row["cell"] == cell.name and len(row["curve"]) >= 2 and np.isfinite(row["curve"][-1][:3]).all()
+    held = frontier_plan.METHODS[method].method == "null_space"
+    assert not held or row["kl_most"] <= 1e-6 * (1.0 + 1e-4)
 
 
 def test_names_choose_and_unknown_ones_are_refused() -> None:

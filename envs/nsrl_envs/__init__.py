@@ -15,7 +15,7 @@ from nsrl_envs.context import TaskContext
 from nsrl_envs.errors import MissingExtra, TaskError
 from nsrl_envs.observations import ReverseSensors
 from nsrl_envs.pairs import PAIRS, TaskPair, pair
-from nsrl_envs.registration import register_all
+from nsrl_envs.registration import find_told, register_all, told
 from nsrl_envs.sequences import SEQUENCES, TaskSequence
 
 __all__ = [
@@ -30,8 +30,10 @@ __all__ = [
     "TaskError",
     "TaskPair",
     "TaskSequence",
+    "find_told",
     "pair",
     "register_all",
+    "told",
 ]
 
 register_all()

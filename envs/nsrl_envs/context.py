@@ -55,6 +55,15 @@ class TaskContext(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
         return np.concatenate([observation, self._context], dtype=self._context.dtype)
 
 
+def told_task(task: str, value: float) -> gym.Env:
+    """Make a task by its id, with a context entry that shows `value`, observations (n + 1,).
+
+    Raises:
+        TaskError: If its observations are not flat and floating-point.
+    """
+    return TaskContext(gym.make(task, disable_env_checker=True), value=value)
+
+
 def _context_vector(value: float | Sequence[float], size: int) -> np.ndarray:
     if size < 1:
         raise TaskError(f"TaskContext size is {size}, but must be at least 1; leave the wrapper out for none")

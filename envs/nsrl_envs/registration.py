@@ -3,9 +3,12 @@
 Whoever looks up a task reads this module, so it names the makers by their import path and imports none.
 """
 
+import re
 from typing import Any
 
 from gymnasium.envs.registration import register, registry
+
+from nsrl_envs.errors import TaskError
 
 # id, maker, its arguments, steps before truncation, return at which the base environment counts as solved
 _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
@@ -62,6 +65,45 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
         None,
     ),
 )
+
+
+#: How the id of a task with a context entry ends, and the values that it may have.
+_ENDINGS = {".context0": 0, ".context1": 1}
+
+
+def told(task: str, value: int) -> str:
+    """Register a task whose observations end with an entry that says which task it is; return its id.
+
+    An agent that was trained without that entry is given it by `nsrl.rl.surgery.add_context`.
+
+    Args:
+        task: Gymnasium id of a task with flat floating-point observations, such as "LunarLander-v3".
+        value: What the entry shows: 0 for the task that an agent is good at, 1 for the one that it has to learn.
+
+    Returns:
+        Such as "nsrl/LunarLander-v3.context1"; making it is making the task inside `TaskContext`.
+
+    Raises:
+        TaskError: If the value is neither 0 nor 1.
+    """
+    if value not in (0, 1):
+        raise TaskError(f"the value of a context is {value}, but must be 0 for the retained task or 1 for the new one")
+    name = f"nsrl/{re.sub('[/:]', '.', task)}.context{int(value)}"
+    if name not in registry:
+        register(id=name, entry_point="nsrl_envs.context:told_task", kwargs={"task": task, "value": float(value)})
+    return name
+
+
+def find_told(name: str) -> None:
+    """Register what `told` did in another process, if the id is such a one and its task is registered here."""
+    ending = next((ending for ending in _ENDINGS if name.startswith("nsrl/") and name.endswith(ending)), None)
+    if ending is None or name in registry:
+        return
+    wanted = name.removeprefix("nsrl/").removesuffix(ending)
+    for task in list(registry):
+        if task.replace("/", ".") == wanted:
+            told(task, _ENDINGS[ending])
+            return
 
 
 def register_all() -> None:

@@ -58,7 +58,7 @@ def _run_pair(arguments: Sequence[str]) -> int:
         FinetuneConfig, arguments, command="finetune", about=ABOUT, examples=EXAMPLES, resumable=True
     )
     from nsrl.runs.finetuning import finetune, resume_finetuning
-    from nsrl.runs.report import finetuning_table
+    from nsrl.runs.report import finetuning_table, hint_of_context
 
     if options["resume"] is None and config.agent is not None:
         interrupted = _make_agent(config, options["progress"])
@@ -67,6 +67,9 @@ def _run_pair(arguments: Sequence[str]) -> int:
     outcome, status = run_training("finetune", config, options, finetune, resume_finetuning)
     if outcome is not None:
         print_outcome(outcome, finetuning_table(outcome.metrics))
+        hint = hint_of_context(outcome.metrics)
+        if hint:
+            print(f"nsrl: {hint[0].lower()}{hint[1:]}", file=sys.stderr)
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from nsrl.errors import NsrlError
@@ -12,6 +13,7 @@ from nsrl.rl.agents.agent import Agent
 from nsrl.rl.playing.environments import as_vec_env
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.collection import CollectionConfig, registered_id, visited_states
+from nsrl.rl.surgery.surgery import widen_buffer
 from nsrl.runs.config import CollectConfig, FinetuneConfig
 from nsrl.runs.folder import choose_folder
 from nsrl.runs.machine import describe_environment
@@ -54,8 +56,14 @@ def collect(config: CollectConfig, *, progress: Any = None) -> Outcome:
     return Outcome(folder, metrics)
 
 
-def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> RetentionBuffer:
+def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str, given: Agent | None = None) -> RetentionBuffer:
     """The buffer that a fine-tuning run names, or a fresh one.
+
+    Args:
+        config: of the run.
+        agent: that it is for.
+        old_env: id of the task that it is good at.
+        given: the agent before it had a context; a buffer of this one gets that, too, which says 0.
 
     Raises:
         NsrlError: missing or damaged file, spaces that are not the agent's, or another agent's buffer.
@@ -63,6 +71,11 @@ def obtain_buffer(config: FinetuneConfig, agent: Agent, old_env: str) -> Retenti
     if config.buffer is None:
         return collect_buffer(config, agent, old_env)
     check_fits(agent.model, old_env)
+    if given is not None and given is not agent:
+        narrow: Any = given.model.observation_space
+        states = RetentionBuffer.load(buffer_file(config.buffer)).observations
+        if not isinstance(states, dict) and states.shape[1:] == narrow.shape:
+            return widen_buffer(read_buffer(config.buffer, given, trust_agent=config.trust_buffer), agent)
     return read_buffer(config.buffer, agent, trust_agent=config.trust_buffer)
 
 
@@ -72,14 +85,19 @@ def read_buffer(path: str, agent: Agent, *, trust_agent: bool) -> RetentionBuffe
     Raises:
         NsrlError: missing, damaged, or of another agent.
     """
-    file = given_path(path)
-    file = file / "retention.npz" if file.is_dir() else file
+    file = buffer_file(path)
     buffer = RetentionBuffer.load(file)
     try:
         buffer.check(agent, trust_agent=trust_agent)
     except NsrlError as error:
         raise NsrlError(f"{file}: {error}") from error
     return buffer
+
+
+def buffer_file(path: str) -> Path:
+    """Where a buffer is: the file itself, or that of a run folder."""
+    file = given_path(path)
+    return file / "retention.npz" if file.is_dir() else file
 
 
 def collect_buffer(

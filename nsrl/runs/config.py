@@ -13,6 +13,7 @@ from nsrl.errors import NsrlError
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.runs.hyperparameters import Algorithm, PPOOverrides, PPOSettings, TRPOOverrides, check_chosen, check_ranges
 
+Context = Literal["auto", "add", "off"]
 Method = Literal["null_space", "kl_penalty", "finetune", "l2", "ewc", "der", "frozen", "agem", "gradient_only"]
 
 
@@ -154,6 +155,9 @@ class FinetuneConfig:
         pair: name of a task pair of nsrl_envs, as in cartpole_swapped; or give old_env and new_env.
         old_env: environment id of the task that the agent is good at.
         new_env: environment id of the task to learn.
+        context: "auto" gives the agent the inputs behind its own in which the tasks show which of them it is; "add"
+            lets both tasks show it in one more, 0 for the old and 1 for the new, where nothing in their observations
+            does; "off" takes agent and tasks as they are.
         buffer: path of a saved retention buffer (npz or run folder); null collects one, as `states` says.
         states: how the buffer is collected.
         method: "null_space" keeps the KL budget; "kl_penalty" and "finetune" (no constraint) are the baselines.
@@ -179,6 +183,7 @@ class FinetuneConfig:
     pair: str | None = None
     old_env: str | None = None
     new_env: str | None = None
+    context: Context = "auto"
     buffer: str | None = None
     states: BufferSettings = field(default_factory=BufferSettings)
     method: Method = "null_space"

@@ -32,7 +32,7 @@ from nsrl.runs.hyperparameters import chosen
 from nsrl.runs.machine import describe_environment
 from nsrl.runs.memory import check_rollout
 from nsrl.runs.report import describe_method, write_finetuning_report
-from nsrl.runs.tasks import Tasks, fitting_envs, resolve_tasks
+from nsrl.runs.tasks import Tasks, check_copies, open_envs, resolve_tasks, with_context
 from nsrl.runs.training import (
     FINAL_SEED,
     Interrupted,
@@ -64,9 +64,11 @@ def finetune(config: FinetuneConfig, out: str | Path | None = None, *, progress:
     folder = choose_folder("finetune", tasks.name, config.out if out is None else out)
     if config.agent is None:
         raise NsrlError("no agent: set agent to an SB3 zip or a run folder, as `nsrl pretrain` makes one")
-    agent = agents.load(config.agent, trust=config.trust)
-    envs = new_task(config, agent, tasks.new)
-    buffer = obtain_buffer(config, agent, tasks.old)
+    given = agents.load(config.agent, trust=config.trust)
+    envs = open_new_task(config, given, tasks.new)
+    agent = with_context(config, given, envs)
+    check_copies(agent.model, tasks.new, envs)
+    buffer = obtain_buffer(config, agent, tasks.old, given)
     model = build_model(config, agent, buffer, envs)
     with folder.made():
         _save_agent(agent, folder.pretrained)
@@ -107,10 +109,21 @@ def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
     Raises:
         NsrlError: it cannot be made, or its spaces are not the agent's.
     """
+    envs = open_new_task(config, agent, env)
+    check_copies(agent.model, env, envs)
+    return envs
+
+
+def open_new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
+    """The same, whatever their spaces are.
+
+    Raises:
+        NsrlError: it cannot be made.
+    """
     settings = chosen(config.algorithm, config.ppo, config.trpo)
     n_steps = settings.get("n_steps", agent.hyperparameters.get("n_steps"))
     check_rollout(agent.model.observation_space, settings["n_envs"], n_steps)
-    return fitting_envs(agent.model, env, settings["n_envs"], config.seed)
+    return open_envs(env, settings["n_envs"], config.seed)
 
 
 def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:
@@ -188,6 +201,7 @@ def _run(
             "chosen": chosen,
             "before": before,
             "after": _measure(config, tasks, agent, model),
+            "told": _is_told(model_buffer(model)),
             "buffer": {"states": len(model_buffer(model)), "heldout": len(model_buffer(model).heldout_indices)},
             "retention": asdict(model.retention_report()),
             "training_seconds": seconds,
@@ -202,6 +216,12 @@ def _run(
         raise Interrupted(folder.path, 130) from error
     folder.checkpoint.unlink(missing_ok=True)
     return Outcome(folder, metrics)
+
+
+def _is_told(buffer: RetainedStates) -> bool:
+    """Whether an input that never moves on the old task may tell the tasks apart; True for what is no vector."""
+    seen = buffer.observations
+    return isinstance(seen, dict) or seen.ndim != 2 or bool((seen == seen[:1]).all(0).any())
 
 
 def model_buffer(model: Model) -> RetainedStates:

@@ -142,7 +142,18 @@ def write_finetuning_report(folder: RunFolder, metrics: dict[str, Any]) -> None:
 def _opening(metrics: dict[str, Any]) -> str:
     """What was done before the first roll-out, in a line."""
     found = metrics.get("retention", {}).get("opening")
-    return f"Before the first roll-out: {OpeningRecord(**found).text()}." if found else ""
+    said = f"Before the first roll-out: {OpeningRecord(**found).text()}." if found else ""
+    return "\n\n".join(part for part in (said, hint_of_context(metrics)) if part)
+
+
+def hint_of_context(metrics: dict[str, Any]) -> str:
+    """What to do where nothing that the agent sees tells its tasks apart; empty where something may."""
+    if metrics.get("told", True):
+        return ""
+    return (
+        "Nothing in the observations tells the two tasks apart, so that one has to give way where they want different "
+        "actions; --context add tells the agent which task it is in."
+    )
 
 
 def _chosen(metrics: dict[str, Any]) -> str:

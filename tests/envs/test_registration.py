@@ -110,3 +110,46 @@ def test_rendering_draws_the_base_environment():
     env.reset(seed=0)
     stock.reset(seed=0)
     np.testing.assert_array_equal(env.render(), stock.render())
+
+
+@pytest.fixture
+def clean_registry():
+    """What is registered on the way is gone behind the test."""
+    before = set(registry)
+    yield
+    for id in set(registry) - before:
+        del registry[id]
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_task_is_told_which_one_it_is():
+    ids = nsrl_envs.told("CartPole-v1", 0), nsrl_envs.told("nsrl/CartPole-v0", 1)
+    assert ids == ("nsrl/CartPole-v1.context0", "nsrl/nsrl.CartPole-v0.context1")
+    for id, plain, value in zip(ids, ("CartPole-v1", "nsrl/CartPole-v0"), (0.0, 1.0), strict=True):
+        env, base = gym.make(id), gym.make(plain)
+        seen, _ = env.reset(seed=3)
+        np.testing.assert_array_equal(seen, [*base.reset(seed=3)[0], value])
+        for _ in range(600):  # beyond the task's own limit
+            steps = env.step(0), base.step(0)
+            np.testing.assert_array_equal(steps[0][0], [*steps[1][0], value])
+            assert steps[0][1:4] == steps[1][1:4]
+            if steps[0][2] or steps[0][3]:
+                break
+        assert env.observation_space.high[-1] == 1.0
+    spec = gym.spec(ids[0])
+    assert nsrl_envs.told("CartPole-v1", 0) == ids[0]
+    assert gym.spec(ids[0]) is spec
+    with pytest.raises(nsrl_envs.TaskError, match="value of a context is 2"):
+        nsrl_envs.told("CartPole-v1", 2)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_told_task_is_found_by_its_id_in_another_process():
+    for id in ("nsrl/CartPole-v1.context1", "nsrl/nsrl.CartPole-v0.context0"):
+        assert id not in registry
+        nsrl_envs.find_told(id)
+        gym.make(id).close()
+    for id in ("nsrl/Nothing-v0.context0", "CartPole-v1.context0", "nsrl/CartPole-v0"):
+        before = set(registry)
+        nsrl_envs.find_told(id)
+        assert set(registry) == before

@@ -23,6 +23,7 @@ from nsrl.rl.agents.normalization import (
     freeze_observations,
     same_statistics,
 )
+from nsrl_envs import TaskError, find_told
 from nsrl_envs.vectorised.vec_env import side_by_side
 
 Environments = str | gym.Env | VecEnv | Sequence[gym.Env]
@@ -176,8 +177,9 @@ def told(env: str) -> Iterator[None]:
     try:
         if env.startswith("MiniGrid-"):  # gymnasium >= 1.0 does not look for plugins by itself
             importlib.import_module("minigrid")
+        find_told(env)
         yield
-    except (gym.error.Error, ImportError, TypeError) as error:
+    except (gym.error.Error, ImportError, TypeError, TaskError) as error:
         text = " ".join(str(error).split())
         missing = isinstance(error, gym.error.DependencyNotInstalled | ImportError)
         extras = [extra for module, extra in EXTRAS.items() if module.lower() in text.lower()]

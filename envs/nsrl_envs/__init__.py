@@ -13,6 +13,7 @@ from nsrl_envs.actions import ReverseActions, SwapActions
 from nsrl_envs.body_mass import ScaleBodyMass
 from nsrl_envs.context import TaskContext
 from nsrl_envs.errors import MissingExtra, TaskError
+from nsrl_envs.gravity import ScaleGravity
 from nsrl_envs.observations import ReverseSensors
 from nsrl_envs.pairs import PAIRS, TaskPair, pair
 from nsrl_envs.registration import find_told, register_all, told
@@ -25,6 +26,7 @@ __all__ = [
     "ReverseActions",
     "ReverseSensors",
     "ScaleBodyMass",
+    "ScaleGravity",
     "SwapActions",
     "TaskContext",
     "TaskError",

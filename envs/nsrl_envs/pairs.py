@@ -102,6 +102,14 @@ PAIRS: dict[str, TaskPair] = _by_name(
         about="the torso is four times as heavy",
     ),
     TaskPair(
+        name="hopper_low_gravity",
+        retained="nsrl/Hopper-v0",
+        new="nsrl/HopperLowGravity-v0",
+        visible=False,
+        extra="mujoco",
+        about="gravity is half of the usual",
+    ),
+    TaskPair(
         name="lunarlander_swapped",
         retained="nsrl/LunarLanderTold-v0",
         new="nsrl/LunarLanderSwapped-v0",

@@ -45,6 +45,8 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], int, float | None], ...] = (
     ("nsrl/AntBackward-v0", "locomotion:runner", {"body": "Ant", "backward": True}, 1000, None),
     ("nsrl/HalfCheetahPlain-v0", "locomotion:half_cheetah", {}, 1000, 4800.0),
     ("nsrl/HalfCheetahHeavyTorso-v0", "locomotion:half_cheetah", {"torso_mass_factor": 4.0}, 1000, None),
+    ("nsrl/Hopper-v0", "locomotion:hopper", {}, 1000, 3800.0),
+    ("nsrl/HopperLowGravity-v0", "locomotion:hopper", {"gravity_factor": 0.5}, 1000, None),
     ("nsrl/LunarLander-v0", "lunar_lander:lunar_lander", {}, 1000, 200.0),
     ("nsrl/LunarLanderLowGravity-v0", "lunar_lander:lunar_lander", {"gravity": -2.5}, 1000, None),
     ("nsrl/LunarLanderTold-v0", "lunar_lander:told_lunar_lander", {}, 1000, 200.0),

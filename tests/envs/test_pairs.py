@@ -23,6 +23,7 @@ _BASES = {
     "MountainCar": "MountainCar-v0",
     "HalfCheetah": "HalfCheetah-v5",
     "Swimmer": "Swimmer-v5",
+    "Hopper": "Hopper-v5",
     "Ant": "Ant-v5",
     "LunarLanderContinuous": "LunarLanderContinuous-v3",
     "LunarLander": "LunarLander-v3",

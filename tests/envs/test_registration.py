@@ -60,12 +60,13 @@ def test_worker_processes_find_the_task():
 
 def test_entry_point_registers_under_the_namespace(monkeypatch):
     (entry_point,) = importlib.metadata.entry_points(group="gymnasium.envs", name="nsrl")
-    before = {id: spec for id, spec in registry.items() if id.startswith("nsrl/")}
+    # tasks with a context are registered by whoever asks for them
+    before = {id: spec for id, spec in registry.items() if id.startswith("nsrl/") and ".context" not in id}
     for id in before:
         monkeypatch.delitem(registry, id)
     with namespace("nsrl"):  # as plugin loaders call it
         entry_point.load()()
-    assert {id: spec for id, spec in registry.items() if id.startswith("nsrl/")} == before
+    assert {id: spec for id, spec in registry.items() if id.startswith("nsrl/") and ".context" not in id} == before
 
 
 def test_registering_again_changes_nothing(recwarn):

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsrl_envs import ReverseActions, ScaleBodyMass, SwapActions, TaskContext, TaskError
+from nsrl_envs import ReverseActions, ScaleBodyMass, ScaleGravity, SwapActions, TaskContext, TaskError
 
 
 class Echo(gym.Env):
@@ -161,3 +161,36 @@ class TestScaleBodyMass:
 def test_scaling_a_body_needs_a_mujoco_environment():
     with pytest.raises(TaskError, match="needs a MuJoCo environment"):
         ScaleBodyMass(gym.make("CartPole-v1"), body="torso", factor=2)
+
+
+class TestScaleGravity:
+    @pytest.fixture(autouse=True)
+    def _needs_mujoco(self):
+        pytest.importorskip("mujoco")
+
+    def test_a_falling_body_gains_half_the_speed(self):
+        speeds = []
+        for env in (gym.make("Hopper-v5"), ScaleGravity(gym.make("Hopper-v5"), factor=0.5)):
+            env.reset(seed=0)
+            data, model = env.unwrapped.data, env.unwrapped.model
+            qpos, qvel = data.qpos.copy(), np.zeros_like(data.qvel)
+            qpos[1] += 5.0  # high above the ground
+            env.unwrapped.set_state(qpos, qvel)
+            env.unwrapped.do_simulation(np.zeros(model.nu), 20)
+            speeds.append(data.qvel[1])
+        # the joints' damping and limits act within the body only: its fall is that of a point
+        np.testing.assert_allclose(speeds[1], 0.5 * speeds[0], rtol=0.02)
+        assert speeds[0] < 0.0
+
+    def test_other_environments_keep_theirs(self):
+        before = gym.make("Hopper-v5")
+        gravity = before.unwrapped.model.opt.gravity.copy()
+        ScaleGravity(gym.make("Hopper-v5"), factor=0.5)
+        np.testing.assert_array_equal(before.unwrapped.model.opt.gravity, gravity)
+        np.testing.assert_array_equal(gym.make("Hopper-v5").unwrapped.model.opt.gravity, gravity)
+
+    def test_refuses_what_does_not_fit(self):
+        with pytest.raises(TaskError, match="greater than 0"):
+            ScaleGravity(gym.make("Hopper-v5"), factor=0)
+        with pytest.raises(TaskError, match="compiled model"):
+            ScaleGravity(gym.make("CartPole-v1"), factor=2)

@@ -70,7 +70,7 @@ def run_cell(cell: Cell, folder: Path, quick: bool = False) -> dict[str, Any]:
         train_agent(cell.pair, cell.kind, cell.seed, cell.multiple, path, share)
         agent = agents.load(path)
     else:
-        agent = surgery.add_context(agents.load(folder / cell.pair / cell.agent), 1)
+        agent = surgery.add_context(agents.load(folder / (pair.agents or cell.pair) / cell.agent), 1)
     buffer = RetentionBuffer.collect(agent, pair.old, n_states=cell.states, seed=0)
     algorithm = NullSpacePPO if method.algorithm == "ppo" else NullSpaceTRPO
     fresh = method.method == "scratch"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsrl.errors import NsrlError
+from nsrl_envs import told
 
 #: KL budget, states of a buffer, and those that a refresh adds.
 BUDGET, STATES, REFRESHED = 0.01, 2048, 256
@@ -23,6 +24,7 @@ class Pair:
         settings: rl-zoo's hyper-parameters of PPO.
         published: folders of agents that others have trained, in place of a population of our own; what tells the tasks
             apart is an input that they are given first (`nsrl.rl.surgery.add_context`).
+        agents: the pair whose agents these are; empty for its own.
         solved: score of the new task that counts as solved, where a fresh policy may not get there; None for none.
         test: whether it is kept for judging; what was looked at on it all the same is in docs/log.md.
     """
@@ -33,6 +35,7 @@ class Pair:
     scratch: int
     settings: dict[str, Any] = field(default_factory=dict)
     published: tuple[str, ...] = ()
+    agents: str = ""
     solved: float | None = None
     test: bool = False
 
@@ -108,6 +111,42 @@ PAIRS: dict[str, Pair] = {
         100_000,
         published=("ppo", "a2c"),
         solved=-110.0,
+        test=True,
+    ),
+    # tasks that look the same, told apart by one more input
+    "lunarlander_wind": Pair(
+        told("nsrl/LunarLander-v0", 0),
+        told("nsrl/LunarLanderWind-v0", 1),
+        0,
+        200_000,
+        published=("ppo", "a2c"),
+        agents="lunarlander_swapped",
+        test=True,
+    ),
+    "hopper_low_gravity": Pair(
+        told("nsrl/Hopper-v0", 0),
+        told("nsrl/HopperLowGravity-v0", 1),
+        0,
+        200_000,
+        published=("ppo",),
+        test=True,
+    ),
+    "halfcheetah_heavy_torso": Pair(
+        told("nsrl/HalfCheetahPlain-v0", 0),
+        told("nsrl/HalfCheetahHeavyTorso-v0", 1),
+        0,
+        200_000,
+        published=("ppo", "a2c"),
+        agents="halfcheetah_backward",
+        test=True,
+    ),
+    "mountaincar_continuous_reversed": Pair(
+        "nsrl/MountainCarContinuous-v0",
+        "nsrl/MountainCarContinuousReversed-v0",
+        0,
+        100_000,
+        published=("ppo",),
+        solved=90.0,
         test=True,
     ),
 }

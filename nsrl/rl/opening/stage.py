@@ -18,7 +18,15 @@ from nsrl.rl.opening.block import FreeBlock
 from nsrl.rl.opening.columns import redraw_columns
 from nsrl.rl.opening.regression import open_outputs
 from nsrl.rl.opening.spread import wide_log_std
-from nsrl.rl.opening.states import STRETCH, NewStates, exchanged_states, pays_better, random_states, visited_states
+from nsrl.rl.opening.states import (
+    FEWEST,
+    STRETCH,
+    NewStates,
+    exchanged_states,
+    pays_better,
+    random_states,
+    visited_states,
+)
 from nsrl.rl.opening.targets import CoinTargets, MeanTargets, SoftmaxTargets, SpreadTargets, Targets
 from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS, free_units
 from nsrl.rl.policies.actor_critic import Observation, joined, policy_outputs, select
@@ -40,6 +48,8 @@ WHERE_IT_PAYS = 0.01
 CONDENSING, CONDENSING_AT_MOST = 0.001, 0.05
 #: Fields of the record that earlier versions did not write.
 LATER = ("units", "pays", "added")
+#: Steps of an episode over which the old behaviour has to pay before that is believed.
+LONGER = 256
 #: Share of a run's timesteps that the opening may take.
 MOST_STEPS = 0.1
 
@@ -90,7 +100,8 @@ class OpeningRecord:
 class Opening:
     """Opens the policy of one model before its first roll-out.
 
-    1. States of the new task, by random actions and by the policy, and what either earns there.
+    1. States of the new task, by random actions and by the policy, and what either earns there; where the policy earns
+       more, over longer stretches, too.
     2. Where inputs never moved on the buffer and tell the tasks apart, the old task is condensed on a part of the
        hidden units, and the others become a fresh network for the new one (`free_units`). What the old units say is
        kept from it unless the old behaviour pays there. Where units cannot be had, and it does not pay, such inputs
@@ -156,7 +167,7 @@ class Opening:
             stretch = min(STRETCH, -(-follow // model.n_envs))
             new = random_states(model, count, self._seed, stretch)
             visited = visited_states(model, follow, self._seed + 1, stretch)
-            pays = pays_better(visited, new)
+            pays = pays_better(visited, new) and self._pays_for_longer(model, room + first - model.num_timesteps)
             before = 1.0 if targets is None else self._openness(targets, visited)
             self.block = self._free(new, visited if pays else None)
             units = 0 if self.block is None else self.block.units
@@ -191,6 +202,20 @@ class Opening:
         )
         self._log(model, self.record)
         return self.record
+
+    def _pays_for_longer(self, model: OnPolicyAlgorithm, room: int) -> bool:
+        """Whether the old behaviour pays over longer stretches, too, as far as there are timesteps to find out.
+
+        A gait that goes to and fro earns in the wrong direction for a part of its period.
+        """
+        envs = model.n_envs
+        rounds = -(-FEWEST // envs)
+        length = min(LONGER, room // (2 * envs * rounds))
+        if length <= STRETCH:
+            return True
+        count = length * envs * rounds
+        one, other = (play(model, count, self._seed + 2, length) for play in (visited_states, random_states))
+        return pays_better(one, other)
 
     def leave_out(self, why: str, units: int = 0, block: Any = None) -> None:
         """It is not to be done, and this is why; so many units are free already, in this block as it was written.

@@ -397,6 +397,36 @@ def test_what_pays_in_the_new_task_is_as_it_was_behind_the_opening(algorithm: ty
     assert independent_kl(model, buffer) <= within(BUDGET, buffer)
 
 
+class PaysAtFirst(gym.Wrapper):
+    """Earns for a while, and costs more than that from then on."""
+
+    def reset(self, **options: Any) -> Any:
+        self.steps = 0
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        seen, _, *ends = self.env.step(action)
+        return seen, 1.0 if self.steps <= 40 else -3.0, *ends
+
+
+@pytest.mark.parametrize(("longer", "pays"), [(256, False), (0, True)])
+def test_what_pays_for_a_while_only_does_not_pay(longer: int, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the first stretches, of 32 steps, it does: a random policy has dropped the pole by then."""
+    monkeypatch.setattr("nsrl.rl.opening.stage.LONGER", longer)
+    agent = PPO.load(AGENTS / "cartpole_swapped" / "default_0_x1.zip", device="cpu")
+    with torch.no_grad():
+        agent.policy.mlp_extractor.policy_net[0].weight[:, -1] = 0.0
+    buffer = RetentionBuffer.collect(agent, OLD["discrete"], n_states=512, n_envs=2)
+    envs = DummyVecEnv([lambda: PaysAtFirst(TimeLimit(TaskContext(CartPoleEnv(), value=1.0), 500))] * 8)
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SMALL)
+    model._setup_learn(20_000, None)
+    record = model.retention.opening.run(model)
+    assert record.pays is pays
+    # a roll-out's share more, since environments step together
+    assert record.states <= MOST_STEPS * 20_000 + 8
+
+
 class Stopped(Exception):
     """Of an environment, or of whoever sits at the keyboard."""
 

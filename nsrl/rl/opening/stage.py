@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.logger import INFO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
@@ -25,6 +26,8 @@ from nsrl.rl.opening.states import (
     exchanged_states,
     pays_better,
     random_states,
+    resting_action,
+    resting_states,
     visited_states,
 )
 from nsrl.rl.opening.targets import CoinTargets, MeanTargets, SoftmaxTargets, SpreadTargets, Targets
@@ -206,16 +209,18 @@ class Opening:
     def _pays_for_longer(self, model: OnPolicyAlgorithm, room: int) -> bool:
         """Whether the old behaviour pays over longer stretches, too, as far as there are timesteps to find out.
 
-        A gait that goes to and fro earns in the wrong direction for a part of its period.
+        A gait that goes to and fro earns in the wrong direction for a part of its period. And where random actions cost
+        something, any behaviour that is calm earns more than they do: it has to earn more than none at all, too.
         """
         envs = model.n_envs
         rounds = -(-FEWEST // envs)
-        length = min(LONGER, room // (2 * envs * rounds))
+        others = [random_states] + [resting_states] * (resting_action(model.action_space) is not None)
+        length = min(LONGER, room // ((1 + len(others)) * envs * rounds))
         if length <= STRETCH:
             return True
         count = length * envs * rounds
-        one, other = (play(model, count, self._seed + 2, length) for play in (visited_states, random_states))
-        return pays_better(one, other)
+        own = visited_states(model, count, self._seed + 2, length)
+        return all(pays_better(own, play(model, count, self._seed + 2, length)) for play in others)
 
     def leave_out(self, why: str, units: int = 0, block: Any = None) -> None:
         """It is not to be done, and this is why; so many units are free already, in this block as it was written.
@@ -281,6 +286,10 @@ class Opening:
         def divergence() -> float:
             if paying is not None and alike is not None:
                 now = policy_outputs(constraint.policy, paying.inputs)
+                if isinstance(constraint.policy.action_dist, StateDependentNoiseDistribution):
+                    # what is to be as it was is the behaviour; it explores with a spread of its own
+                    half = now.shape[1] // 2
+                    now = torch.cat([now[:, :half], alike[:, half:]], 1)
                 if not constraint.divergence_between(alike, now, paying.valid) <= WHERE_IT_PAYS:
                     return math.inf
             return constraint.binding_divergence()

@@ -73,6 +73,20 @@ def random_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int 
     return _play(model, count, seed, draw, stretch)
 
 
+def resting_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int = STRETCH) -> NewStates:
+    """At least `count` states that `resting_action` leads to in the model's environment, from a reset on."""
+    action = resting_action(model.action_space)
+    assert action is not None
+    return _play(model, count, seed, lambda _, __: np.stack([action] * model.n_envs), stretch)
+
+
+def resting_action(space: spaces.Space) -> np.ndarray | None:
+    """What does nothing: 0 in a Box that has it; None in other spaces, where nothing is known to do nothing."""
+    if not isinstance(space, spaces.Box) or (space.low > 0.0).any() or (space.high < 0.0).any():
+        return None
+    return np.zeros(space.shape, space.dtype)
+
+
 def visited_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int = STRETCH) -> NewStates:
     """At least `count` states that the policy itself visits in the model's environment, from a reset on."""
     policy, generator = model.policy, torch.Generator().manual_seed(seed)

@@ -20,8 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nsrl import NullSpacePPO, NullSpaceTRPO, RetentionBuffer, protect
 from nsrl.errors import NsrlError
+from nsrl.rl import agents
 from nsrl.rl.opening.stage import MOST_STEPS, Opening, OpeningRecord
+from nsrl.rl.playing.environments import training_env
 from nsrl.rl.playing.evaluation import evaluate
+from nsrl.rl.policies.actor_critic import policy_outputs
+from nsrl.rl.surgery import add_context
 from nsrl.rl.training import checkpoint
 from nsrl.rl.training.tensorboard import open_logger
 from nsrl_envs import TaskContext
@@ -425,6 +429,53 @@ def test_what_pays_for_a_while_only_does_not_pay(longer: int, pays: bool, monkey
     assert record.pays is pays
     # a roll-out's share more, since environments step together
     assert record.states <= MOST_STEPS * 20_000 + 8
+
+
+class Effort(gym.Wrapper):
+    """Actions cost what they are large, and nothing else counts."""
+
+    def step(self, action: Any) -> Any:
+        seen, _, *ends = self.env.step(action)
+        return seen, -float(np.abs(action).sum()), *ends
+
+
+@pytest.mark.parametrize("resting", [True, False])
+def test_what_pays_less_than_doing_nothing_does_not_pay(resting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not resting:
+        monkeypatch.setattr("nsrl.rl.opening.stage.resting_action", lambda _: None)
+    agent = PPO("MlpPolicy", OLD["box"], seed=0, device="cpu")
+    with torch.no_grad():
+        agent.policy.log_std.fill_(-2.0)  # calm beside random actions
+    buffer = RetentionBuffer.collect(agent, OLD["box"], n_states=512, n_envs=2)
+    envs = make_vec_env(NEW["box"], 8, seed=1, wrapper_class=Effort)
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SMALL)
+    model._setup_learn(60_000, None)
+    assert model.retention.opening.run(model).pays is not resting
+
+
+def pendulum(value: float) -> gym.Env:
+    """The same task whatever the context says."""
+    return TaskContext(gym.make("Pendulum-v1"), value=value)
+
+
+def test_units_are_freed_where_an_agent_of_gsde_goes_on_with_what_it_does() -> None:
+    """It gets a spread of its own in the new task, which is not what has to be as it was."""
+    agent = add_context(agents.load(AGENTS / "pendulum_gsde" / "ppo"), 1)
+    with torch.no_grad():
+        agent.model.policy.log_std.sub_(3.0)  # certain, as agents are that were trained for long
+    old, new = ([partial(pendulum, value)] * 8 for value in (0.0, 1.0))
+    buffer = RetentionBuffer.collect(agent, DummyVecEnv(old), n_states=512)
+    envs = training_env(DummyVecEnv(new), agent.normalizer, seed=1)
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SMALL)
+    model._setup_learn(60_000, None)
+    states = model.retention.constraint.inputs.clone()
+    states[:, -1] = 1.0  # the old situations, under the new task's flag
+    before = policy_outputs(model.policy, states)[:, :1].detach()
+    record = model.retention.opening.run(model)
+    assert record.pays and record.units > 0
+    assert independent_kl(model, buffer) <= within(BUDGET, buffer)
+    # what it does is as it was, to well within a step of the noise that the agent came with
+    assert (policy_outputs(model.policy, states)[:, :1] - before).abs().mean() < 0.2
 
 
 class Stopped(Exception):

@@ -24,6 +24,7 @@ from nsrl.rl.opening.states import (
     STRETCH,
     NewStates,
     exchanged_states,
+    nothing_happened,
     pays_better,
     random_states,
     resting_action,
@@ -51,7 +52,7 @@ WHERE_IT_PAYS = 0.01
 CONDENSING, CONDENSING_AT_MOST = 0.001, 0.05
 #: Fields of the record that earlier versions did not write.
 LATER = ("units", "pays", "added")
-#: Steps of an episode over which the old behaviour has to pay before that is believed.
+#: Steps of an episode over which the old behaviour has to pay before that is believed, or may do so later.
 LONGER = 256
 #: Share of a run's timesteps that the opening may take.
 MOST_STEPS = 0.1
@@ -104,7 +105,7 @@ class Opening:
     """Opens the policy of one model before its first roll-out.
 
     1. States of the new task, by random actions and by the policy, and what either earns there; where the policy earns
-       more, over longer stretches, too.
+       more, or neither earns anything, over longer stretches, too.
     2. Where inputs never moved on the buffer and tell the tasks apart, the old task is condensed on a part of the
        hidden units, and the others become a fresh network for the new one (`free_units`). What the old units say is
        kept from it unless the old behaviour pays there. Where units cannot be had, and it does not pay, such inputs
@@ -170,9 +171,10 @@ class Opening:
             stretch = min(STRETCH, -(-follow // model.n_envs))
             new = random_states(model, count, self._seed, stretch)
             visited = visited_states(model, follow, self._seed + 1, stretch)
-            pays = pays_better(visited, new) and self._pays_for_longer(model, room + first - model.num_timesteps)
+            paying = self._where_it_pays(model, visited, new, room + first - model.num_timesteps)
+            pays = paying is not None
             before = 1.0 if targets is None else self._openness(targets, visited)
-            self.block = self._free(new, visited if pays else None)
+            self.block = self._free(new, paying)
             units = 0 if self.block is None else self.block.units
             columns = 0 if units or pays else self._redraw(new)
             if columns:  # it goes elsewhere now
@@ -206,21 +208,36 @@ class Opening:
         self._log(model, self.record)
         return self.record
 
-    def _pays_for_longer(self, model: OnPolicyAlgorithm, room: int) -> bool:
-        """Whether the old behaviour pays over longer stretches, too, as far as there are timesteps to find out.
+    def _where_it_pays(
+        self, model: OnPolicyAlgorithm, visited: NewStates, random: NewStates, room: int
+    ) -> NewStates | None:
+        """States that the old behaviour leads to in the new task, if it earns something there; else None.
 
-        A gait that goes to and fro earns in the wrong direction for a part of its period. And where random actions cost
-        something, any behaviour that is calm earns more than they do: it has to earn more than none at all, too.
+        A first look may say that it does: but a gait that goes to and fro earns in the wrong direction for a part of
+        its period, and where random actions cost something, any behaviour that is calm earns more than they do. So it
+        has to earn more over longer stretches, and more than doing nothing, too. Or the first look may say nothing at
+        all, since nothing has happened: whoever reaches a goal far away is seen to only over longer stretches.
+
+        Args:
+            model: whose policy it is.
+            visited, random: states of the first look, by the policy and by random actions.
+            room: timesteps that there are for another.
         """
+        likely = pays_better(visited, random)
+        if not likely and not nothing_happened(visited, random):
+            return None
         envs = model.n_envs
         rounds = -(-FEWEST // envs)
         others = [random_states] + [resting_states] * (resting_action(model.action_space) is not None)
         length = min(LONGER, room // ((1 + len(others)) * envs * rounds))
         if length <= STRETCH:
-            return True
+            return visited if likely else None
         count = length * envs * rounds
         own = visited_states(model, count, self._seed + 2, length)
-        return all(pays_better(own, play(model, count, self._seed + 2, length)) for play in others)
+        if not likely and nothing_happened(visited, own):
+            return None
+        surely = all(pays_better(own, play(model, count, self._seed + 2, length)) for play in others)
+        return own if surely else None
 
     def leave_out(self, why: str, units: int = 0, block: Any = None) -> None:
         """It is not to be done, and this is why; so many units are free already, in this block as it was written.

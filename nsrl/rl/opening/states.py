@@ -38,11 +38,13 @@ class NewStates:
         valid: valid actions, (N, O) bool; None where all are.
         returns: sums of the rewards over stretches of so many steps of an episode, or to its end, one after the other,
             on the way through these states; empty where they were not played.
+        rewards: the least and the largest of a single step.
     """
 
     inputs: Observation
     valid: Tensor | None
     returns: tuple[float, ...] = ()
+    rewards: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())) if isinstance(self.inputs, dict) else self.inputs)
@@ -130,7 +132,7 @@ def _play(model: OnPolicyAlgorithm, count: int, seed: int, act: Act, stretch: in
     model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
     inputs = policy_inputs(concatenated(seen), None, model.device)
     known = torch.as_tensor(np.concatenate(masks), device=model.device) if masks else None
-    return NewStates(inputs, known, tuple(sums.finished))
+    return NewStates(inputs, known, tuple(sums.finished), (sums.least, sums.most))
 
 
 class _Stretches:
@@ -138,10 +140,12 @@ class _Stretches:
 
     def __init__(self, n_envs: int, length: int):
         self.finished: list[float] = []
+        self.least, self.most = np.inf, -np.inf
         self._length = length
         self._sums, self._lengths = np.zeros(n_envs), np.zeros(n_envs, dtype=int)
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+        self.least, self.most = min(self.least, float(rewards.min())), max(self.most, float(rewards.max()))
         self._sums += rewards
         self._lengths += 1
         over = dones | (self._lengths >= self._length)
@@ -156,6 +160,12 @@ def pays_better(one: NewStates, other: NewStates) -> bool:
         return False
     error = np.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
     return bool(first.mean() - second.mean() > SURELY * error)
+
+
+def nothing_happened(*looks: NewStates) -> bool:
+    """Whether every step on the way through these states earned the same, and every stretch: no goal, and no fall."""
+    rewards = {reward for look in looks for reward in look.rewards}
+    return len(rewards) == 1 and all(len(set(look.returns)) == 1 for look in looks)
 
 
 def exchanged_states(old: Observation, new: NewStates, valid: Tensor | None, count: int, seed: int) -> NewStates | None:

@@ -28,7 +28,7 @@ from nsrl.rl.policies.actor_critic import policy_outputs
 from nsrl.rl.surgery import add_context
 from nsrl.rl.training import checkpoint
 from nsrl.rl.training.tensorboard import open_logger
-from nsrl_envs import TaskContext
+from nsrl_envs import SwapActions, TaskContext
 from tests.rl.builders import NEW, OLD, SMALL, certain, generators_left_alone, trained
 from tests.rl.clockwork import AtBoundary, Clockwork
 from tests.rl.oracles import independent_kl, same, same_policies, within
@@ -429,6 +429,37 @@ def test_what_pays_for_a_while_only_does_not_pay(longer: int, pays: bool, monkey
     assert record.pays is pays
     # a roll-out's share more, since environments step together
     assert record.states <= MOST_STEPS * 20_000 + 8
+
+
+class PaysLater(PaysAtFirst):
+    """Earns nothing for a while, as on the way to a goal."""
+
+    def step(self, action: Any) -> Any:
+        seen, _, *ends = super().step(action)
+        return seen, float(self.steps > 100), *ends
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_who_reaches_a_goal_far_away_is_found_out(good: bool) -> None:
+    """A random policy has dropped the pole by then, and so has one that pushes the wrong way: nobody looks again."""
+    agent = PPO.load(AGENTS / "cartpole_swapped" / "default_0_x1.zip", device="cpu")
+    with torch.no_grad():
+        agent.policy.mlp_extractor.policy_net[0].weight[:, -1] = 0.0
+
+    def pole() -> gym.Env:
+        env: gym.Env = TimeLimit(CartPoleEnv(), 500)
+        return PaysLater(TaskContext(env if good else SwapActions(env), value=1.0))
+
+    buffer = RetentionBuffer.collect(agent, OLD["discrete"], n_states=512, n_envs=2)
+    envs = DummyVecEnv([pole] * 8)
+    model = NullSpacePPO.from_pretrained(agent, envs, retain=buffer, seed=1, kl_budget=BUDGET, **SMALL)
+    model._setup_learn(80_000, None)
+    record = model.retention.opening.run(model)
+    assert record.pays is good and record.units > 0
+    first, longer = 1536, 8 * 256
+    assert record.states == first + (2 * longer if good else longer)
+    if good:
+        assert evaluate(model, DummyVecEnv([pole] * 8), episodes=8, seed=5).mean > 200.0
 
 
 class Effort(gym.Wrapper):

@@ -36,6 +36,7 @@ from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
+from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable
@@ -433,7 +434,9 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is None:
             return super().collect_rollouts(*args, **kwargs)
         if self.retention.opening.pending:
-            self.retention.opening.run(self)
+            record = self.retention.opening.run(self)
+            if record.pays and self.retention.exploration is not None:
+                self.retention.exploration.narrow(OPEN_WHERE_IT_PAYS)  # what pays is to be varied, not given up
         exploration = self.retention.exploration
         with (
             fused_forward(self.policy) if is_switched_on() else nullcontext(),

@@ -107,8 +107,8 @@ class Opening:
     1. States of the new task, by random actions and by the policy, and what either earns there; where the policy earns
        more, or neither earns anything, over longer stretches, too.
     2. Where inputs never moved on the buffer and tell the tasks apart, the old task is condensed on a part of the
-       hidden units, and the others become a fresh network for the new one (`free_units`). What the old units say is
-       kept from it unless the old behaviour pays there. Where units cannot be had, and it does not pay, such inputs
+       hidden units, and the others become a fresh network for the new one (`free_units`), which has a copy of the old
+       one inside it where the old behaviour pays. Where units cannot be had, and it does not pay, such inputs
        get a random column instead, which costs no KL at all.
     3. If the policy is not open where it goes: its outputs are opened by regression inside the budget, on these states
        and those of the buffer with the new task's value of such inputs; then on the states that the opened policy goes
@@ -274,7 +274,9 @@ class Opening:
             return after, 0, f"the policy is open already ({after:.0%})"
         for cycle in range(CYCLES):
             pool = pool.joined(visited)
-            made = open_outputs(self._constraint.policy, self._constraint, pool, targets, share, self._budget)
+            made = open_outputs(
+                self._constraint.policy, self._constraint, pool, targets, share, self._budget, block=self.block
+            )
             steps += made
             visited = visited_states(model, len(visited), self._seed + 2 + cycle)
             after = self._openness(targets, visited)
@@ -321,7 +323,7 @@ class Opening:
                 divergence,
                 min(before + share * self._budget, self._budget),
                 self._seed,
-                silence=paying is None,
+                go_on=paying is not None,
                 used=used,
             )
             if block is not None:

@@ -16,6 +16,8 @@ from nsrl.rl.policies.actor_critic import Observation
 
 #: Shares of a layer's units that the old task keeps, from the fewest on: the first that costs little enough is taken.
 KEPT = (0.25, 0.375, 0.5, 0.625, 0.75)
+#: Another, where a copy of the old task's units has to fit beside them.
+COPIED = 0.45
 #: Spread of the switch over the new task's states, in pre-activations, at most.
 MOST_FLICKER = 0.5
 #: What a policy is opened to whose old behaviour pays in the new task: it is to be varied there, not given up.
@@ -32,7 +34,7 @@ def free_units(
     divergence: Callable[[], float],
     cost: float,
     seed: int,
-    silence: bool = True,
+    go_on: bool = False,
     used: Observation | None = None,
 ) -> FreeBlock | None:
     """Give the new task a fresh network inside the actor, if an input tells it from the old one.
@@ -41,8 +43,9 @@ def free_units(
     input that never moved on the buffer: off on the old task, where what they say is a constant that the layer above
     allows for, and on in the new one. So the weights into them are in the null space as long as the gate holds (they
     are off by a margin of `OFF`), and those out of them are but for one direction an output, which the bias makes up
-    for. With `silence` the old units are turned off on the new task in the same way, and the policy begins there as a
-    freshly initialised one does.
+    for. The old units are turned off on the new task in the same way, and the policy begins there as a freshly
+    initialised one does; or, with `go_on`, as the old one: some of the free units are then a copy of those that are
+    kept, which the new task may change as it likes. Where they are too few for a copy it hears the old ones instead.
 
     Args:
         policy: whose actor is an MLP on features that are not learnt; any other keeps its weights.
@@ -52,7 +55,7 @@ def free_units(
         cost: KL at most that the old task may pay for it.
         seed: of the fresh units.
         used: inputs on which the units that are kept have to do what all did; None for the buffer's alone.
-        silence: whether what the old units say is kept from the new task.
+        go_on: whether the new task begins with what the old one does.
 
     Returns:
         The units that were freed; None where nothing was changed, since it would cost more than that.
@@ -68,19 +71,25 @@ def free_units(
     originals, noise = layers.read(), HiddenNoise.of(policy)
     if noise is not None:
         wanted, log_std = noise.variances(layers.hidden(before)), noise.log_std.detach().clone()
-    for share in KEPT:
+    for share in sorted((*KEPT, COPIED) if go_on else KEPT):
         kept = condense(layers, kept_on, share)
         free = [others(rows, layer.out_features) for rows, layer in zip(kept, layers.linears[:-1], strict=True)]
         # one unit of each layer is the switch itself
         if min(map(len, free)) >= 2:
-            fresh = FreshNetwork(layers, kept, free, switch, seed, silent=noise is not None)
-            if fresh.plant(before, after, silence):
-                if noise is not None:
-                    spread = 1.0 if silence else OPEN_WHERE_IT_PAYS
-                    hidden = layers.hidden(before), layers.hidden(after)
-                    noise.divide(wanted, *hidden, kept[-1], free[-1], spread)
-                if divergence() <= cost:
-                    return FreeBlock(layers, free, switch, heard=not silence, silent=fresh.silent)
+            modes = [(True, True), (False, False)] if go_on else [(False, True)]
+            for copied, silence in modes:
+                if copied and not all(len(old) < len(new) for old, new in zip(kept, free, strict=True)):
+                    continue
+                condensed = layers.read()
+                fresh = FreshNetwork(layers, kept, free, switch, seed, silent=noise is not None, copied=copied)
+                if fresh.plant(before, after, silence):
+                    if noise is not None:
+                        spread = OPEN_WHERE_IT_PAYS if go_on else 1.0
+                        hidden = layers.hidden(before), layers.hidden(after)
+                        noise.divide(wanted, *hidden, kept[-1], free[-1], spread)
+                    if divergence() <= cost:
+                        return FreeBlock(layers, free, switch, heard=not silence, silent=fresh.silent)
+                layers.write(condensed)
         layers.write(originals)
         if noise is not None:
             noise.write(log_std)
@@ -97,6 +106,7 @@ class FreshNetwork:
         seed: of the weights.
         silent: the last layer's units say 0 on the old task, where their activation can: all of them behind another
             hidden layer, whose units are off, else the switch alone.
+        copied: the first free units behind the switch are copies of the kept ones, of which each layer has more.
     """
 
     def __init__(
@@ -108,9 +118,12 @@ class FreshNetwork:
         seed: int,
         *,
         silent: bool = False,
+        copied: bool = False,
     ):
         self._layers = layers
         self._silent = silent
+        #: as they are before the old task's units are turned off on the new one
+        self._originals = layers.read() if copied else None
         self._kept = kept
         self._free = free
         self._switch = switch
@@ -145,10 +158,15 @@ class FreshNetwork:
         units, twins, _ = self._twins()
         layer.weight[twins], layer.bias[twins] = layer.weight[units], layer.bias[units]
 
+    def _copies(self, number: int) -> int:
+        """How many of a layer's free units are copies; they come behind the switch."""
+        return 0 if self._originals is None else len(self._kept[number])
+
     def _twins(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The last layer's units in two halves, and what is left over, without the switch."""
-        half = (len(self._free[-1]) - 1) // 2
-        units, twins, odd = self._free[-1][1:].split([half, half, len(self._free[-1]) - 1 - 2 * half])
+        """The last layer's units in two halves, and what is left over, without the switch and the copies."""
+        rest = self._free[-1][1 + self._copies(-1) :]
+        half = len(rest) // 2
+        units, twins, odd = rest.split([half, half, len(rest) - 2 * half])
         return units, twins, odd
 
     def _first(self, before: Tensor, after: Tensor) -> Tensor:
@@ -163,11 +181,20 @@ class FreshNetwork:
         weight = self._drawn(len(units), len(centre), GAIN).to(before) / spread
         weight[0] = 0.0
         bias = -(weight @ centre)
+        if self._originals is not None:
+            rows, copies = self._kept[0], slice(1, 1 + len(self._kept[0]))
+            original, constant = (value[rows].double() for value in self._originals[0])
+            weight[copies] = original[:, plain]
+            bias[copies] = constant + original[:, switch.columns] @ switch.origin
+        # what the units say of the old task's inputs
         gate = (before[:, plain] @ weight.T + bias).amax(0).clamp_min(0.0) + OFF
         bias[0], gate[0] = OFF, OFF - self._rest(0)
         full = torch.zeros(len(units), layer.in_features, dtype=torch.float64, device=before.device)
         full[:, plain] = weight
         full[:, switch.columns] = gate[:, None] * switch.weights
+        if self._originals is not None:  # a copy makes of the switch's inputs what its original does
+            full[copies, switch.columns] += original[:, switch.columns]
+            bias[copies] = constant
         layer.weight[units] = full.to(layer.weight)
         layer.bias[units] = (bias - gate * (1.0 + switch.offset)).to(layer.bias)
         return gate
@@ -203,13 +230,20 @@ class FreshNetwork:
         off, on = (float(activation(torch.tensor(x, dtype=torch.float64))) for x in (-OFF, OFF))
         weight = self._drawn(len(units), len(below), GAIN).to(layer.weight.device)
         weight[0] = weight[:, 0] = 0.0
+        constant = torch.zeros(len(units), dtype=torch.float64, device=weight.device)
+        if self._originals is not None:
+            rows, copies = self._kept[number], slice(1, 1 + len(self._kept[number]))
+            original, bias = self._originals[number]
+            weight[copies] = 0.0
+            weight[copies, 1 : 1 + len(self._kept[number - 1])] = original[rows][:, self._kept[number - 1]].double()
+            constant[copies] = bias[rows].double()
         # on the new task switch and bias cancel; on the old one they outweigh what the constants below add up to
-        idle = weight.sum(1) * off
+        idle = weight.sum(1) * off + constant
         if self._is_silent(number):
             weight[:, 0] = idle / (on - off)
         else:
             weight[:, 0] = (OFF + idle.clamp_min(0.0)) / (on - off)
-        bias = -weight[:, 0] * on
+        bias = constant - weight[:, 0] * on
         weight[0, 0] = (OFF - self._rest(number)) / (on - off)
         bias[0] = OFF - weight[0, 0] * on
         layer.weight[units] = 0.0
@@ -225,14 +259,18 @@ class FreshNetwork:
         """
         layer, units = self._layers.linears[-1], self._free[-1]
         weight = torch.zeros_like(layer.weight[:, units], dtype=torch.float64)
-        half = len(self._twins()[0])
-        weight[:, 1 : 1 + half] = self._drawn(layer.out_features, half, HEAD_GAIN).to(before)
-        weight[:, 1 + half : 1 + 2 * half] = -weight[:, 1 : 1 + half]
+        half, first = len(self._twins()[0]), 1 + self._copies(-1)
+        weight[:, first : first + half] = self._drawn(layer.out_features, half, HEAD_GAIN).to(before)
+        weight[:, first + half : first + 2 * half] = -weight[:, first : first + half]
+        goal = torch.zeros(layer.out_features, dtype=torch.float64, device=before.device)
+        if self._originals is not None:
+            original, bias = self._originals[-1]
+            weight[:, 1:first], goal = original[:, self._kept[-1]].double(), bias.double()
         idle, awake = (self._layers.hidden(features)[:, units].mean(0) for features in (before, after))
         if silence:
             # what the silenced units and the bias still say, a constant, is cancelled by the switch
             said = self._layers.outputs(after).mean(0)
-            weight[:, 0] = (weight @ idle - said) / (awake[0] - idle[0])
+            weight[:, 0] = (weight @ idle - said + goal) / (awake[0] - idle[0])
         layer.weight[:, units] = weight.to(layer.weight)
         layer.bias.sub_((weight @ idle).to(layer.bias))
 

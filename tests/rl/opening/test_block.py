@@ -35,7 +35,7 @@ def opened(
 ) -> tuple[Any, FreeBlock, Tensor, Tensor]:
     policy = policy_of(activation, widths)
     old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
-    block = free_units(policy, old, new, measured(policy, old), 1e-3, seed=0, silence=silence)
+    block = free_units(policy, old, new, measured(policy, old), 1e-3, seed=0, go_on=not silence)
     assert block is not None
     return policy, block, old, new
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import nn
 
+from nsrl.rl.opening.block import OFF
 from nsrl.rl.opening.condensing import ActorLayers, condense, spanning_units
 from nsrl.rl.opening.switch import Switch
 from nsrl.rl.opening.units import HEAD_GAIN, free_units
@@ -70,12 +73,62 @@ def test_the_weights_into_fresh_units_are_in_the_null_space_of_the_buffer() -> N
     assert float(rows[:, fresh].detach().abs().max()) < 1e-4 * float(moved[:, fresh].detach().abs().max())
 
 
-def test_without_silence_the_new_task_hears_what_the_old_units_say() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("widths", [[48], [48, 40], [40, 32, 40]])
+def test_the_new_task_goes_on_with_a_copy_of_the_old_one(activation: type[nn.Module], widths: list[int]) -> None:
+    """The outputs under the new flag are those that the kept units have under the old one, and may all be moved."""
+    policy = policy_of(activation, widths)
+    with torch.no_grad():
+        policy.mlp_extractor.policy_net[0].weight[:, -1] = 0.0
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    alike = new.clone()
+    alike[:, -1] = 0.0
+    block = free_units(policy, old, new, measured(policy, old), math.inf, seed=0, go_on=True)
+    assert block is not None and not block.heard
+    with torch.no_grad():
+        wanted, found = policy_outputs(policy, alike), policy_outputs(policy, new)
+    # a unit that is off says the same below -OFF to within its spread there; what it feeds is a sum over layers
+    idle = activation()(torch.linspace(-10.0 * OFF, -OFF, 1000, dtype=torch.float64))
+    weights = max(float(layer.weight.detach().abs().sum(1).max()) for layer in block.layers.linears)
+    bound = 4.0 * float(idle.max() - idle.min()) * weights ** len(widths)
+    bound += 64.0 * relative(torch.float32) * float(wanted.abs().max() + 1.0) * weights
+    assert float((found - wanted).abs().max()) <= bound
+    # of the copy everything may move: each weight of the kept units has one that is free
+    masks = dict(block.masks(policy, old))
+    for number, layer in enumerate(block.layers.linears[:-1]):
+        kept = layer.out_features - len(block.free[number])
+        assert int((masks[layer.bias] > 0.0).sum()) == len(block.free[number]) - 1 >= kept
+
+
+def test_a_copy_makes_of_the_context_what_its_original_does() -> None:
+    """As of an agent that is fine-tuned on the new task again: what it does under the flag is another thing."""
+    policy = policy_of(widths=[96, 96])
+    old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
+    with torch.no_grad():
+        policy.mlp_extractor.policy_net[0].weight[:, -1] *= 3.0
+        before = policy_outputs(policy, new)
+        alike = old.clone()
+        alike[:, -1] = 1.0
+        assert float((policy_outputs(policy, alike) - policy_outputs(policy, old)).abs().max()) > 2.0
+    both = torch.cat([old, new])
+    block = free_units(policy, old, new, measured(policy, both), 1e-3, seed=0, go_on=True, used=both)
+    assert block is not None and not block.heard
+    after = torch.distributions.Categorical(logits=policy_outputs(policy, new).double())
+    kl = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=before.double()), after)
+    assert float(kl.mean()) <= 2e-3  # the mean over both tasks' states, of which these are one half
+
+
+def test_with_too_few_units_for_a_copy_the_new_task_hears_what_the_old_ones_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nsrl.rl.opening.units.KEPT", (0.6,))
+    monkeypatch.setattr("nsrl.rl.opening.units.COPIED", 0.6)
     policy = policy_of()
     old, new = states(policy, 0.0), states(policy, 1.0, seed=1)
     with torch.no_grad():
         before = policy_outputs(policy, new).argmax(1)
-    assert free_units(policy, old, new, measured(policy, old), 1e-4, seed=0, silence=False)
+    block = free_units(policy, old, new, measured(policy, old), 1e-3, seed=0, go_on=True)
+    assert block is not None and block.heard
     with torch.no_grad():
         after = policy_outputs(policy, new).argmax(1)
     # the old task alone was to be kept: beyond it, condensing is off by a little

@@ -39,7 +39,7 @@ RL = (
     ("nsrl.rl.budget", "nsrl.rl.surgery"),
     ("nsrl.rl.opening",),
     ("nsrl.rl.retention",),
-    ("nsrl.rl.playing",),
+    ("nsrl.rl.playing", "nsrl.rl.parallel"),
     ("nsrl.rl.agents",),
     ("nsrl.rl.policies",),
 )

@@ -447,6 +447,36 @@ def post_training_forecast(options: Options, console: Console) -> Results:
     return Results((), (("results", results),))
 
 
+@benchmark("run_cost", "quick")
+def run_cost(options: Options, console: Console) -> Results:
+    """What fine-tuning takes, forecast by `nsrl cost` and measured."""
+    from nsrl.bench.cost.runs import measure_runs, run_cost_table
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "run_cost_quick" if options.quick else "run_cost")
+    results = (out / "results" if options.quick else options.reference) / "run_cost.json"
+    content = measure_runs(REFERENCE / "agents", options.quick, console.say)
+    write_json(results, content)
+    return Results([run_cost_table(content)], [("results", results)])
+
+
+@benchmark("cost", "quick")
+def cost(options: Options, console: Console) -> Results:
+    """What constraints cost at up to a hundred million parameters, forecast from the layers' shapes and measured."""
+    from nsrl.bench.cost.constraints import cost_table, measure_costs, outside
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "cost_quick" if options.quick else "cost")
+    results = (out / "results" if options.quick else options.reference) / "cost.json"
+    content = measure_costs(options.quick, console.say)
+    write_json(results, content)
+    return Results([cost_table(content)], [("results", results)], outside(content))
+
+
 @benchmark("edit", "only", "quick", "engine")
 def edit(options: Options, console: Console) -> Results:
     """Facts written into language models by all editors: what edits reach, spare and break (nsrl[llm])."""

@@ -34,6 +34,8 @@ Run a benchmark and write its results.
   nsrl bench frontier                    every method on populations of pretrained agents: old task kept, new one learnt
   nsrl bench demo_population             the demo on twenty agents, with vector instructions and without
   nsrl bench post_training               a tiny language model learns inside a budget on what stays (nsrl[llm])
+  nsrl bench cost                        what constraints cost at up to 1e8 parameters, forecast and measured
+  nsrl bench run_cost                    what fine-tuning takes, forecast by nsrl cost and measured
   nsrl bench edit --only tiny            all editors of language models, batched and in sequence (nsrl[llm])
   nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
   nsrl bench frontier --engine ray --workers 200    on a Ray cluster (nsrl[cluster], docs/cluster.md)

@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cpus lint wheel wheel-check docs leaderboard reliability clean
+.PHONY: help demo test test-all test-cpus lint wheel wheel-check docs leaderboard reliability scale clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -57,6 +57,9 @@ leaderboard: $(INSTALLED)  ## write docs/leaderboard.md from the results under r
 
 reliability: $(INSTALLED)  ## write the tables of docs/reliability.md from the results under runs/reference
 	@$(BIN)/python docs/reliability.py
+
+scale: $(INSTALLED)  ## write the tables of docs/scale.md from runs/reference/cost.json
+	@$(BIN)/python docs/scale.py
 
 clean:  ## remove caches and build output; keeps .venv and runs
 	@rm -rf build dist *.egg-info MUJOCO_LOG.TXT .pytest_cache .mypy_cache .ruff_cache .hypothesis

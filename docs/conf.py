@@ -54,6 +54,7 @@ FACES = (
     "nsrl.rl.algorithms",
     "nsrl.rl.budget",
     "nsrl.rl.playing",
+    "nsrl.rl.parallel",
     "nsrl.rl.policies",
     "nsrl.rl.retention",
     "nsrl.rl.surgery",

@@ -39,7 +39,7 @@ RL = (
     ("nsrl.rl.budget", "nsrl.rl.surgery"),
     ("nsrl.rl.opening",),
     ("nsrl.rl.retention",),
-    ("nsrl.rl.playing",),
+    ("nsrl.rl.playing", "nsrl.rl.parallel"),
     ("nsrl.rl.agents",),
     ("nsrl.rl.policies",),
 )
@@ -179,7 +179,7 @@ def test_the_floors_are_told_apart() -> None:
 
 
 #: Rooms whose README lies one level up.
-INSIDE = ("sequences", "suites", "studies", "speed", "gallery", "strategies", "benchmarks", "path")
+INSIDE = ("sequences", "suites", "studies", "speed", "cost", "gallery", "strategies", "benchmarks", "path")
 
 
 @pytest.mark.parametrize("package", sorted(n for n in modules() if is_face(n) and "." in n))

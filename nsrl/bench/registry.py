@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nsrl.bench.engine import check_engine
 from nsrl.errors import NsrlError, near
 from nsrl.runs.lock import alone_in
 from nsrl.runs.memory import check_memory
@@ -41,6 +42,7 @@ class Options:
         again: measure also what is finished in `out`.
         threads: of every measurement of speed; None for all processors.
         folder: of the agents to try.
+        engine: where runs go: "local", processes of this machine, or "ray".
     """
 
     out: Path | None = None
@@ -52,6 +54,7 @@ class Options:
     again: bool = False
     threads: int | None = None
     folder: Path | None = None
+    engine: str = "local"
 
 
 class Console(Protocol):
@@ -89,7 +92,7 @@ Benchmark = Callable[[Options, Console], Results]
 BENCHMARKS: dict[str, Benchmark] = {}
 #: Which of them take which of the options that not all take.
 TAKES: dict[str, frozenset[str]] = {}
-SUITES_TAKE = frozenset({"quick"})
+SUITES_TAKE = frozenset({"quick", "engine"})
 
 
 def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
@@ -97,7 +100,7 @@ def benchmark(name: str, *takes: str) -> Callable[[Benchmark], Benchmark]:
 
     Args:
         name: on the command line.
-        takes: which of the options "only", "quick", "again", "threads" and "folder" it knows.
+        takes: which of the options "only", "quick", "again", "threads", "folder" and "engine" it knows.
     """
 
     def register(run: Benchmark) -> Benchmark:
@@ -115,13 +118,15 @@ def run_benchmark(name: str, options: Options, console: Console) -> Results:
     """
     if options.workers < 1:
         raise NsrlError(f"--workers must be at least 1, not {options.workers}")
-    check_memory(f"--workers {options.workers}", options.workers * WORKER)
-    keys = ("only", "quick", "again", "threads", "folder")
-    given = {key for key in keys if getattr(options, key) not in ((), False, None)}
+    keys = ("only", "quick", "again", "threads", "folder", "engine")
+    given = {key for key in keys if getattr(options, key) not in ((), False, None, "local")}
     for key in sorted(given - TAKES.get(name, SUITES_TAKE)):
         takers = " and ".join([taker for taker in TAKES if key in TAKES[taker]] + ["suites"] * (key in SUITES_TAKE))
         what = "a folder" if key == "folder" else f"--{key}"
         raise NsrlError(f"{what} is for nsrl bench {takers}, not for {name}; leave it out")
+    check_engine(options.engine)
+    if options.engine == "local":  # others have machines of their own
+        check_memory(f"--workers {options.workers}", options.workers * WORKER)
     if name in BENCHMARKS:
         return BENCHMARKS[name](options, console)
     path = Path(name) if name.endswith(".yaml") else options.configs / "bench" / f"{name}.yaml"
@@ -151,7 +156,7 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
         reference = out / "results" if reference == REFERENCE else reference
     with alone_in(out), console.status(suite.name) as show:
         run = sequences.run_sequence_suite if suite.is_sequence else run_suite
-        content = run(suite, out, workers=options.workers, on_status=show)
+        content = run(suite, out, workers=options.workers, engine=options.engine, on_status=show)
     results, figure = (reference / f"{suite.name}.{kind}" for kind in ("json", "png"))
     write_suite(content, results)
     if suite.is_sequence:
@@ -265,7 +270,7 @@ def speed(options: Options, console: Console) -> Results:
     return Results(speed_tables(content), files, ["* first run only: its library has a clearly faster variant"])
 
 
-@benchmark("continual", "only", "quick", "again")
+@benchmark("continual", "only", "quick", "again", "engine")
 def continual(options: Options, console: Console) -> Results:
     """All strategies of supervised continual learning on its offline benchmarks."""
     from nsrl.bench.studies.continual import plan_cells, run_cells
@@ -278,7 +283,9 @@ def continual(options: Options, console: Console) -> Results:
     reference = out / "results" if partial else options.reference / "continual"
     cells = plan_cells(options.configs, only=options.only, quick=options.quick)
     with alone_in(out), console.status("continual") as show:
-        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
+        content = run_cells(
+            cells, out, workers=options.workers, again=options.again, engine=options.engine, on_status=show
+        )
     write_json(reference / "continual.json", content)
     for name, why in content["failures"].items():
         console.note(f"nsrl: {name} came to no result: {why}")
@@ -290,7 +297,7 @@ def continual(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files)
 
 
-@benchmark("continual_memories", "only", "quick", "again")
+@benchmark("continual_memories", "only", "quick", "again", "engine")
 def continual_memories(options: Options, console: Console) -> Results:
     """A KL budget with its default against replay with 20, 100 and 500 samples a task, nothing tuned."""
     from nsrl.bench.studies.continual import run_cells
@@ -304,7 +311,9 @@ def continual_memories(options: Options, console: Console) -> Results:
     name = "_".join(["memories", *(part for part in options.only)])
     cells = plan_memories(options.configs, only=options.only, quick=options.quick)
     with alone_in(out), console.status("continual_memories") as show:
-        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
+        content = run_cells(
+            cells, out, workers=options.workers, again=options.again, engine=options.engine, on_status=show
+        )
     write_json(reference / f"{name}.json", content)
     for failed, why in content["failures"].items():
         console.note(f"nsrl: {failed} came to no result: {why}")
@@ -318,7 +327,7 @@ def continual_memories(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files, broken(content))
 
 
-@benchmark("frontier", "only", "quick")
+@benchmark("frontier", "only", "quick", "engine")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""
     from nsrl.bench.studies.frontier import run_cells
@@ -330,14 +339,22 @@ def frontier(options: Options, console: Console) -> Results:
     agents = out / "agents" if options.quick else options.reference / "agents"
     cells = plan_cells(options.only, options.quick)
     with alone_in(out), console.status("frontier") as show:
-        failures = run_cells(cells, reference, agents, workers=options.workers, quick=options.quick, on_status=show)
+        failures = run_cells(
+            cells,
+            reference,
+            agents,
+            workers=options.workers,
+            quick=options.quick,
+            engine=options.engine,
+            on_status=show,
+        )
     for name, why in failures.items():
         console.note(f"nsrl: {name} came to no result: {why}")
     tables, files = write_frontier(reference)
     return Results(tables, files)
 
 
-@benchmark("agents", "folder", "only", "quick", "again")
+@benchmark("agents", "folder", "only", "quick", "again", "engine")
 def agents(options: Options, console: Console) -> Results:
     """Every agent in a folder: loaded, collected from, fine-tuned, exported, played by stock SB3.
 
@@ -356,14 +373,20 @@ def agents(options: Options, console: Console) -> Results:
     results = (out / "results" if partial else options.reference) / "agents.json"
     with alone_in(out), console.status("agents") as show:
         content = try_agents(
-            found, out, workers=options.workers, again=options.again, quick=options.quick, on_status=show
+            found,
+            out,
+            workers=options.workers,
+            again=options.again,
+            quick=options.quick,
+            engine=options.engine,
+            on_status=show,
         )
     write_json(results, content)
     told = [f"{row['name']}: {row['reason']}" for row in content["rows"] if row["reason"]]
     return Results(agents_tables(content), (("results", results),), told)
 
 
-@benchmark("demo_population", "quick")
+@benchmark("demo_population", "quick", "engine")
 def demo_population(options: Options, console: Console) -> Results:
     """The demo for twenty pretrained agents, on this instruction set."""
     from nsrl.bench.studies.demo_population import population_table, run_population
@@ -371,7 +394,9 @@ def demo_population(options: Options, console: Console) -> Results:
     out = _out(options, "demo_population_quick" if options.quick else "demo_population")
     results = (out / "results" if options.quick else options.reference) / "demo_population.json"
     with alone_in(out), console.status("demo_population") as show:
-        content = run_population(out, results, workers=options.workers, quick=options.quick, on_status=show)
+        content = run_population(
+            out, results, workers=options.workers, quick=options.quick, engine=options.engine, on_status=show
+        )
     return Results([population_table(content)], [("results", results)])
 
 
@@ -422,7 +447,37 @@ def post_training_forecast(options: Options, console: Console) -> Results:
     return Results((), (("results", results),))
 
 
-@benchmark("edit", "only", "quick")
+@benchmark("run_cost", "quick")
+def run_cost(options: Options, console: Console) -> Results:
+    """What fine-tuning takes, forecast by `nsrl cost` and measured."""
+    from nsrl.bench.cost.runs import measure_runs, run_cost_table
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "run_cost_quick" if options.quick else "run_cost")
+    results = (out / "results" if options.quick else options.reference) / "run_cost.json"
+    content = measure_runs(REFERENCE / "agents", options.quick, console.say)
+    write_json(results, content)
+    return Results([run_cost_table(content)], [("results", results)])
+
+
+@benchmark("cost", "quick")
+def cost(options: Options, console: Console) -> Results:
+    """What constraints cost at up to a hundred million parameters, forecast from the layers' shapes and measured."""
+    from nsrl.bench.cost.constraints import cost_table, measure_costs, outside
+    from nsrl.files import write_json
+    from nsrl.runs.training import use_one_thread
+
+    use_one_thread()
+    out = _out(options, "cost_quick" if options.quick else "cost")
+    results = (out / "results" if options.quick else options.reference) / "cost.json"
+    content = measure_costs(options.quick, console.say)
+    write_json(results, content)
+    return Results([cost_table(content)], [("results", results)], outside(content))
+
+
+@benchmark("edit", "only", "quick", "engine")
 def edit(options: Options, console: Console) -> Results:
     """Facts written into language models by all editors: what edits reach, spare and break (nsrl[llm])."""
     from nsrl.bench.studies.editing import plan_cells, run_cells
@@ -442,6 +497,7 @@ def edit(options: Options, console: Console) -> Results:
             out,
             workers=options.workers,
             quick=options.quick,
+            engine=options.engine,
             on_status=show,
             told=lambda text: console.note(f"nsrl bench edit: {text}"),
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsrl.bench.engine import ENGINES
 from nsrl.bench.registry import BENCHMARKS, REFERENCE, Options, run_benchmark
 from nsrl.cli.command import Parser, print_table
 from nsrl.cli.status_line import StatusLine
@@ -33,8 +34,11 @@ Run a benchmark and write its results.
   nsrl bench frontier                    every method on populations of pretrained agents: old task kept, new one learnt
   nsrl bench demo_population             the demo on twenty agents, with vector instructions and without
   nsrl bench post_training               a tiny language model learns inside a budget on what stays (nsrl[llm])
+  nsrl bench cost                        what constraints cost at up to 1e8 parameters, forecast and measured
+  nsrl bench run_cost                    what fine-tuning takes, forecast by nsrl cost and measured
   nsrl bench edit --only tiny            all editors of language models, batched and in sequence (nsrl[llm])
   nsrl bench agents rl-trained-agents    every agent in a folder: loaded, fine-tuned, exported, played by stock SB3
+  nsrl bench frontier --engine ray --workers 200    on a Ray cluster (nsrl[cluster], docs/cluster.md)
   nsrl bench halfcheetah_backward --out runs/bench/cheetah --reference runs/reference
 
 Runs go to --out, two at a time; what is finished there is not run again, so an interrupted benchmark goes on where it
@@ -55,6 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="where the runs go (default runs/bench/NAME)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="where the results go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="where the runs go (ray: nsrl[cluster])")
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configurations (default nsrl's)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; numbers mean nothing")
     speed = parser.add_argument_group("some of them only")
@@ -73,6 +78,7 @@ def run(arguments: Sequence[str]) -> int:
         options.again,
         options.threads,
         options.folder,
+        options.engine,
     )
     results = run_benchmark(options.name, chosen, Terminal())
     for table in results.tables:

@@ -74,9 +74,13 @@ def read_arguments(
 
 
 def run_training(
-    command: str, config: Any, options: dict[str, Any], start: Callable[..., Outcome], resume: Callable[..., Outcome]
+    command: str,
+    config: Any,
+    options: dict[str, Any],
+    start: Callable[..., Outcome | None],
+    resume: Callable[..., Outcome | None],
 ) -> tuple[Outcome | None, int]:
-    """Start or resume a run; the outcome (None if interrupted) and the exit code.
+    """Start or resume a run; the outcome (None if interrupted, or another process's) and the exit code.
 
     Raises:
         NsrlError: --resume has other options beside it, or as `start` and `resume`.

@@ -18,7 +18,8 @@ EXAMPLES = """\
   nsrl finetune --agent expert.zip --old_env CartPole-v1 --new_env MyCartPole-v0 --retention.kl_budget 0.02
   nsrl finetune --config cartpole_swapped --method kl_penalty --penalty 1.0 --seed 3
   nsrl finetune --config sequence_cartpole            (its keys: add --help)
-  nsrl finetune --resume runs/finetune-cartpole_swapped-20250101-120000"""
+  nsrl finetune --resume runs/finetune-cartpole_swapped-20250101-120000
+  torchrun --nproc-per-node 2 --no-python nsrl finetune --config cartpole_swapped     (docs/parallel.md)"""
 ABOUT = """\
 Fine-tune a pretrained agent on a new task while the mean KL divergence from the pretrained policy, over a
 buffer of states of its old task, stays within --retention.kl_budget nats per state. Writes a folder with
@@ -57,14 +58,22 @@ def _run_pair(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         FinetuneConfig, arguments, command="finetune", about=ABOUT, examples=EXAMPLES, resumable=True
     )
+    from nsrl.rl.parallel.ranks import started_together
     from nsrl.runs.finetuning import finetune, resume_finetuning
+<<<<<<< HEAD
     from nsrl.runs.report import finetuning_table, hint_of_context
+=======
+    from nsrl.runs.parallel import finetune_together, resume_together
+    from nsrl.runs.report import finetuning_table
+>>>>>>> wide-m
 
+    count = started_together()
     if options["resume"] is None and config.agent is not None:
-        interrupted = _make_agent(config, options["progress"])
+        interrupted = _make_agent(config, options["progress"], count)
         if interrupted:
             return interrupted
-    outcome, status = run_training("finetune", config, options, finetune, resume_finetuning)
+    start, resume = (finetune, resume_finetuning) if count == 1 else (finetune_together, resume_together)
+    outcome, status = run_training("finetune", config, options, start, resume)
     if outcome is not None:
         print_outcome(outcome, finetuning_table(outcome.metrics))
         hint = hint_of_context(outcome.metrics)
@@ -73,8 +82,12 @@ def _run_pair(arguments: Sequence[str]) -> int:
     return status
 
 
-def _make_agent(config: FinetuneConfig, progress: bool) -> int:
-    """Pretrain the agent of a packaged configuration where it is missing; the exit code, 0 unless interrupted."""
+def _make_agent(config: FinetuneConfig, progress: bool, processes: int) -> int:
+    """Pretrain the agent of a packaged configuration where it is missing; the exit code, 0 unless interrupted.
+
+    Raises:
+        NsrlError: it is missing, and several processes would make it.
+    """
     from nsrl.runs.folder import RunFolder, choose_folder
     from nsrl.runs.pretraining import obtain_agent, packaged_maker
     from nsrl.runs.tasks import resolve_tasks
@@ -84,6 +97,8 @@ def _make_agent(config: FinetuneConfig, progress: bool) -> int:
     maker = packaged_maker(agent)
     if maker is None:
         return 0
+    if processes > 1:
+        raise NsrlError(f"{agent} is not there yet, and several processes would make it; run nsrl pretrain first")
     choose_folder("finetune", resolve_tasks(config).name, config.out)  # bad input before the training
     print(f"nsrl: {agent} is not there yet; pretraining on {maker.env} first", file=sys.stderr)
     use_one_thread()
@@ -99,9 +114,12 @@ def _run_sequence(arguments: Sequence[str]) -> int:
     config, options = read_arguments(
         SequenceConfig, arguments, command="finetune", about=ABOUT_SEQUENCES, examples=EXAMPLES, resumable=True
     )
+    from nsrl.rl.parallel.ranks import started_together
     from nsrl.runs.sequences.learning import learn_sequence, resume_sequence
     from nsrl.runs.sequences.report import sequence_table
 
+    if (count := started_together()) > 1:
+        raise NsrlError(f"torchrun has started {count} processes, but a sequence of tasks is one; leave torchrun out")
     outcome, status = run_training("finetune", config, options, learn_sequence, resume_sequence)
     if outcome is not None:
         print_outcome(outcome, sequence_table(outcome.metrics))

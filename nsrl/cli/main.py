@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "pretrain": "train an agent from scratch with stock PPO",
     "collect": "collect a retention buffer: states that an agent visits on its own task",
     "finetune": "fine-tune a pretrained agent on a new task inside a KL budget on the old one",
+    "cost": "say what fine-tuning would take in time and memory, before it starts",
     "evaluate": "play an agent and report its returns, and its KL on a retention buffer",
     "continual": "learn a sequence of supervised tasks with one strategy, and measure what is forgotten",
     "edit": "write facts into a language model inside a KL budget on text that is to stay",

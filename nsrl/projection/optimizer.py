@@ -20,10 +20,19 @@ class FlatParameters:
 
     Args:
         parameters: in the order of the Jacobian's columns.
+
+    Raises:
+        ValueError: one lies in pieces on several processes, whose vector would be theirs, not this one's.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.parameters = list(parameters)
+        sharded = [tuple(p.shape) for p in self.parameters if hasattr(p, "full_tensor")]
+        if sharded:
+            raise ValueError(
+                f"a parameter of shape {sharded[0]} is sharded (a DTensor, as of FSDP2), and makes no vector here: "
+                "train with DistributedDataParallel, or protect adapters that are left whole (docs/distributed.md)"
+            )
         self.sizes = [p.numel() for p in self.parameters]
 
     def read(self) -> Tensor:

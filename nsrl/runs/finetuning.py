@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
+from torch.distributed import is_initialized
 
 from nsrl.errors import NsrlError
 from nsrl.files import given_path, read_lines, write_json, written_atomically
@@ -17,6 +18,8 @@ from nsrl.rl.agents.normalization import RetainingVecNormalize
 from nsrl.rl.algorithms.ppo import NullSpacePPO
 from nsrl.rl.algorithms.trpo import NullSpaceTRPO
 from nsrl.rl.budget.baselines import PENALISED
+from nsrl.rl.parallel.ranks import Ranks, started_together
+from nsrl.rl.parallel.shared_envs import SharedEnvs
 from nsrl.rl.playing.evaluation import play
 from nsrl.rl.retention.buffer import RetentionBuffer
 from nsrl.rl.retention.states import RetainedStates
@@ -104,7 +107,7 @@ def resume_finetuning(path: str | Path, *, trust: bool = False, progress: bool =
 
 
 def new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
-    """The copies of the new task that a run learns on.
+    """The copies of the new task that a run learns on; with torchrun, those of all processes (`nsrl.runs.parallel`).
 
     Raises:
         NsrlError: it cannot be made, or its spaces are not the agent's.
@@ -122,8 +125,17 @@ def open_new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
     """
     settings = chosen(config.algorithm, config.ppo, config.trpo)
     n_steps = settings.get("n_steps", agent.hyperparameters.get("n_steps"))
+<<<<<<< HEAD
     check_rollout(agent.model.observation_space, settings["n_envs"], n_steps)
     return open_envs(env, settings["n_envs"], config.seed)
+=======
+    ranks = Ranks() if started_together() > 1 and is_initialized() else None
+    check_rollout(agent.model.observation_space, settings["n_envs"] * (1 if ranks is None else ranks.count), n_steps)
+    if ranks is None:
+        return fitting_envs(agent.model, env, settings["n_envs"], config.seed)
+    first = ranks.number * settings["n_envs"]
+    return SharedEnvs(fitting_envs(agent.model, env, settings["n_envs"], config.seed + first), ranks)
+>>>>>>> wide-m
 
 
 def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:

@@ -15,6 +15,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from nsrl.errors import NsrlError
 from nsrl.files import NO_ROOM, append_line, read_lines, write_lines
+from nsrl.rl.parallel.agreement import shared_by
+from nsrl.rl.parallel.ranks import ProcessLost
 from nsrl.rl.playing.evaluation import Returns
 from nsrl.rl.training.callbacks import TaskEvaluation
 from nsrl.rl.training.checkpoint import Checkpoint, remaining, restore
@@ -154,6 +156,7 @@ def train(
         history = RunHistory(evaluation, folder.history)
         checkpoint = Checkpoint(folder.checkpoint, config.checkpoint_every, evaluation)
         with graceful_interrupts() as interruption:
+            interruption.share(shared_by(model))
             evaluation.skip_end = interruption.requested
             shown = [] if progress is None else [progress]
             chosen = [] if selection is None else [selection]
@@ -166,6 +169,9 @@ def train(
                 )
             except (KeyboardInterrupt, SystemExit) as error:  # a second signal
                 raise Interrupted(folder.path, interruption.exit_status or 130) from error
+            except ProcessLost:
+                _save_what_is_learnt(checkpoint, folder)
+                raise
             except NsrlError:
                 raise
             except Exception as error:  # of the environment, or of a callback: whoever wrote it needs its traceback

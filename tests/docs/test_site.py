@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
 import runpy
 from pathlib import Path
@@ -69,6 +70,21 @@ def test_the_tables_of_promises_are_what_their_command_writes() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "reliability.py"))["page"]
     written = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert written == page(written, ROOT / "runs" / "reference"), "run make reliability and commit the page"
+
+
+def test_the_tables_of_the_plan_are_what_their_command_writes() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "scale.py"))
+    written = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert written == made["page"](written, ROOT / "runs" / "reference"), "run make scale and commit the page"
+    # what the text says in figures of its own
+    width = made["WIDTH"]
+    assert 12 * width**2 * made["LAYERS"] == made["parameters"]() == 100_663_296_000
+    features = made["cost"]("features", made["ASSUMED"])
+    assert features.gathering_bytes == 8 * (5 * width**2 + (4 * width) ** 2) * 80 == pytest.approx(1.4e12, rel=0.02)
+    assert features.projecting_exchanged_bytes == 0.0
+    kronecker = made["cost"]("kronecker", made["ASSUMED"])
+    assert kronecker.projecting_exchanged_bytes == pytest.approx(4 * made["parameters"]() / 4)
+    assert math.sqrt(math.log(1e6) / 2e6) == pytest.approx(2.6e-3, rel=0.02)  # Hoeffding's bound
 
 
 def test_a_promise_that_was_not_kept_is_counted() -> None:

@@ -6,16 +6,15 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from nsrl.bench.engine import open_workers
 from nsrl.bench.gallery.page import WHOLE, write_page
 from nsrl.bench.gallery.registry import FIGURES
-from nsrl.bench.lifeline import begin_worker
 from nsrl.errors import NsrlError
 from nsrl.files import written_atomically
 from nsrl.reading.documents import read_results
@@ -131,19 +130,14 @@ def _draw_in_processes(
     # The agent is trained once a process: its figures follow one another in one.
     agents = [name for name in names if FIGURES[name].room == "policies"]
     tasks = [agents, *([name] for name in names if name not in agents)] if agents else [[name] for name in names]
-    count, context = min(workers, len(tasks)), get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=begin_worker) as pool:
+    with open_workers("local", min(workers, len(tasks)), out) as pool:
         pending: dict[Future[None], list[str]] = {pool.submit(_draw_all, t, out, quick): t for t in tasks}
-        try:
-            while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    for name in pending.pop(future):
-                        # one figure of several may have failed behind others that are there
-                        drawn = _finished(out, name, quick)
-                        finish(name, None if drawn else future.exception() or RuntimeError("not drawn"))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                for name in pending.pop(future):
+                    # one figure of several may have failed behind others that are there
+                    drawn = _finished(out, name, quick)
+                    finish(name, None if drawn else future.exception() or RuntimeError("not drawn"))
 
 
 def _draw_all(names: list[str], out: Path, quick: bool) -> None:

@@ -8,17 +8,16 @@ run.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nsrl.bench.lifeline import begin_worker
+from nsrl.bench.engine import open_workers
 from nsrl.bench.suites.jobs import Status
 from nsrl.errors import NsrlError
 from nsrl.files import write_json
@@ -214,6 +213,7 @@ def try_agents(
     workers: int = 2,
     again: bool = False,
     quick: bool = False,
+    engine: str = "local",
     on_status: Callable[[Status], Any] | None = None,
 ) -> dict[str, Any]:
     """Try every agent, each in a process; what is in `out` is not tried again.
@@ -224,8 +224,7 @@ def try_agents(
     start, steps = time.monotonic(), 250 if quick else STEPS
     rows = {} if again else {agent.name: row for agent in found if (row := _stored(out, agent, steps)) is not None}
     waiting = [agent for agent in found if agent.name not in rows]
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), multiprocessing.get_context("spawn"), begin_worker)
-    try:
+    with open_workers(engine, min(workers, len(waiting)), out) as pool:
         futures: dict[Future[dict[str, Any]], Found] = {
             pool.submit(_row, agent, out, steps): agent for agent in waiting
         }
@@ -236,8 +235,6 @@ def try_agents(
                 failed = [name for name, row in rows.items() if row["status"] == "failed"]
                 remaining = seconds / number * (len(waiting) - number)
                 on_status(Status(len(found), list(rows), [], failed, seconds, remaining))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return {
         "rows": [rows[agent.name] for agent in found],
         "steps": steps,

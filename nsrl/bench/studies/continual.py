@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.lifeline import begin_worker
+from nsrl.bench.engine import open_workers
 from nsrl.bench.suites.jobs import Status
 from nsrl.bench.suites.statistics import bootstrap, paired_difference
 from nsrl.continual.config import ContinualConfig, StrategySettings
@@ -145,6 +144,7 @@ def run_cells(
     *,
     workers: int = 2,
     again: bool = False,
+    engine: str = "local",
     on_status: Callable[[Status], Any] | None = None,
 ) -> dict[str, Any]:
     """Run whatever is not in `out` yet, and gather all.
@@ -154,6 +154,7 @@ def run_cells(
         out: a JSON file a run goes there.
         workers: processes at a time, one thread each.
         again: run also what is there.
+        engine: where they run (`nsrl.bench.engine`).
         on_status: called after every run.
 
     Returns:
@@ -166,10 +167,7 @@ def run_cells(
     found = {} if again else {cell.name: metrics for cell in cells if (metrics := cell.stored(out)) is not None}
     waiting = [cell for cell in cells if cell.name not in found]
     failures: dict[str, str] = {}
-    # spawned, not forked: torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(waiting))), context, begin_worker)
-    try:
+    with open_workers(engine, min(workers, len(waiting)), out) as pool:
         futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(run_cell, cell, out): cell for cell in waiting}
         for number, future in enumerate(as_completed(futures), start=1):
             cell = futures[future]
@@ -182,8 +180,6 @@ def run_cells(
                 seconds = time.monotonic() - start
                 remaining = seconds / number * (len(waiting) - number)
                 on_status(Status(len(cells), list(found), [], list(failures), seconds, remaining))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     if not found:
         raise NsrlError("no run came to a result: " + "; ".join(f"{name}: {why}" for name, why in failures.items()))
     return gather(cells, found, failures)

@@ -49,7 +49,13 @@ def plan_jobs(out: Path, seeds: tuple[int, ...] = SEEDS) -> tuple[list[Job], lis
 
 
 def run_population(
-    out: Path, results: Path, *, workers: int = 2, quick: bool = False, on_status: Callable[[Status], Any] | None = None
+    out: Path,
+    results: Path,
+    *,
+    workers: int = 2,
+    quick: bool = False,
+    engine: str = "local",
+    on_status: Callable[[Status], Any] | None = None,
 ) -> dict[str, Any]:
     """Run what is missing, and put this instruction set's rows into the results.
 
@@ -58,11 +64,12 @@ def run_population(
         results: JSON of all instruction sets.
         workers: processes at a time.
         quick: two agents.
+        engine: where they run (`nsrl.bench.engine`); with "ray", all machines should have this instruction set.
         on_status: told how the runs come on.
     """
     first, second = plan_jobs(out / instruction_set(), SEEDS[:2] if quick else SEEDS)
-    run_jobs(first, workers=workers, on_status=on_status)
-    run_jobs(second, workers=workers, on_status=on_status)
+    run_jobs(first, workers=workers, engine=engine, on_status=on_status)
+    run_jobs(second, workers=workers, engine=engine, on_status=on_status)
     rows = [_row(job) for job in second]
     content = dict(read_results(results)) if results.is_file() else {}
     content[instruction_set()] = {"environment": describe_environment(), "rows": rows}

@@ -10,10 +10,9 @@ the way. A run is a line of JSON in runs/reference/editing/MODEL_SEED.jsonl: wha
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nsrl.bench.lifeline import begin_worker
+from nsrl.bench.engine import open_workers
 from nsrl.bench.studies.editing_pool import QUICK, SETTINGS, open_pool
 from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
@@ -225,6 +224,7 @@ def run_cells(
     *,
     workers: int = 1,
     quick: bool = False,
+    engine: str = "local",
     on_status: Callable[[Status], Any] | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -234,8 +234,9 @@ def run_cells(
         cells: what to run.
         reference: folder of the lines, a file for a model and a seed.
         cache: folder of models and values, which are made where they are missing.
-        workers: processes at a time, one thread each; a single one is this process.
+        workers: processes at a time, one thread each; a single local one is this process.
         quick: as in `run_cell`.
+        engine: where they run (`nsrl.bench.engine`).
         on_status: called after every run.
         told: called with what is being made.
 
@@ -247,7 +248,9 @@ def run_cells(
         reference.glob("*.jsonl"),
         lambda cell: reference / f"{cell.model}_{cell.seed}.jsonl",
         lambda waiting: (
-            _in_turn(waiting, cache, quick, told) if workers == 1 else _beside(waiting, cache, quick, workers, told)
+            _in_turn(waiting, cache, quick, told)
+            if workers == 1 and engine == "local"
+            else _beside(waiting, cache, quick, workers, told, engine)
         ),
         on_status,
     )
@@ -269,18 +272,15 @@ def _in_turn(cells: Sequence[Cell], cache: Path, quick: bool, told: Callable[[st
 
 
 def _beside(
-    cells: Sequence[Cell], cache: Path, quick: bool, workers: int, told: Callable[[str], None]
+    cells: Sequence[Cell], cache: Path, quick: bool, workers: int, told: Callable[[str], None], engine: str
 ) -> Iterator[Run]:
     """Runs as they end; those of a pool begin when one process has made it."""
     waiting: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         waiting.setdefault((cell.model, cell.seed), []).append(cell)
-    # spawned, not forked: torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, begin_worker)
     made: dict[Future[Any], tuple[str, int]] = {}
     running: dict[Future[Any], Cell] = {}
-    try:
+    with open_workers(engine, min(workers, len(cells)), cache) as executor:
         for pool in waiting:
             made[executor.submit(_make, *pool, cache, quick)] = pool  # a pool itself would be sent back
         while made or running:
@@ -296,8 +296,6 @@ def _beside(
                         running[executor.submit(run_cell, cell, cache, quick)] = cell
                     else:
                         yield cell, error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _make(model: str, seed: int, cache: Path, quick: bool) -> None:

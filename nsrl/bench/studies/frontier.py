@@ -10,14 +10,13 @@ run is a line of JSON in runs/reference/frontier/PAIR.jsonl: what is there is no
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-from nsrl.bench.lifeline import begin_worker
+from nsrl.bench.engine import open_workers
 from nsrl.bench.studies.frontier_plan import BUDGET, METHODS, PAIRS, REFRESHED, Cell, Pair
 from nsrl.bench.studies.lines import run_missing
 from nsrl.bench.suites.jobs import Status
@@ -192,6 +191,7 @@ def run_cells(
     *,
     workers: int = 2,
     quick: bool = False,
+    engine: str = "local",
     on_status: Callable[[Status], Any] | None = None,
 ) -> dict[str, str]:
     """Run whatever has no line yet.
@@ -202,6 +202,7 @@ def run_cells(
         agents: folder of the population.
         workers: processes at a time, one thread each.
         quick: as in `run_cell`.
+        engine: where they run (`nsrl.bench.engine`).
         on_status: called after every run.
 
     Returns:
@@ -211,21 +212,16 @@ def run_cells(
         cells,
         reference.glob("*.jsonl"),
         lambda cell: reference / f"{cell.pair}.jsonl",
-        lambda waiting: _beside(waiting, agents, workers, quick),
+        lambda waiting: _beside(waiting, reference, agents, workers, quick, engine),
         on_status,
     )
 
 
 def _beside(
-    cells: Sequence[Cell], agents: Path, workers: int, quick: bool
+    cells: Sequence[Cell], reference: Path, agents: Path, workers: int, quick: bool, engine: str
 ) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
     """Runs as they end, several at a time."""
-    # spawned, not forked: torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(workers, len(cells))), context, begin_worker)
-    try:
+    with open_workers(engine, min(workers, len(cells)), reference) as pool:
         futures = {pool.submit(run_cell, cell, agents, quick): cell for cell in cells}
         for future in as_completed(futures):
             yield futures[future], future.exception() or future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from concurrent.futures import wait as futures_done
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nsrl.bench.engine import open_workers
 from nsrl.bench.lifeline import GRACE
 from nsrl.errors import NsrlError
 from nsrl.files import ELSEWHERE, read_lines, unwritable, write_json, write_text
@@ -81,10 +84,54 @@ class Status:
     remaining: float | None
 
 
+class Elsewhere:
+    """A job that a pool carries out, with what is asked of a process here.
+
+    Attributes:
+        returncode: as a process's; None while it runs.
+        reason: what kept it from running at all, None where nothing did.
+    """
+
+    stdin = None
+
+    def __init__(self, pool: Executor, job: Job):
+        self.returncode: int | None = None
+        self.reason: str | None = None
+        self._pool = pool
+        self._future: Future[int] = pool.submit(carry_out, job)
+
+    def poll(self) -> int | None:
+        """The return code where it has ended."""
+        if self.returncode is None and self._future.done():
+            error = self._future.exception()
+            self.reason = None if error is None else str(error)
+            self.returncode = 1 if error is not None else self._future.result()
+        return self.returncode
+
+    def send_signal(self, _: int) -> None:
+        """Have it write its checkpoint and end; the other jobs of its pool do so, too."""
+        interrupt = getattr(self._pool, "interrupt", None)
+        if interrupt is not None:
+            interrupt()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it has ended.
+
+        Raises:
+            TimeoutExpired: it has not.
+        """
+        done, _ = futures_done([self._future], timeout)
+        if not done:
+            raise subprocess.TimeoutExpired("a job elsewhere", timeout or 0.0)
+
+    def kill(self) -> None:
+        """Nothing: it ends with its pool."""
+
+
 @dataclass
 class _Process:
     job: Job
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Elsewhere
     log: Path
     config: Path
     start: float = field(default_factory=time.monotonic)
@@ -110,6 +157,7 @@ def run_jobs(
     jobs: Sequence[Job],
     *,
     workers: int = 2,
+    engine: str = "local",
     on_status: Callable[[Status], Any] | None = None,
     poll: float = 0.5,
 ) -> list[dict[str, Any]]:
@@ -122,6 +170,7 @@ def run_jobs(
     Args:
         jobs: what to run; names and folders are unique.
         workers: processes at a time.
+        engine: where they run (`nsrl.bench.engine`); a process elsewhere that is lost is begun again, and goes on.
         on_status: called about every `poll` seconds.
         poll: seconds between looks.
 
@@ -143,10 +192,10 @@ def run_jobs(
     work = float(len(waiting))
     try:
         # The children are in sessions of their own: unless told, they would outlive us.
-        with _termination_raised():
+        with _termination_raised(), _elsewhere(engine, workers, waiting) as pool:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    running.append(_start(waiting.pop(0)))
+                    running.append(_start(waiting.pop(0)) if pool is None else _submit(waiting.pop(0), pool))
                 time.sleep(poll)
                 for process in [process for process in running if process.popen.poll() is not None]:
                     running.remove(process)
@@ -160,6 +209,13 @@ def run_jobs(
         told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise NsrlError(f"{len(failed)} of {len(jobs)} runs failed ({told})")
     return [job.run.read_metrics() for job in jobs]
+
+
+def _elsewhere(engine: str, workers: int, waiting: Sequence[Job]) -> AbstractContextManager[Executor | None]:
+    if engine == "local":
+        return nullcontext()
+    shared = Path(os.path.commonpath([job.folder.absolute().parent for job in waiting])) if waiting else Path()
+    return open_workers(engine, min(workers, len(waiting)), shared)
 
 
 @contextmanager
@@ -203,8 +259,35 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("agent", "buffer", "out", "cache")}
 
 
+def carry_out(job: Job) -> int:
+    """In a process of a pool: start the job's own, and wait for it; that one ends with this one.
+
+    Returns:
+        Its return code.
+    """
+    process = _start(job)
+    try:
+        while (code := process.popen.poll()) is None:
+            time.sleep(0.1)
+        return code
+    except BaseException:
+        _stop([process])
+        raise
+    finally:
+        process.close()
+
+
+def _files(job: Job) -> tuple[Path, Path]:
+    return job.folder.with_name(f"{job.folder.name}.log"), job.folder.with_name(f"{job.folder.name}.yaml")
+
+
+def _submit(job: Job, pool: Executor) -> _Process:
+    log, config = _files(job)
+    return _Process(job, Elsewhere(pool, job), log, config)
+
+
 def _start(job: Job) -> _Process:
-    log, config = job.folder.with_name(f"{job.folder.name}.log"), job.folder.with_name(f"{job.folder.name}.yaml")
+    log, config = _files(job)
     write_text(config, to_yaml(job.config))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     command = [sys.executable, "-m", "nsrl.bench.suites.worker", job.command, str(config), str(job.folder)]
@@ -225,6 +308,9 @@ def _finish(process: _Process, done: list[str], failed: dict[str, str]) -> None:
     if process.popen.returncode == 0 and process.job.run.finished:
         process.log.unlink(missing_ok=True)
         done.append(process.job.name)
+        return
+    if isinstance(process.popen, Elsewhere) and process.popen.reason is not None:
+        failed[process.job.name] = process.popen.reason
         return
     lines = process.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = lines[-1].removeprefix("nsrl: ") if lines else f"exit code {process.popen.returncode}"

@@ -34,16 +34,21 @@ SUMMARISED = ("average_performance", "forgetting", "forward_transfer", "average_
 
 
 def run_sequence_suite(
-    suite: Suite, out: Path, *, workers: int = 2, on_status: Callable[[Status], Any] | None = None
+    suite: Suite,
+    out: Path,
+    *,
+    workers: int = 2,
+    engine: str = "local",
+    on_status: Callable[[Status], Any] | None = None,
 ) -> dict[str, Any]:
     """Run whatever of a suite is not finished yet, and gather it.
 
     Returns:
         Environment, configurations, tasks, one row a run, and one summary row a method with 95 % bootstrap intervals.
     """
-    run_jobs(suite.pretraining_jobs(out), workers=workers, on_status=on_status)
+    run_jobs(suite.pretraining_jobs(out), workers=workers, engine=engine, on_status=on_status)
     jobs = suite.finetuning_jobs(out)
-    run_jobs([*reference_jobs(suite, out), *jobs], workers=workers, on_status=on_status)
+    run_jobs([*reference_jobs(suite, out), *jobs], workers=workers, engine=engine, on_status=on_status)
     return summarise_sequences(suite, jobs, out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,35 @@ class KroneckerConstraint(Constraint):
                 self._refused.update(block.owned)
         self._refused |= _repeated(columns for block in jacobian.blocks for columns in block.owned)
 
+    def add_layer(self, name: str, inputs: Tensor, grads: Tensor) -> None:
+        """Add the moments of one linear layer on a batch: what a batch needs of memory is then one layer's.
+
+        The layer has to be what a `torch.nn.Linear` is, used once a sample; `update` looks that up, this does not.
+
+        Args:
+            name: of the layer, whose weight and bias have columns.
+            inputs: M samples and positions, shape (M, d_in), without the constant of a bias.
+            grads: whitened output gradients, O of each, scaled as rows are, shape (M, O, d_out).
+
+        Raises:
+            ValueError: no such layer, other sizes than its own, NaN or infinite entries, or a merged constraint.
+        """
+        if self._merged:
+            raise ValueError("a merged constraint cannot be updated; update the constraint of a task, then merge it")
+        weight, bias = (self.columns.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if weight is None:
+            raise ValueError(f"{name} has no weight among the columns of the constraint")
+        if grads.shape[:1] != inputs.shape[:1] or inputs.shape[1] * grads.shape[-1] != weight[1] - weight[0]:
+            raise ValueError(
+                f"{name} has {weight[1] - weight[0]} weights, which inputs {tuple(inputs.shape)} and gradients "
+                f"{tuple(grads.shape)} do not fit"
+            )
+        self._decomposed = None
+        if bias is not None:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        self._storage = max(self._storage, inputs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        self._add(LinearBlock(inputs.unsqueeze(1), grads.unsqueeze(2), weight, bias))
+
     def merged(self, other: KroneckerConstraint) -> KroneckerConstraint:
         """The sum of the factors, layer by layer: an upper bound of the sum of the two quadratic forms.
 
@@ -124,6 +153,32 @@ class KroneckerConstraint(Constraint):
     def eigenspaces(self) -> tuple[Eigenspace, ...]:
         """One a layer: the products of the eigenvalues of S and A, laid out (rank S, rank A)."""
         return tuple(Eigenspace(layer.name, values.flatten(), layer.dimension) for layer, values, _, _ in self._eigen())
+
+    def leading(
+        self, share_in: float = 1.0, share_out: float = 1.0
+    ) -> Iterator[tuple[LayerColumns, tuple[Tensor, int], tuple[Tensor, int]]]:
+        """Layer by layer, the eigenvectors of A (d_in, d_in) and of S (d_out, d_out), ascending, and how many lead.
+
+        Nothing of it is kept: what is needed at a time is one layer's.
+
+        Args:
+            share_in: of the trace of A that the leading directions carry; 1 takes all above round-off.
+            share_out: the same of S.
+
+        Raises:
+            ValueError: the constraint holds no factors yet.
+        """
+        if not self.held:
+            raise ValueError("the constraint holds no factors; call update with the Jacobian of a net of linear layers")
+        for factors in self.held:
+            sides = []
+            for moment, share in ((factors.inputs / factors.count, share_in), (factors.grads, share_out)):
+                values, vectors = torch.linalg.eigh(moment)
+                real = int((values > tolerance(len(values), self._storage) * values[-1].clamp_min(0.0)).sum())
+                carried = values.flip(0)[:real].cumsum(0)
+                needed = real if share >= 1.0 or not real else int((carried < share * carried[-1]).sum()) + 1
+                sides.append((vectors, min(needed, real)))
+            yield factors.layer, sides[0], sides[1]
 
     def components(self, vector: Tensor) -> Tensor:
         """Q_S^T W Q_A, flat, (r,), for the part W of v in every layer."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nsrl.projection.constraints.features import FeatureConstraint
+from nsrl.projection.constraints.kronecker import KroneckerConstraint
 from nsrl.projection.jacobians.blocks import Range
 from nsrl.projection.jacobians.columns import LayerColumns
 from nsrl.projection.precision import full_precision
@@ -30,11 +31,27 @@ class ThinLayer:
         layer: where its matrix lies in the flat vector.
         basis: orthonormal columns, shape (d_in, q).
         inside: the basis spans the protected subspace; else its complement.
+        outputs: where output directions are chosen too (Kronecker factors): orthonormal columns, shape (d_out, s).
+        outputs_inside: those span the protected output directions; else their complement.
     """
 
     layer: LayerColumns
     basis: Tensor
     inside: bool
+    outputs: Tensor | None = None
+    outputs_inside: bool = True
+
+    def left(self, matrix: Tensor) -> Tensor:
+        """What of a displacement (d_out, d_in) is left; a new tensor."""
+        along = (matrix @ self.basis) @ self.basis.T
+        if self.outputs is None:
+            return torch.sub(matrix, along, out=along) if self.inside else along
+        if not self.inside:
+            along = torch.sub(matrix, along, out=along)
+        both = self.outputs @ (self.outputs.T @ along)
+        if not self.outputs_inside:
+            both = torch.sub(along, both, out=both)
+        return torch.sub(matrix, both, out=both)
 
 
 class ThinProjection:
@@ -70,6 +87,41 @@ class ThinProjection:
         held = [constraint.columns[name] for name in constraint.uncovered] if hold_uncovered else []
         return cls(layers, constraint.width, held)
 
+    @classmethod
+    def of_factors(
+        cls,
+        constraint: KroneckerConstraint,
+        share_in: float = 1.0,
+        share_out: float = 1.0,
+        precision: torch.dtype = torch.float32,
+        hold_uncovered: bool = False,
+    ) -> ThinProjection:
+        """Of the Kronecker factors of a constraint, decomposed one after the other and held on their thinner sides.
+
+        What a layer's matrix D loses is its part in the product of the two protected spans, S S^T D A A^T. With all
+        directions above round-off (shares of 1), that is the constraint's own projection under `Hard()`, without its
+        certificate, and without a vector of length P in float64.
+
+        Args:
+            constraint: the factors.
+            share_in: share of the trace of a layer's input factor that is to be protected, by its leading directions.
+            share_out: the same of its output factor.
+            precision: of bases and products.
+            hold_uncovered: let parameters without factors not move at all.
+
+        Raises:
+            ValueError: a share outside (0, 1], or a constraint that holds no factors yet.
+        """
+        for name, share in (("share_in", share_in), ("share_out", share_out)):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"{name} must be above 0 and at most 1, not {share}")
+        layers = []
+        for layer, inputs, outputs in constraint.leading(share_in, share_out):
+            sides = [_thinner(*side, precision) for side in (inputs, outputs)]
+            layers.append(ThinLayer(layer, *sides[0], *sides[1]))
+        held = [constraint.columns[name] for name in constraint.uncovered] if hold_uncovered else []
+        return cls(layers, constraint.width, held)
+
     @torch.no_grad()
     @full_precision()
     def null(self, vector: Tensor) -> Tensor:
@@ -83,8 +135,7 @@ class ThinProjection:
         out = vector.clone()
         for part in self.layers:
             matrix = part.layer.matrix(vector, part.basis.dtype)
-            inside = (matrix @ part.basis) @ part.basis.T
-            part.layer.write((matrix - inside if part.inside else inside).to(out.dtype), out)
+            part.layer.write(part.left(matrix).to(out.dtype), out)
         for start, stop in self.held:
             out[start:stop] = 0.0
         return out
@@ -121,9 +172,7 @@ class ThinProjection:
             local = _moved_to_the_front(part.layer, ends)
             matrix = local.matrix(ways[0] if len(ways) == 1 else torch.cat(ways), part.basis.dtype)
             before += float(matrix.norm()) ** 2
-            projected = (matrix @ part.basis) @ part.basis.T
-            if part.inside:
-                projected = torch.sub(matrix, projected, out=projected)
+            projected = part.left(matrix)
             after += float(projected.norm()) ** 2
             out = ways[0].new_empty(ends[-1])
             local.write(projected.to(out.dtype), out)
@@ -138,11 +187,12 @@ class ThinProjection:
     @property
     def rank(self) -> int:
         """Protected directions, those of every output neuron counted, and entries held."""
-        return sum(_rank(part) * part.layer.width_out for part in self.layers) + sum(b - a for a, b in self.held)
+        return sum(_rank(part) for part in self.layers) + sum(b - a for a, b in self.held)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(part.basis.numel() * part.basis.element_size() for part in self.layers)
+        tensors = [t for part in self.layers for t in (part.basis, part.outputs) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def dense_nbytes(self) -> int:
         """What one dense d_in x d_in projector a layer, in the same precision, would hold."""
@@ -162,4 +212,20 @@ def _moved_to_the_front(layer: LayerColumns, ends: Sequence[int]) -> LayerColumn
 
 
 def _rank(part: ThinLayer) -> int:
-    return part.basis.shape[1] if part.inside else len(part.basis) - part.basis.shape[1]
+    inputs = part.basis.shape[1] if part.inside else len(part.basis) - part.basis.shape[1]
+    if part.outputs is None:
+        return inputs * part.layer.width_out
+    return inputs * (part.outputs.shape[1] if part.outputs_inside else len(part.outputs) - part.outputs.shape[1])
+
+
+def _thinner(vectors: Tensor, rank: int, precision: torch.dtype) -> tuple[Tensor, bool]:
+    """The protected ones of an orthonormal basis of all directions, or the others, whichever are fewer.
+
+    Args:
+        vectors: all, ascending, shape (d, d).
+        rank: the last ones are protected.
+        precision: of the result.
+    """
+    free = len(vectors) - rank
+    inside = rank <= free
+    return (vectors[:, free:] if inside else vectors[:, :free]).to(precision, copy=True), inside

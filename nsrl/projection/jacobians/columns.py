@@ -67,8 +67,16 @@ def parameter_columns(module: nn.Module, parameters: Iterable[str] | None = None
         parameters: names of those that own columns; default all trainable ones.
 
     Raises:
-        ValueError: a name that is no trainable parameter of the module.
+        ValueError: a name that is no trainable parameter of the module, or parameters that lie in pieces on several
+            processes.
     """
+    sharded = next((name for name, p in module.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded (a DTensor, as of FSDP2), and has no columns of its own here: linearise the module "
+            "before fully_shard or while its parts are unsharded, train with DistributedDataParallel, or protect "
+            "adapters that are left whole (docs/distributed.md)"
+        )
     sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
     wanted = set(sizes) if parameters is None else set(parameters)
     if wanted - set(sizes):

@@ -36,7 +36,11 @@ from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
+<<<<<<< HEAD
 from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS
+=======
+from nsrl.rl.parallel.agreement import check_agreement
+>>>>>>> wide-m
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable
@@ -387,11 +391,12 @@ class ProtectedMixin(OnPolicyAlgorithm):
 
         Raises:
             NsrlError: the roll-out, or the critic behind the update, holds what is no number; the actor is as it was
-                last measured.
+                last measured. Or another process of the run has other parameters by now, or has ended.
         """
         self._check_in_force()
         if self.retention is None:
             super().train()
+            check_agreement(self)
             return
         check_numbers(self)
         with nullcontext() if self.retention.exploration is None else self.retention.exploration.in_force():
@@ -405,6 +410,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
                     raise NsrlError(BROKEN.format("the policy")) from error
                 raise
         check_weights(self)
+        check_agreement(self)
         for tag, value in scalars.items():
             # SB3's printed table cuts long names off and refuses two that are then alike: per-task tags stay out of it.
             self.logger.record(tag, value, exclude=("stdout", "log") if tag.count("/") > 1 else None)

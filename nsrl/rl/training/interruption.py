@@ -11,6 +11,8 @@ from types import FrameType
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from nsrl.rl.parallel.shared_envs import SharedEnvs
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -24,15 +26,24 @@ class Interruption(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.signal: int | None = None
+        self._shared: SharedEnvs | None = None
+
+    def share(self, envs: SharedEnvs | None) -> None:
+        """Stop together with the other processes of a run, at the same step: a signal reaches them one by one."""
+        self._shared = envs
+        if envs is not None:
+            envs.stopping = lambda: self.signal is not None
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal is not None
+        """Whether a signal has come; in one of several processes of a run, to any of them before the last step."""
+        return self.signal is not None if self._shared is None else self._shared.stopped
 
     @property
     def exit_status(self) -> int:
         """What a shell expects of an interrupted program, 128 + signal; 0 when there was none."""
-        return 0 if self.signal is None else 128 + self.signal
+        if self.signal is None:
+            return 128 + signal.SIGTERM if self.requested() else 0  # it came to another process
+        return 128 + self.signal
 
     def _on_step(self) -> bool:
         return not self.requested()
@@ -56,7 +67,7 @@ def graceful_interrupts() -> Iterator[Interruption]:
     interruption = Interruption()
 
     def handle(number: int, _: FrameType | None) -> None:
-        if interruption.requested():
+        if interruption.signal is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nsrl.bench.studies import continual
+from nsrl.bench import engine
 from nsrl.bench.studies.continual import BENCHMARKS, Cell, gather, plan_cells, run_cell, run_cells, summarise
 from nsrl.bench.studies.continual_report import benchmark_table, draw_benchmarks, size
 from nsrl.continual.benchmarks import build_benchmark
@@ -86,7 +86,7 @@ def test_ratios_and_differences_are_paired():
 
 def test_what_fails_is_reported_and_does_not_stop_the_rest(tmp_path, monkeypatch):
     # threads in place of processes, which take seconds to start; tests/cli/test_continual.py has real ones
-    monkeypatch.setattr(continual, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     cells = plan_cells(CONFIGS, only=("split_digits", "naive"), quick=True)
     bad = [Cell("nowhere", load(ContinualConfig, CONFIGS / "continual" / "permuted_mnist.yaml"))]
     content = run_cells([*bad, *cells], tmp_path, workers=1)

@@ -43,10 +43,9 @@ class Confinement:
 
     def shape_gradients(self) -> None:
         """Leave the gradients of what may move."""
-        pairs = [(parameter.grad, mask) for parameter, mask in self._masks.items() if parameter.grad is not None]
-        if pairs:
-            gradients, masks = (list(column) for column in zip(*pairs, strict=True))
-            torch._foreach_mul_(gradients, masks)
+        gradients = {parameter: parameter.grad for parameter in self._masks if parameter.grad is not None}
+        if gradients:
+            torch._foreach_mul_(list(gradients.values()), [self._masks[parameter] for parameter in gradients])
 
     @torch.no_grad()
     def project(self, feasible: Tensor, share: float = 1.0) -> None:

@@ -290,11 +290,11 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
 def test_learning_is_bit_for_bit_the_same_with_the_recorder():
     _, buffer = trained()
     for fused in ("off", "auto"):
-        plain, watched = (finetuner(kl_budget=0.01, fused=fused) for _ in range(2))
+        plain = finetuner(kl_budget=0.01, fused=fused).learn(128)
+        watched = finetuner(kl_budget=0.01, fused=fused)
         callbacks = [KernelCallback(buffer, states=8)]
         if fused == "off":  # it watches the optimizer, and has the updates left to SB3
             callbacks.append(ForgettingAttribution(buffer, states=4))
-        plain.learn(128)
         watched.learn(128, callback=callbacks)
         for p, q in zip(plain.policy.parameters(), watched.policy.parameters(), strict=True):
             assert torch.equal(p, q)

@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from nsrl_envs.vectorised.infos import Infos
 from nsrl_envs.vectorised.vec_env import side_by_side
-from tests.envs.test_vectorised import assert_same_bits
+from tests.envs.bits import assert_same_bits
 
 
 class Talkative(gym.Env):

@@ -127,7 +127,7 @@ class Retention:
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
         self._confinement: Confinement | None = None
-        self._constant: Tensor | None = None
+        self._constant: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives within an update only."""
@@ -158,8 +158,6 @@ class Retention:
         start = perf_counter()
         self.premises.check()
         self.seconds["measure"] += perf_counter() - start
-        if not self._as_measured():
-            self._constant = None  # of other weights
         self._keep_feasible()
         self._take_aim()
         self._steps, self._restored_before = 0, self.restored
@@ -182,13 +180,14 @@ class Retention:
         self._pace(rolled_back)
         # what restorations move is more than the new task's own
         kept = self._confinement is not None and not rolled_back and self.restored == self._restored_before
-        self._constant = self._confinement.constant if kept and self._confinement is not None else None
+        constant = self._confinement.constant if kept and self._confinement is not None else None
         self.kl_most = max(self.kl_most, self.last.kl_bound)
         self.held += self.last.kl_bound <= self.config.tolerance
         self.updates += 1
         self.rollbacks += rolled_back
         made = float((self.constraint.parameters.read() - self._feasible).norm())
         self._hold()
+        self._constant = None if constant is None else (constant, self._feasible)
         return self._scalars(made / max(float(proposed.norm()), 1e-12), restored)
 
     def abandon(self) -> None:
@@ -263,7 +262,7 @@ class Retention:
             "seconds": dict(self.seconds),
             "opening": self.opening.state_dict(),
             "exploration": None if self.exploration is None else self.exploration.log_std,
-            "constant": self._constant,
+            "constant": self._known_constant(),
             "refreshes": self.refreshes,
             # of the first buffer, which a run is resumed with, there is no need
             "refreshed": None if self.refreshes == 0 else packed(self.constraint.buffer),
@@ -325,7 +324,8 @@ class Retention:
             draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
         self.last = self.constraint.measure()
         constant = state.get("constant")
-        self._constant = None if constant is None else constant.to(self.constraint.reference.device)
+        device = self.constraint.reference.device
+        self._constant = None if constant is None else (constant.to(device), self.constraint.parameters.read())
 
     @property
     def enforces(self) -> bool:
@@ -456,7 +456,13 @@ class Retention:
         block = self.opening.block
         if block is None or not self.enforces or self.config.confine == "off":
             return None
-        return Confinement(block, self.constraint, self._constant)
+        return Confinement(block, self.constraint, self._known_constant())
+
+    def _known_constant(self) -> Tensor | None:
+        """What free units are held to on the old task, (O,), if the weights are those that an update has ended with."""
+        if self._constant is None or not torch.equal(self._constant[1], self.constraint.parameters.read()):
+            return None
+        return self._constant[0]
 
     def _make_displacement(self, share: float) -> Tensor:
         """Make a share of what the optimizer has proposed, which is returned, (P,).

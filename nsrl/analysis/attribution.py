@@ -55,7 +55,9 @@ class ForgettingAttribution(BaseCallback):
         model.learn(50_000, callback=watch)
         watch.updates[-1].top(state=3)
 
-    Training is bit for bit the same with it. It costs, a minibatch, some Jacobians of the retained states.
+    Training is bit for bit the same with it where SB3 makes the updates (`fused="off"`): what watches the optimizer has
+    `fused="auto"` leave them to SB3, and the run without it then differs by rounding. It costs, a minibatch, some
+    Jacobians of the retained states.
 
     Args:
         buffer: the retention buffer.

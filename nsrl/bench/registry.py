@@ -229,7 +229,10 @@ def overhead(options: Options, console: Console) -> Results:
             steps=steps,
             on_run=lambda method, seconds: console.say(f"  {method:<10} {seconds:7.1f} s"),
         )
-        console.say(f"  ratio of medians {found[name]['ratio']:.3f}")
+        console.say(
+            f"  ratio of medians {found[name]['ratio']:.3f} (of processor time {found[name]['processor_ratio']:.3f}), "
+            f"the constraint's own share {found[name]['constraint_share']:.1%}"
+        )
         found[name]["memory"] = measure_memory(options.configs / f"{name}.yaml", jobs[0].folder, 20_000)
         console.say(f"  constraint's peak memory {found[name]['memory']['constraint_mb']:.1f} MB")
     results = options.reference / "overhead.json"

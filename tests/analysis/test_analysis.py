@@ -289,13 +289,16 @@ def test_transitions_are_numbered_as_the_flattened_rollout():
 
 def test_learning_is_bit_for_bit_the_same_with_the_recorder():
     _, buffer = trained()
-    plain = finetuner(kl_budget=0.01).learn(128)
-    watched = finetuner(kl_budget=0.01)
-    callbacks = [ForgettingAttribution(buffer, states=4), KernelCallback(buffer, states=8)]
-    watched.learn(128, callback=callbacks)
-    for p, q in zip(plain.policy.parameters(), watched.policy.parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert "_get_samples" not in vars(watched.rollout_buffer)
+    for fused in ("off", "auto"):
+        plain = finetuner(kl_budget=0.01, fused=fused).learn(128)
+        watched = finetuner(kl_budget=0.01, fused=fused)
+        callbacks = [KernelCallback(buffer, states=8)]
+        if fused == "off":  # it watches the optimizer, and has the updates left to SB3
+            callbacks.append(ForgettingAttribution(buffer, states=4))
+        watched.learn(128, callback=callbacks)
+        for p, q in zip(plain.policy.parameters(), watched.policy.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert "_get_samples" not in vars(watched.rollout_buffer)
 
 
 def test_the_recorder_works_on_stock_ppo_and_gaussian_policies():

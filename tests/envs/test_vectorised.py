@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import nsrl_envs  # noqa: F401  registers the ids
 from nsrl_envs.vectorised.batch import SWITCH
 from nsrl_envs.vectorised.vec_env import ArrayVecEnv, side_by_side
+from tests.envs.bits import assert_same_bits
 
 TASKS = (
     "nsrl/CartPole-v0",
@@ -50,27 +51,6 @@ def drawn(env, rng: np.random.Generator) -> np.ndarray:
     if isinstance(space, gym.spaces.Discrete):
         return rng.integers(space.n, size=env.num_envs)
     return rng.uniform(-3.0, 3.0, (env.num_envs, *space.shape)).astype(np.float32)  # beyond the bounds, too
-
-
-def assert_same_bits(found, expected) -> None:
-    """Equal types, keys in equal order, and equal bits of all numbers; wall times aside."""
-    assert type(found) is type(expected)
-    if isinstance(found, dict):
-        assert list(found) == list(expected)
-        for key, value in found.items():
-            if key != "t":
-                assert_same_bits(value, expected[key])
-    elif isinstance(found, list | tuple):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same_bits(one, other)
-    elif isinstance(found, np.ndarray):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert found.tobytes() == expected.tobytes()
-    elif isinstance(found, float):
-        assert found.hex() == expected.hex()
-    else:
-        assert found == expected
 
 
 def play_both(stock, arrays, steps: int, seed: int = 0) -> int:

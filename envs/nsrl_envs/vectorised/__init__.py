@@ -6,6 +6,6 @@
     envs = make_vec_env("nsrl/CartPole-v0", 8, seed=0, vec_env_cls=side_by_side)
 
 To read in this order: `families` (the equations), `layers` (what is around them), `batch` (copies as columns of an
-array), `vec_env` (Stable-Baselines3's interface, and when arrays are used). This file imports none of them, so that
-the equations can be had without Stable-Baselines3.
+array), `vec_env` (Stable-Baselines3's interface, and when arrays are used) on `infos`. This file imports none of them,
+so that the equations can be had without Stable-Baselines3.
 """

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from nsrl_envs.vectorised.batch import Batch, batched
+from nsrl_envs.vectorised.infos import Infos
 
 
 def side_by_side(makers: Sequence[Callable[[], gym.Env]]) -> DummyVecEnv:
@@ -26,7 +27,9 @@ def side_by_side(makers: Sequence[Callable[[], gym.Env]]) -> DummyVecEnv:
     """
     copies = [maker() for maker in makers]
     again: list[Callable[[], gym.Env]] = [lambda copy=copy: copy for copy in copies]  # type: ignore[misc]
-    return DummyVecEnv(again) if batched(copies) is None else ArrayVecEnv(again)
+    envs = DummyVecEnv(again) if batched(copies) is None else ArrayVecEnv(again)
+    envs.buf_infos = Infos(envs.buf_infos)
+    return envs
 
 
 # attributes and methods that change nothing a step depends on but what the copies themselves hold

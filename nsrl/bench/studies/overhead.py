@@ -1,4 +1,4 @@
-"""What the budget costs: wall time of a whole fine-tuning run against stock PPO's, interleaved, and peak memory."""
+"""What the budget costs: time of a whole fine-tuning run against stock PPO's, interleaved, and peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from nsrl.bench.lifeline import end_with_starter, lifeline
@@ -29,9 +29,10 @@ def measure_overhead(
 ) -> dict[str, Any]:
     """Fine-tune with stock PPO and with NullSpacePPO in turn, in this process, same tasks and settings.
 
-    A run is loading the agent, building the model and learning; neither evaluates nor writes anything. Stock PPO has
-    the environments that Stable-Baselines3 makes of an id, NullSpacePPO those that nsrl makes: the same steps, bit for
-    bit, but as arrays where the task is known.
+    A run is loading the agent, building the model and learning; neither evaluates nor writes anything. NullSpacePPO is
+    as it comes: opened, confined and fused, where the configuration does not say otherwise. Stock PPO has the
+    environments that Stable-Baselines3 makes of an id, NullSpacePPO those that nsrl makes: the same steps, bit for bit,
+    but as arrays where the task is known.
 
     Args:
         config: of the fine-tuning run.
@@ -39,6 +40,12 @@ def measure_overhead(
         repeats: runs of each; the ratio is that of the medians.
         steps: instead of the configuration's.
         on_run: called with the name and the seconds of every run.
+
+    Returns:
+        Of each run, by name, its wall time in `seconds` and the processor's in `processor_seconds`; the ratio of their
+        medians, ours over stock's, `ratio` and `processor_ratio`, the latter for machines that others use, too; of the
+        last run of ours `share_of_run`, what each stage of the constraint took of its wall time, the opening with the
+        steps that it makes, and `constraint_share`, all of them together.
     """
     from nsrl.rl import agents
     from nsrl.runs.collecting import obtain_buffer
@@ -48,25 +55,39 @@ def measure_overhead(
     loaded = agents.load(agent)
     buffer = obtain_buffer(config, loaded, tasks.old)
     seconds: dict[str, list[float]] = {"stock": [], "null_space": []}
+    processor: dict[str, list[float]] = {name: [] for name in seconds}
     split: dict[str, float] = {}
     for _ in range(repeats):
         for name in seconds:
-            start = perf_counter()
-            report = _run(name, config, agent, buffer, tasks.new, steps or config.total_timesteps)
+            start, busy = perf_counter(), process_time()
+            model = _run(name, config, agent, buffer, tasks.new, steps or config.total_timesteps)
             seconds[name].append(perf_counter() - start)
-            if report is not None:
-                split = {stage: spent / seconds[name][-1] for stage, spent in report["seconds"].items()}
+            processor[name].append(process_time() - busy)
+            if name == "null_space":
+                split = {stage: spent / seconds[name][-1] for stage, spent in _stages(model).items()}
             if on_run is not None:
                 on_run(name, seconds[name][-1])
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "pair": tasks.name,
         "steps": steps or config.total_timesteps,
         "seconds": seconds,
-        "ratio": medians["null_space"] / medians["stock"],
+        "processor_seconds": processor,
+        "ratio": _ratio(seconds),
+        "processor_ratio": _ratio(processor),
         "share_of_run": split,
+        "constraint_share": sum(split.values()),
         "environment": describe_environment(),
     }
+
+
+def _ratio(seconds: dict[str, list[float]]) -> float:
+    return statistics.median(seconds["null_space"]) / statistics.median(seconds["stock"])
+
+
+def _stages(model: Any) -> dict[str, float]:
+    """Seconds that a protected model has spent on its constraint, by stage."""
+    opening = model.retention.opening.record
+    return {**model.retention.seconds, "opening": 0.0 if opening is None else opening.seconds}
 
 
 def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]:
@@ -101,19 +122,16 @@ def measure_memory(config_path: Path, agent: Path, steps: int) -> dict[str, Any]
     return {"peak_mb": peaks, "constraint_mb": peaks["null_space"] - peaks["stock"], "steps": steps}
 
 
-def _run(
-    name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int
-) -> dict[str, Any] | None:
+def _run(name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: str, steps: int) -> Any:
+    """The model behind its run."""
     from nsrl.rl import agents
     from nsrl.runs.finetuning import build_model, new_task
 
     loaded = agents.load(agent)
     if name == "null_space":
         model = build_model(config, loaded, buffer, new_task(config, loaded, new_env))
-        model.learn(steps)
-        return asdict(model.retention_report())
-    _stock_model(config, loaded, new_env).learn(steps)
-    return None
+        return model.learn(steps)
+    return _stock_model(config, loaded, new_env).learn(steps)
 
 
 def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:

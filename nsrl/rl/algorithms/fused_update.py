@@ -7,7 +7,6 @@ chains of linear layers everything is known beforehand. What is not known is lef
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -21,19 +20,11 @@ from torch import Tensor, nn
 from nsrl.projection.jacobians.matrix_free import LayerPasses
 from nsrl.projection.optimizer import StepHooks
 from nsrl.rl.algorithms.adam import AdamStep, is_plain_adam
+from nsrl.rl.algorithms.numbers import Diverged
 from nsrl.rl.policies.actor_critic import Observation
 from nsrl.rl.policies.chains import Chains, chains_of
 from nsrl.rl.policies.distributions import distribution_of
 from nsrl.rl.policies.likelihood import Likelihood
-
-#: Set to 1, this environment variable has updates and roll-outs fused. They differ from SB3's by rounding, and what was
-#: measured so far was measured with SB3's: it is for who asks.
-SWITCH = "NSRL_FUSED"
-
-
-def is_switched_on() -> bool:
-    """Whether anything is to be fused at all."""
-    return os.environ.get(SWITCH, "0") == "1"
 
 
 def fused_update(model: Any, hooks: StepHooks | None) -> FusedUpdate | None:
@@ -44,7 +35,7 @@ def fused_update(model: Any, hooks: StepHooks | None) -> FusedUpdate | None:
         hooks: what is done before and after each of its optimizer's steps; they are called without its `step`.
     """
     buffer, optimizer, chains = model.rollout_buffer, model.policy.optimizer, chains_of(model.policy)
-    if chains is None or hooks is None or not hooks.alone or not is_switched_on() or model.n_epochs < 1:
+    if chains is None or hooks is None or not hooks.alone or model.n_epochs < 1:
         return None
     if type(buffer) is not RolloutBuffer or "get" in vars(buffer) or not is_plain_adam(optimizer):
         return None
@@ -77,7 +68,7 @@ class FusedUpdate:
         """Train, and log what SB3 logs.
 
         Raises:
-            ValueError: the policy has diverged to NaN, as SB3's distributions raise it.
+            Diverged: the policy has diverged to NaN, which SB3's distributions refuse.
         """
         model = self._model
         model.policy.set_training_mode(True)
@@ -284,7 +275,7 @@ class _Epoch:
         """Sum up minibatches of this size (the last may be smaller).
 
         Raises:
-            ValueError: NaN among them.
+            Diverged: NaN among them.
         """
         log_ratio, objective, error = (torch.cat(column) for column in zip(*self._rows, strict=True))
         self.entropies = torch.stack(self._entropies).double().numpy()
@@ -294,7 +285,7 @@ class _Epoch:
         self.divergences = _means(_divergences(log_ratio), size)
         self._rows, self._entropies = [], []
         if np.isnan(self.objectives).any() or np.isnan(self.errors).any():
-            raise ValueError(
+            raise Diverged(
                 "the losses of an update are NaN: the policy has diverged, or the rewards are no numbers; a smaller "
                 "learning_rate or max_grad_norm, or rewards of ordinary size, may help"
             )

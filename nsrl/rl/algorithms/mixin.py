@@ -26,7 +26,7 @@ from nsrl.rl.agents.spaces import check_spaces
 from nsrl.rl.agents.stock_models import MOVING, foreign_defaults, is_zero, left_behind, stock_class
 from nsrl.rl.algorithms.critic import reset_critic
 from nsrl.rl.algorithms.expansion import with_room
-from nsrl.rl.algorithms.fused_update import fused_update, is_switched_on
+from nsrl.rl.algorithms.fused_update import fused_update
 from nsrl.rl.algorithms.numbers import BROKEN, check_numbers, check_weights, is_no_number
 from nsrl.rl.algorithms.options import RETENTION_FIELDS, build_config, check_options
 from nsrl.rl.algorithms.report import RetentionReport
@@ -431,7 +431,8 @@ class ProtectedMixin(OnPolicyAlgorithm):
         assert self.retention is not None
         # an infinite budget is none, and baselines are what they are compared as
         binds = self.retention.enforces and math.isfinite(self.retention.config.kl_budget)
-        known = binds and super().train.__func__ is PPO.train  # type: ignore[attr-defined]
+        asked = binds and self.retention.config.fused == "auto"
+        known = asked and super().train.__func__ is PPO.train  # type: ignore[attr-defined]
         update = fused_update(self, self.retention.hooks) if known else None
         super().train() if update is None else update.run()
 
@@ -445,7 +446,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
                 self.retention.exploration.narrow(OPEN_WHERE_IT_PAYS)  # what pays is to be varied, not given up
         exploration = self.retention.exploration
         with (
-            fused_forward(self.policy) if is_switched_on() else nullcontext(),
+            fused_forward(self.policy) if self.retention.config.fused == "auto" else nullcontext(),
             nullcontext() if exploration is None else exploration.sampling(),
         ):
             return super().collect_rollouts(*args, **kwargs)

@@ -49,6 +49,10 @@ def check_weights(model: Any) -> None:
             raise NsrlError(BROKEN.format(name))
 
 
+class Diverged(ValueError):
+    """An update in closed form has come upon losses that are no numbers, as torch's distributions refuse them."""
+
+
 def is_no_number(error: BaseException) -> bool:
-    """Whether it is torch's refusal of a distribution whose parameters are no numbers."""
-    return isinstance(error, ValueError) and "to satisfy the constraint" in str(error)
+    """Whether it is a refusal, torch's or the closed form's, of distributions whose parameters are no numbers."""
+    return isinstance(error, Diverged) or (isinstance(error, ValueError) and "to satisfy the constraint" in str(error))

@@ -47,6 +47,7 @@ class Monitor(Retention):
         pass
 
     def _enforce(self) -> tuple[int, int]:
+        self._measure()
         return 0, 0
 
 

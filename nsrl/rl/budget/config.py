@@ -24,6 +24,7 @@ CHOICES = {
     "values": ("standardised", "raw"),
     "room": ("auto", "off"),
     "confine": ("auto", "off"),
+    "fused": ("auto", "off"),
 }
 
 
@@ -84,6 +85,9 @@ class RetentionConfig:
             retained, saved and exported keeps its standard deviation.
         room: whether `from_pretrained` adds units (`nsrl.rl.surgery.add_units`) to an actor that the old task needs
             whole, where an input may tell the tasks apart: "auto" or "off". The exported agent's actor is wider then.
+        fused: how PPO's updates are computed: "auto" in closed form where all about them is known (see
+            `nsrl.rl.algorithms.fused_update`), which is SB3's update to rounding in a fraction of its time; "off" by
+            SB3's own `train`, always. Where something watches the optimizer or a module, "auto" leaves it to SB3.
         opening_states: states of the new task, by random actions, that the policy is opened on; they count as
             timesteps, and take no more than a tenth of a run.
         opening_budget: share of the budget that the opening may spend.
@@ -119,6 +123,7 @@ class RetentionConfig:
     opening: float | str = "auto"
     room: str = "auto"
     confine: str = "auto"
+    fused: str = "auto"
     opening_states: int = 1024
     opening_budget: float = 0.8
     opening_fade: float = 0.5

@@ -18,13 +18,18 @@ class Confinement:
     Args:
         block: what may move.
         constraint: policy against buffer, the policy as it was before the update.
+        constant: what the head is to say beside the kept units on the old task, (O,) float64, where that is known
+            from an earlier update; None has it read off the policy.
+
+    Attributes:
+        constant: the same.
     """
 
-    def __init__(self, block: FreeBlock, constraint: RetentionConstraint):
+    def __init__(self, block: FreeBlock, constraint: RetentionConstraint, constant: Tensor | None = None):
         self._block, self._constraint = block, constraint
         policy, old = constraint.policy, constraint.inputs
         self._masks = dict(block.masks(policy, old))
-        self._constant = block.constant(policy, old)
+        self.constant = block.constant(policy, old) if constant is None else constant
 
     def against(self, constraint: RetentionConstraint) -> Confinement:
         """This one, on the states of another constraint of the same policy."""
@@ -38,17 +43,25 @@ class Confinement:
 
     def shape_gradients(self) -> None:
         """Leave the gradients of what may move."""
-        for parameter, mask in self._masks.items():
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+        gradients = {parameter: parameter.grad for parameter in self._masks if parameter.grad is not None}
+        if gradients:
+            torch._foreach_mul_(list(gradients.values()), [self._masks[parameter] for parameter in gradients])
 
     @torch.no_grad()
-    def project(self, feasible: Tensor) -> None:
-        """Project the displacement from the constraint's parameters as they were, (P,), onto the null space."""
+    def project(self, feasible: Tensor, share: float = 1.0) -> None:
+        """Project the displacement from the constraint's parameters as they were onto the null space.
+
+        Args:
+            feasible: the parameters as they were, (P,).
+            share: of the displacement that is made.
+        """
         flat = self._constraint.parameters
-        flat.write(torch.where(self.free(flat.parameters) > 0.0, flat.read(), feasible))
+        here = flat.read()
+        if share < 1.0:
+            here = feasible + share * (here - feasible)
+        flat.write(torch.where(self.free(flat.parameters) > 0.0, here, feasible))
         self.settle()
 
     def settle(self) -> None:
         """Push the fresh units off on the old task (see `FreeBlock.settle`)."""
-        self._block.settle(self._constraint.policy, self._constraint.inputs, self._constant)
+        self._block.settle(self._constraint.policy, self._constraint.inputs, self.constant)

@@ -39,7 +39,7 @@ from nsrl.rl.budget.draws import StateDraw, active_subset
 from nsrl.rl.budget.premises import Premises
 from nsrl.rl.opening.spread import ExplorationSpread
 from nsrl.rl.opening.stage import Opening
-from nsrl.rl.retention.constraint import Measurement, RetentionConstraint
+from nsrl.rl.retention.constraint import Evaluation, Measurement, RetentionConstraint
 from nsrl.rl.retention.packing import packed, training_states, unpacked
 from nsrl.rl.retention.states import RetainedStates
 
@@ -64,7 +64,7 @@ LINEARISED = 8192
 #: Entries of a state that checkpoints of older versions, or of other engines, do not have.
 ADDED = (
     *("restored", "guess", "stride", "kl_most", "held", "opening", "exploration"),
-    *("refreshes", "refreshed"),
+    *("refreshes", "refreshed", "constant"),
 )
 
 
@@ -119,13 +119,15 @@ class Retention:
         self.premises = Premises(model, constraint)
         self._feasible, self._still = constraint.parameters.read(), self.premises.still()
         self._start = self._feasible
-        self.seconds = {"linearise": 0.0, "lagrangian": 0.0, "project": 0.0, "measure": 0.0, "restore": 0.0}
+        stages = ("linearise", "lagrangian", "project", "confine", "measure", "restore")
+        self.seconds = dict.fromkeys(stages, 0.0)
         self._coefficients: list[float] = []
         self._projections: list[Projection] = []
         self._gap = 1.0
         self._hooks: StepHooks | None = None
         self._projector: SpectralProjection | None = None
         self._confinement: Confinement | None = None
+        self._constant: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives within an update only."""
@@ -153,14 +155,18 @@ class Retention:
 
     def begin(self) -> None:
         """Prepare one policy update."""
+        start = perf_counter()
         self.premises.check()
+        self.seconds["measure"] += perf_counter() - start
         self._keep_feasible()
         self._take_aim()
-        self._steps = 0
+        self._steps, self._restored_before = 0, self.restored
         self._coefficients, self._projections = [], []
         self._frozen = self.updates < self.config.critic_warmup
         self._projector = None
+        start = perf_counter()
         self._confinement = self._confined()
+        self.seconds["confine"] += perf_counter() - start
         if self.config.projects and not self._frozen and self._confinement is None:
             self._linearise()
         self._hooks = StepHooks(self.model.policy.optimizer, self._before_step, self._after_step)
@@ -169,24 +175,19 @@ class Retention:
         """Finish one policy update: measure, restore if needed; returns what is worth logging, by TensorBoard tag."""
         self._detach()
         self.model.policy.set_training_mode(False)  # what is measured is the policy as it acts
-        self._project_displacement()
-        proposed = self.constraint.parameters.read() - self._feasible
-        length = self.length()
-        if length < 1.0 and self.enforces:
-            self.constraint.parameters.write(self._feasible + length * proposed)
-            if self._confinement is not None:
-                self._confinement.settle()
+        proposed = self._make_displacement(self.length() if self.enforces else 1.0)
         restored, rolled_back = self._enforce()
         self._pace(rolled_back)
-        start = perf_counter()
-        self.last = self.constraint.measure()
-        self.seconds["measure"] += perf_counter() - start
+        # what restorations move is more than the new task's own
+        kept = self._confinement is not None and not rolled_back and self.restored == self._restored_before
+        constant = self._confinement.constant if kept and self._confinement is not None else None
         self.kl_most = max(self.kl_most, self.last.kl_bound)
         self.held += self.last.kl_bound <= self.config.tolerance
         self.updates += 1
         self.rollbacks += rolled_back
         made = float((self.constraint.parameters.read() - self._feasible).norm())
         self._hold()
+        self._constant = None if constant is None else (constant, self._feasible)
         return self._scalars(made / max(float(proposed.norm()), 1e-12), restored)
 
     def abandon(self) -> None:
@@ -236,6 +237,7 @@ class Retention:
 
     def _exchange(self, constraint: RetentionConstraint) -> None:
         self.constraint = constraint
+        self._constant = None
         self.enforcement = replace(self.enforcement, retained=constraint)
         self.opening.hold_to(constraint)
         self.premises = Premises(self.model, constraint)
@@ -260,6 +262,7 @@ class Retention:
             "seconds": dict(self.seconds),
             "opening": self.opening.state_dict(),
             "exploration": None if self.exploration is None else self.exploration.log_std,
+            "constant": self._known_constant(),
             "refreshes": self.refreshes,
             # of the first buffer, which a run is resumed with, there is no need
             "refreshed": None if self.refreshes == 0 else packed(self.constraint.buffer),
@@ -286,6 +289,9 @@ class Retention:
         wide, ours = state.get("exploration"), self.exploration
         if (wide is None) != (ours is None) or (ours is not None and not same_kind(wide, ours.log_std)):
             raise Unreadable("the exploration's standard deviation is damaged")
+        constant = state.get("constant")
+        if constant is not None and not same_kind(constant, self.constraint.reference[0].double()):
+            raise Unreadable("the constant of the free units is damaged")
         whole(state.get("refreshes", 0), "refreshes")
         train = self.constraint.train.cpu()
         if state.get("refreshed") is not None:
@@ -317,6 +323,9 @@ class Retention:
         for name, draw in (("minibatches", self.minibatches), ("subsets", self.subsets)):
             draw.set_state({key: state[f"{name}_{key}"] for key in ("generator", "queue")})
         self.last = self.constraint.measure()
+        constant = state.get("constant")
+        device = self.constraint.reference.device
+        self._constant = None if constant is None else (constant.to(device), self.constraint.parameters.read())
 
     @property
     def enforces(self) -> bool:
@@ -407,7 +416,9 @@ class Retention:
                     parameter.grad = None
             return
         if self._confinement is not None:
+            start = perf_counter()
             self._confinement.shape_gradients()
+            self.seconds["confine"] += perf_counter() - start
         elif self.config.effective_gradient == "lagrangian":
             self._add_lagrangian()
         elif self.config.effective_gradient == "projected":
@@ -445,12 +456,30 @@ class Retention:
         block = self.opening.block
         if block is None or not self.enforces or self.config.confine == "off":
             return None
-        return Confinement(block, self.constraint)
+        return Confinement(block, self.constraint, self._known_constant())
 
-    def _project_displacement(self) -> None:
-        """What the optimizer has made of the update is confined too: momentum and decay move what has no gradient."""
+    def _known_constant(self) -> Tensor | None:
+        """What free units are held to on the old task, (O,), if the weights are those that an update has ended with."""
+        if self._constant is None or not torch.equal(self._constant[1], self.constraint.parameters.read()):
+            return None
+        return self._constant[0]
+
+    def _make_displacement(self, share: float) -> Tensor:
+        """Make a share of what the optimizer has proposed, which is returned, (P,).
+
+        It is confined where the update is: momentum and decay move what has no gradient.
+        """
+        flat = self.constraint.parameters
+        proposed = flat.read() - self._feasible
         if self._confinement is not None:
-            self._confinement.project(self._feasible)
+            start = perf_counter()
+            self._confinement.project(self._feasible, share)
+            made = flat.read() - self._feasible
+            proposed = proposed * self._confinement.free(flat.parameters) if share < 1.0 else made
+            self.seconds["confine"] += perf_counter() - start
+        elif share < 1.0:
+            flat.write(self._feasible + share * proposed)
+        return proposed
 
     def _linearise(self) -> None:
         start = perf_counter()
@@ -489,9 +518,14 @@ class Retention:
     # -- after the update -------------------------------------------------------------------------------------------
 
     def _enforce(self) -> tuple[int, int]:
-        """Bring the measured KL under the budget; returns (restorations made, 1 if the segment fallback was used)."""
+        """Bring the measured KL under the budget, and measure all that is told of it.
+
+        Returns:
+            Restorations made, and 1 if the segment fallback was used.
+        """
         start = perf_counter()
-        kl, on_training = self.constraint.divergences()
+        now = self.constraint.evaluate()
+        kl, on_training = self.constraint.divergences(now)
         self._calibrate(kl, on_training)
         self.seconds["measure"] += perf_counter() - start
         start = perf_counter()
@@ -502,7 +536,13 @@ class Retention:
             self._check_kept()
             rolled_back = 1
         self.seconds["restore"] += perf_counter() - start
+        self._measure(None if restored or rolled_back else now)
         return restored, rolled_back
+
+    def _measure(self, evaluation: Evaluation | None = None) -> None:
+        start = perf_counter()
+        self.last = self.constraint.measure(evaluation)
+        self.seconds["measure"] += perf_counter() - start
 
     def length(self) -> float:
         """What is made of the displacement of an update now: `stride`, less at the end of a run that settles."""

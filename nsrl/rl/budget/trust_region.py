@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import nn
+from torch import Tensor, nn
 
 from nsrl.errors import NsrlError
 from nsrl.projection.budget.natural_gradient import LocalModel, Step
@@ -119,8 +119,9 @@ class RetentionRegion(Retention):
         multiplier = self._coefficients[-1] if self._coefficients else 0.0
         return float(self.model.cg_damping) / multiplier if multiplier > 0.0 else math.inf  # type: ignore[attr-defined]
 
-    def _project_displacement(self) -> None:
+    def _make_displacement(self, share: float) -> Tensor:
         """The step was confined when it was made, and what keeps the old task was part of what was measured."""
+        return self.constraint.parameters.read() - self._feasible
 
     def _before_step(self) -> None:
         """The optimizer steps the critic only."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
@@ -144,30 +145,33 @@ class FreeBlock:
         head.bias.sub_((share * on).to(head.bias))
 
     def _idle(self, features: Tensor, push: bool = False) -> Tensor:
-        """Means of the last layer's fresh units on the old task, (F,), pushed off before with `push`."""
-        values = whole = features
+        """Means of the last layer's fresh units on the old task, (F,) float64, pushed off before with `push`.
+
+        Units are evaluated in the policy's own precision, in which it acts.
+        """
+        values = whole = features.to(self.layers.linears[0].weight.dtype)
         for number, (layer, units) in enumerate(zip(self.layers.linears, self.free, strict=False)):
-            activation, weight, bias = self.layers.activations[number], layer.weight.double(), layer.bias.double()
-            read, seen = weight[units], whole
+            activation = self.layers.activations[number]
+            read, seen = layer.weight[units], whole
             if number > 0 and not self.heard:
                 read, seen = read[:, self.free[number - 1]], values
-            before = seen @ read.T + bias[units]
+            before = F.linear(seen, read, layer.bias[units])
             if push:
                 short = self._short(number, before)
                 self._push(number, short)
-                before = before - short
+                before = before - short.to(before)
             values = activation(before)
             if self.heard and number + 1 < len(self.free):
-                whole = activation(whole @ weight.T + bias)
+                whole = activation(F.linear(whole, layer.weight, layer.bias))
                 whole[:, units] = values
-        return values.mean(0)
+        return values.mean(0, dtype=torch.float64)
 
     def _short(self, number: int, before: Tensor) -> Tensor:
         """By how much pre-activations of a layer's fresh units on the old task, (N, F), are to be lower, (F,)."""
         if self.silent and number == len(self.free) - 1:
-            short = before.mean(0)
+            short = before.mean(0, dtype=torch.float64)
         else:
-            short = (before.amax(0) + OFF).clamp_min(0.0)
+            short = (before.amax(0).double() + OFF).clamp_min(0.0)
         short[0] = 0.0  # the switch itself does not move
         return short
 

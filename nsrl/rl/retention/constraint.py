@@ -74,6 +74,23 @@ class Measurement:
     kl_by_task: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The policy on the whole buffer, at one point.
+
+    Attributes:
+        outputs: shape (N, O).
+        metric: that they are compared in.
+        kl: of every state, shape (N,), float64.
+        binding: what counts against the budget.
+    """
+
+    outputs: Tensor
+    metric: OutputMetric
+    kl: Tensor
+    binding: float
+
+
 class RetentionConstraint:
     """Mean KL between a policy and the reference outputs stored in a buffer.
 
@@ -192,11 +209,21 @@ class RetentionConstraint:
         )
 
     @torch.no_grad()
-    def measure(self) -> Measurement:
+    def evaluate(self) -> Evaluation:
         """Evaluate the policy on the whole buffer (one forward pass)."""
-        outputs = self._outputs()
-        metric = self.metric
+        outputs, metric = self._outputs(), self.metric
         kl = metric.divergence(self.reference, outputs)
+        return Evaluation(outputs, metric, kl, self._count(kl, outputs, metric))
+
+    @torch.no_grad()
+    def measure(self, evaluation: Evaluation | None = None) -> Measurement:
+        """What the policy does on the whole buffer.
+
+        Args:
+            evaluation: of the policy as it is now, where there is one already.
+        """
+        evaluation = evaluation or self.evaluate()
+        outputs, metric, kl = evaluation.outputs, evaluation.metric, evaluation.kl
         held = self.heldout
         return Measurement(
             kl_mean=self._weights.mean(kl),
@@ -206,7 +233,7 @@ class RetentionConstraint:
             agreement_heldout=(
                 self._metric_on(held, None).agreement(self.reference[held], outputs[held]) if len(held) else math.nan
             ),
-            kl_bound=self._count(kl, outputs, metric),
+            kl_bound=evaluation.binding,
             kl_worst=worst_mean(kl, self._weights.relative(), self.promises.worst_share),
             kl_by_task=self._weights.mean_by_task(kl),
         )
@@ -232,11 +259,15 @@ class RetentionConstraint:
         return self.metric.divergence(self.reference, self._outputs())
 
     @torch.no_grad()
-    def divergences(self) -> tuple[float, float]:
-        """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged."""
-        kl, binding = self._bound()
-        training = self._weights.mean(kl, self.train)
-        return (binding, training) if math.isfinite(binding) else (math.inf, math.inf)
+    def divergences(self, evaluation: Evaluation | None = None) -> tuple[float, float]:
+        """The KL that counts against the budget, and the mean KL of the training states; infinity where diverged.
+
+        Args:
+            evaluation: of the policy as it is now, where there is one already.
+        """
+        evaluation = evaluation or self.evaluate()
+        training = self._weights.mean(evaluation.kl, self.train)
+        return (evaluation.binding, training) if math.isfinite(evaluation.binding) else (math.inf, math.inf)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -252,14 +283,7 @@ class RetentionConstraint:
         own, divided by that one's share: at most the overall budget if and only if every task is within its own. With
         further promises it is what of them is spent, where that is more (see `Promises`).
         """
-        return self._bound()[1]
-
-    def _bound(self) -> tuple[Tensor, float]:
-        """KL of every state, and what counts against the budget."""
-        outputs = self._outputs()
-        metric = self.metric
-        kl = metric.divergence(self.reference, outputs)
-        return kl, self._count(kl, outputs, metric)
+        return self.evaluate().binding
 
     def _count(self, kl: Tensor, outputs: Tensor, metric: OutputMetric) -> float:
         """What counts against the budget, given the KL of every state."""
@@ -390,7 +414,8 @@ class RetentionConstraint:
         """Importance of each training state in a restoration, and the factor that brings their KL to its unit."""
         if not self.promises.any:
             return None, 1.0
-        kl, bound = self._bound()
+        now = self.evaluate()
+        kl, bound = now.kl, now.binding
         if bound <= self._mean(kl):
             return None, 1.0
         share = self.promises.worst_share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -20,18 +21,20 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from nsrl import NullSpacePPO, protect
-from nsrl.projection.optimizer import StepHooks
+from nsrl.projection.optimizer import FlatParameters, StepHooks
 from nsrl.rl.algorithms.fused_update import FusedUpdate, fused_update
+from nsrl.rl.budget.confinement import Confinement
+from nsrl.rl.opening.block import FreeBlock
+from nsrl.rl.opening.condensing import ActorLayers
+from nsrl.rl.opening.switch import Switch
 from tests.rl.builders import NEW, SMALL, generators_left_alone, trained
 from tests.rl.oracles import same_policies
 from tests.rl.policy_builders import ACTIONS, VECTOR, Flat
 
 
 @pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is for who asks."""
-    monkeypatch.setenv("NSRL_FUSED", "1")
-    # stock's checks are what is compared with, and some packages turn them off for all
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock's checks are what is compared with, and some packages turn them off for all."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
 
 
@@ -209,6 +212,48 @@ def test_hooks_see_and_change_what_the_optimizer_is_given() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-11)
 
 
+def confinement_of(model: PPO) -> Confinement:
+    """To some units of each layer, the last input being 1 on the new task alone."""
+    layers = ActorLayers.of(model.policy)
+    assert layers is not None
+    switch = Switch(torch.tensor([3]), torch.ones(1).double(), torch.zeros(1).double(), 0.0)
+    block = FreeBlock(layers, [torch.tensor([0, 2, 3]), torch.tensor([1, 4])], switch)
+    old = torch.linspace(-1.0, 1.0, 28).view(7, 4)
+    old[:, 3] = 0.0
+    actor = FlatParameters([parameter for layer in layers.linears for parameter in layer.parameters()])
+    held: Any = SimpleNamespace(policy=model.policy, inputs=old, parameters=actor)
+    return Confinement(block, held)
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+@pytest.mark.parametrize("name", ["as it comes", "entropy", "small gradients", "weight decay", "relu"])
+def test_confined_updates_are_those_of_the_stock_update(actions: str, name: str) -> None:
+    """The gradient is masked before every step, the displacement behind them, and what rounding shows is put right."""
+    model = build(actions, **OPTIONS[name])
+    models = [copy.deepcopy(model), model]
+    before = model.policy.mlp_extractor.policy_net[2].weight.detach().clone()
+    for model, fused in zip(models, (False, True), strict=True):
+        np.random.seed(7)
+        for _ in range(2):
+            confinement = confinement_of(model)
+            feasible = confinement._constraint.parameters.read()
+            hooks = StepHooks(model.policy.optimizer, confinement.shape_gradients)
+            if fused:
+                update = fused_update(model, hooks)
+                assert update is not None
+                update.run()
+            else:
+                model.train()
+            hooks.detach()
+            confinement.project(feasible)
+    wanted, found = state_of(models[0]), state_of(models[1])
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-11)
+    moved = (model.policy.mlp_extractor.policy_net[2].weight - before).abs() > 0.0
+    assert moved[4, 2] and not moved[0].any() and not moved[:, 1].any(), "it is not confined"
+
+
 def test_stock_goes_on_from_a_fused_update_and_the_other_way_round() -> None:
     """The optimizer's state is the stock optimizer's."""
     model = build()
@@ -323,12 +368,6 @@ def test_policies_of_another_class_and_state_dependent_noise_are_left_to_sb3() -
     assert all(fused_update(model, StepHooks(model.policy.optimizer)) is None for model in models)
 
 
-def test_the_switch_leaves_everything_to_sb3(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
-    monkeypatch.setenv("NSRL_FUSED", "0")
-    assert fused_update(model, StepHooks(model.policy.optimizer)) is None
-
-
 # -- of protected models -----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +385,15 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+def test_a_confined_model_updates_as_with_the_stock_update_and_twice_alike(kind: str, runs: list[int]) -> None:
+    models = [finetuned(kind, opening="auto", fused=fused) for fused in ("auto", "off", "auto")]
+    assert len(runs) == 2 and all(model.retention.opening.block is not None for model in models)
+    assert same_policies(models[0], models[2])
+    for name, value in models[1].policy.state_dict().items():
+        torch.testing.assert_close(models[0].policy.state_dict()[name], value, rtol=1e-3, atol=3e-5)
+
+
 def finetuned(kind: str = "discrete", steps: int = 128, **options: Any) -> NullSpacePPO:
     agent, buffer = trained(kind)
     envs = make_vec_env(NEW[kind], 2, seed=1)
@@ -355,12 +403,9 @@ def finetuned(kind: str = "discrete", steps: int = 128, **options: Any) -> NullS
 
 @pytest.mark.parametrize("values", ["standardised", "raw"])
 @pytest.mark.parametrize("kind", ["discrete", "box"])
-def test_a_protected_model_updates_and_logs_as_with_the_stock_update(
-    kind: str, values: str, monkeypatch: pytest.MonkeyPatch, runs: list[int]
-) -> None:
+def test_a_protected_model_updates_and_logs_as_with_the_stock_update(kind: str, values: str, runs: list[int]) -> None:
     model = finetuned(kind, values=values)
-    monkeypatch.setenv("NSRL_FUSED", "0")
-    stock = finetuned(kind, values=values)
+    stock = finetuned(kind, values=values, fused="off")
     assert len(runs) == 1
     for name, value in stock.policy.state_dict().items():
         # six steps of Adam in single precision: 1e-7 of a gradient may be lr / eps = 300 times as much of a step

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.env_util import make_vec_env
@@ -202,6 +203,36 @@ def test_a_model_that_is_loaded_is_confined_too(algorithm: type, tmp_path: Path)
     before = loaded.retention.last.kl_mean
     loaded.learn(600, reset_num_timesteps=False)
     assert loaded.retention_report().kl_most <= before + 1e-8
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_checkpoint_holds_what_the_old_task_is_held_to(algorithm: type, tmp_path: Path) -> None:
+    """The constant is remembered from update to update; a resumed run goes on with it, to the same bits."""
+    model, _ = learner("discrete", algorithm)
+    model.learn(600)
+    constant = model.retention.state_dict()["constant"]
+    assert constant is not None
+    checkpoint.save(tmp_path / "c", model)
+    fresh, _ = learner("discrete", algorithm)
+    checkpoint.restore(tmp_path / "c", fresh)
+    assert torch.equal(fresh.retention.state_dict()["constant"], constant)
+    fresh.set_logger(model.logger)
+    fresh.rollout_buffer = copy.deepcopy(model.rollout_buffer)
+    for one in (model, fresh):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        one.train()
+    for name, value in model.policy.state_dict().items():
+        assert torch.equal(fresh.policy.state_dict()[name], value), name
+    assert torch.equal(model.retention.state_dict()["constant"], constant)
+    for damaged in (constant.float(), constant[:1], constant * float("nan"), 1.0):
+        with pytest.raises(Unreadable):
+            fresh.retention.check_state({**fresh.retention.state_dict(), "constant": damaged})
+    with torch.no_grad():  # weights that somebody else has set have a constant of their own
+        model.policy.action_net.weight.mul_(1.0 + 1e-7)
+        model.policy.action_net.bias.add_(1e-6)
+    model.train()
+    assert not torch.equal(model.retention.state_dict()["constant"], constant)
 
 
 def test_a_zip_with_a_damaged_block_is_refused(tmp_path: Path) -> None:

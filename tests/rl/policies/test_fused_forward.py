@@ -21,10 +21,8 @@ from tests.rl.policy_builders import ACTIONS, VECTOR
 
 
 @pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is for who asks."""
-    monkeypatch.setenv("NSRL_FUSED", "1")
-    # stock's checks are what is compared with, and some packages turn them off for all
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock's checks are what is compared with, and some packages turn them off for all."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
 
 
@@ -99,12 +97,11 @@ def test_roll_outs_of_a_protected_model_are_the_stock_roll_outs(kind: str, monke
     call = FusedForward.__call__
     monkeypatch.setattr(FusedForward, "__call__", lambda self, *args: (calls.append(1), call(self, *args))[1])
     models, rollouts = [], []
-    for switch in ("1", "0"):
-        monkeypatch.setenv("NSRL_FUSED", switch)
+    for fused in ("auto", "off"):
         envs = make_vec_env(NEW["box" if kind == "narrow" else kind], 2, seed=1)
         budget = 0.01 if kind == "narrow" else math.inf
         model = NullSpacePPO.from_pretrained(
-            copy.deepcopy(agent), envs, retain=buffer, seed=1, kl_budget=budget, **SMALL
+            copy.deepcopy(agent), envs, retain=buffer, seed=1, kl_budget=budget, fused=fused, **SMALL
         )
         assert kind != "narrow" or model.retention.exploration is not None
         model.learn(128)

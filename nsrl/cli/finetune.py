@@ -60,12 +60,8 @@ def _run_pair(arguments: Sequence[str]) -> int:
     )
     from nsrl.rl.parallel.ranks import started_together
     from nsrl.runs.finetuning import finetune, resume_finetuning
-<<<<<<< HEAD
-    from nsrl.runs.report import finetuning_table, hint_of_context
-=======
     from nsrl.runs.parallel import finetune_together, resume_together
-    from nsrl.runs.report import finetuning_table
->>>>>>> wide-m
+    from nsrl.runs.report import finetuning_table, hint_of_context
 
     count = started_together()
     if options["resume"] is None and config.agent is not None:

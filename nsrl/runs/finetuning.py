@@ -125,17 +125,12 @@ def open_new_task(config: FinetuneConfig, agent: Agent, env: str) -> VecEnv:
     """
     settings = chosen(config.algorithm, config.ppo, config.trpo)
     n_steps = settings.get("n_steps", agent.hyperparameters.get("n_steps"))
-<<<<<<< HEAD
-    check_rollout(agent.model.observation_space, settings["n_envs"], n_steps)
-    return open_envs(env, settings["n_envs"], config.seed)
-=======
     ranks = Ranks() if started_together() > 1 and is_initialized() else None
     check_rollout(agent.model.observation_space, settings["n_envs"] * (1 if ranks is None else ranks.count), n_steps)
     if ranks is None:
-        return fitting_envs(agent.model, env, settings["n_envs"], config.seed)
+        return open_envs(env, settings["n_envs"], config.seed)
     first = ranks.number * settings["n_envs"]
-    return SharedEnvs(fitting_envs(agent.model, env, settings["n_envs"], config.seed + first), ranks)
->>>>>>> wide-m
+    return SharedEnvs(open_envs(env, settings["n_envs"], config.seed + first), ranks)
 
 
 def build_model(config: FinetuneConfig, agent: Agent, buffer: RetentionBuffer, envs: VecEnv) -> Model:

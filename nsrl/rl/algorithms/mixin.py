@@ -36,11 +36,8 @@ from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
-<<<<<<< HEAD
 from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS
-=======
 from nsrl.rl.parallel.agreement import check_agreement
->>>>>>> wide-m
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
 from nsrl.rl.policies.distributions import distribution_of, is_maskable

@@ -318,6 +318,33 @@ def continual_memories(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files, broken(content))
 
 
+@benchmark("continual_tuning", "only", "quick", "again")
+def continual_tuning(options: Options, console: Console) -> Results:
+    """Rivals tuned by one rule, with as many trials each, against a KL budget with its default."""
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.bench.studies.continual_tuning import plan_tuning, run_tuning
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_tuning_quick" if options.quick else "continual_tuning")
+    # As for continual: the committed numbers are those of the whole benchmark, or were asked for.
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    plan = plan_tuning(options.configs, only=options.only, quick=options.quick)
+    with alone_in(out), console.status("continual_tuning") as show:
+        content = run_tuning(plan, out, workers=options.workers, again=options.again, on_status=show)
+    write_json(reference / "tuned.json", content)
+    for failed, why in content["failures"].items():
+        console.note(f"nsrl: {failed} came to no result: {why}")
+    command = " ".join(["nsrl bench continual_tuning", *(["--only " + ",".join(options.only)] * bool(options.only))])
+    title = f"Continual learning: rivals tuned with at most {plan.trials} trials each, a KL budget with its default"
+    files = (
+        ("results", reference / "tuned.json"),
+        ("report", write_markdown(content, reference / "tuned.md", title, command)),
+        ("figure", draw_benchmarks(content, reference / "tuned.png")),
+    )
+    return Results(benchmark_tables(content), files)
+
+
 @benchmark("frontier", "only", "quick")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""

@@ -345,6 +345,33 @@ def continual_tuning(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files)
 
 
+@benchmark("continual_promise", "only", "quick", "again")
+def continual_promise(options: Options, console: Console) -> Results:
+    """A KL budget over tasks measured behind every single step, with its alarm and without."""
+    from nsrl.bench.studies.continual import run_cells
+    from nsrl.bench.studies.continual_promise import kept_lines, plan_promise
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_promise_quick" if options.quick else "continual_promise")
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    cells = plan_promise(options.configs, only=options.only, quick=options.quick)
+    with alone_in(out), console.status("continual_promise") as show:
+        content = run_cells(cells, out, workers=options.workers, again=options.again, on_status=show)
+    write_json(reference / "promise.json", content)
+    for failed, why in content["failures"].items():
+        console.note(f"nsrl: {failed} came to no result: {why}")
+    command = " ".join(["nsrl bench continual_promise", *(["--only " + ",".join(options.only)] * bool(options.only))])
+    title = "A KL budget over tasks, looked at behind every step"
+    files = (
+        ("results", reference / "promise.json"),
+        ("report", write_markdown(content, reference / "promise.md", title, command)),
+        ("figure", draw_benchmarks(content, reference / "promise.png")),
+    )
+    return Results(benchmark_tables(content), files, kept_lines(content))
+
+
 @benchmark("frontier", "only", "quick")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""

@@ -349,8 +349,8 @@ def continual_tuning(options: Options, console: Console) -> Results:
 def continual_promise(options: Options, console: Console) -> Results:
     """A KL budget over tasks measured behind every single step, with its alarm and without."""
     from nsrl.bench.studies.continual import run_cells
-    from nsrl.bench.studies.continual_promise import kept_lines, plan_promise
-    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.bench.studies.continual_promise import draw_promise, kept_lines, plan_promise
+    from nsrl.bench.studies.continual_report import benchmark_tables, write_markdown
     from nsrl.files import write_json
 
     out = _out(options, "continual_promise_quick" if options.quick else "continual_promise")
@@ -366,8 +366,8 @@ def continual_promise(options: Options, console: Console) -> Results:
     title = "A KL budget over tasks, looked at behind every step"
     files = (
         ("results", reference / "promise.json"),
-        ("report", write_markdown(content, reference / "promise.md", title, command)),
-        ("figure", draw_benchmarks(content, reference / "promise.png")),
+        ("report", write_markdown(content, reference / "promise.md", title, command, "largest KL behind any step")),
+        ("figure", draw_promise(content, reference / "promise.png")),
     )
     return Results(benchmark_tables(content), files, kept_lines(content))
 

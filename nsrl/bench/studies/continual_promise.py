@@ -11,6 +11,7 @@ from nsrl.bench.studies.continual import BENCHMARKS, Cell
 from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.config import ContinualConfig, StrategySettings
 from nsrl.errors import NsrlError
+from nsrl.files import written_atomically
 from nsrl.runs.settings import load
 
 SEEDS = (0, 1)
@@ -55,6 +56,32 @@ def plan_promise(configs: Path, *, only: Sequence[str] = (), quick: bool = False
                     config = replace(config, training=replace(config.training, epochs=1))
                 cells.append(Cell(benchmark, config, variant, watched=name == "kl_budget"))
     return cells
+
+
+def draw_promise(content: dict[str, Any], path: Path) -> Path:
+    """The largest KL behind any step of every run next to the budget, a line of points a benchmark; logarithmic."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["benchmark"] for row in content["rows"]))
+    figure = Figure(figsize=(7.0, 1.2 + 0.4 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    marks = {"kl_budget": ("#D55E00", "o", "with the alarm"), "kl_budget_enforced_at_ends": ("0.45", "s", "without")}
+    for variant, (colour, marker, label) in marks.items():
+        rows = [row for row in content["rows"] if row["strategy"] == variant]
+        times = [row["worst_retained_kl"] / KLBudgetOptions.kl_budget for row in rows]
+        places = [names.index(row["benchmark"]) for row in rows]
+        axis.plot(times, places, marker, color=colour, label=label, markersize=6)
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel("largest KL of a task on its retained inputs behind any step, in budgets", fontsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=140)
+    return path
 
 
 def kept_lines(content: dict[str, Any]) -> list[str]:

@@ -72,6 +72,7 @@ def write_markdown(
     path: Path,
     title: str = "Continual learning: all strategies on the offline benchmarks",
     command: str = "nsrl bench continual",
+    figure: str = "ACC of all strategies",
 ) -> Path:
     """All tables, what failed, and how they were made."""
     environment = content["environment"]
@@ -85,7 +86,7 @@ def write_markdown(
         " task's score below that right after it was learnt; `kept` the least share of a step over the layers,"
         " `time` the median ratio of processor time in training to naive's, `memory` what is kept of earlier tasks."
         " nsrl's own strategies are in bold.",
-        f"![ACC of all strategies]({path.stem}.png)",
+        f"![{figure}]({path.stem}.png)",
     ]
     for table in benchmark_tables(content):
         parts += [f"## {table.title}", table.markdown()]

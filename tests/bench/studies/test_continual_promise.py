@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nsrl.bench.studies.continual import BENCHMARKS, run_cell
-from nsrl.bench.studies.continual_promise import SEEDS, VARIANTS, kept_lines, plan_promise
+from nsrl.bench.studies.continual_promise import SEEDS, VARIANTS, draw_promise, kept_lines, plan_promise
 from nsrl.errors import NsrlError
 
 # imported here: it sets environment variables, which no test may do
@@ -32,5 +32,6 @@ def test_the_worst_of_all_steps_is_no_less_than_that_of_ten_looks(tmp_path):
     assert often["matrix"] == rarely["matrix"]
     assert often["worst_retained_kl"] >= rarely["worst_retained_kl"] > 0.0
     assert often["worst_drop"] >= rarely["worst_drop"]
-    rows = [{"strategy": "kl_budget", "worst_retained_kl": kl} for kl in (0.05, 0.11)]
+    rows = [{"benchmark": "b", "strategy": "kl_budget", "worst_retained_kl": kl} for kl in (0.05, 0.11)]
     assert kept_lines({"rows": rows}) == ["kl_budget: at most 1.10 times the budget behind any step of 2 runs"]
+    assert draw_promise({"rows": rows}, tmp_path / "promise.png").stat().st_size > 5000

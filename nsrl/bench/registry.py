@@ -330,6 +330,64 @@ def continual_memories(options: Options, console: Console) -> Results:
     return Results(benchmark_tables(content), files, broken(content))
 
 
+@benchmark("continual_tuning", "only", "quick", "again", "engine")
+def continual_tuning(options: Options, console: Console) -> Results:
+    """Rivals tuned by one rule, with as many trials each, against a KL budget with its default."""
+    from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
+    from nsrl.bench.studies.continual_tuning import plan_tuning, run_tuning
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_tuning_quick" if options.quick else "continual_tuning")
+    # As for continual: the committed numbers are those of the whole benchmark, or were asked for.
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    plan = plan_tuning(options.configs, only=options.only, quick=options.quick)
+    with alone_in(out), console.status("continual_tuning") as show:
+        content = run_tuning(
+            plan, out, workers=options.workers, again=options.again, engine=options.engine, on_status=show
+        )
+    write_json(reference / "tuned.json", content)
+    for failed, why in content["failures"].items():
+        console.note(f"nsrl: {failed} came to no result: {why}")
+    command = " ".join(["nsrl bench continual_tuning", *(["--only " + ",".join(options.only)] * bool(options.only))])
+    title = f"Continual learning: rivals tuned with at most {plan.trials} trials each, a KL budget with its default"
+    files = (
+        ("results", reference / "tuned.json"),
+        ("report", write_markdown(content, reference / "tuned.md", title, command)),
+        ("figure", draw_benchmarks(content, reference / "tuned.png")),
+    )
+    return Results(benchmark_tables(content), files)
+
+
+@benchmark("continual_promise", "only", "quick", "again", "engine")
+def continual_promise(options: Options, console: Console) -> Results:
+    """A KL budget over tasks measured behind every single step, with its alarm and without."""
+    from nsrl.bench.studies.continual import run_cells
+    from nsrl.bench.studies.continual_promise import draw_promise, kept_lines, plan_promise
+    from nsrl.bench.studies.continual_report import benchmark_tables, write_markdown
+    from nsrl.files import write_json
+
+    out = _out(options, "continual_promise_quick" if options.quick else "continual_promise")
+    partial = (options.quick or options.only) and options.reference == REFERENCE
+    reference = out / "results" if partial else options.reference / "continual"
+    cells = plan_promise(options.configs, only=options.only, quick=options.quick)
+    with alone_in(out), console.status("continual_promise") as show:
+        content = run_cells(
+            cells, out, workers=options.workers, again=options.again, engine=options.engine, on_status=show
+        )
+    write_json(reference / "promise.json", content)
+    for failed, why in content["failures"].items():
+        console.note(f"nsrl: {failed} came to no result: {why}")
+    command = " ".join(["nsrl bench continual_promise", *(["--only " + ",".join(options.only)] * bool(options.only))])
+    title = "A KL budget over tasks, looked at behind every step"
+    files = (
+        ("results", reference / "promise.json"),
+        ("report", write_markdown(content, reference / "promise.md", title, command, "largest KL behind any step")),
+        ("figure", draw_promise(content, reference / "promise.png")),
+    )
+    return Results(benchmark_tables(content), files, kept_lines(content))
+
+
 @benchmark("frontier", "only", "quick", "engine")
 def frontier(options: Options, console: Console) -> Results:
     """Every method on a population of pretrained agents: what is learnt against what is kept."""

@@ -31,6 +31,8 @@ Run a benchmark and write its results.
   nsrl bench continual                   all strategies of nsrl continual on its offline benchmarks
   nsrl bench continual --only permuted_digits,naive,kl_budget
   nsrl bench continual_memories          the same with 20, 100 and 500 samples a task, a KL budget against replay
+  nsrl bench continual_tuning            rivals tuned by one rule, as many trials each; a KL budget with its default
+  nsrl bench continual_promise           the KL of what a budget is held on, measured behind every step
   nsrl bench frontier                    every method on populations of pretrained agents: old task kept, new one learnt
   nsrl bench demo_population             the demo on twenty agents, with vector instructions and without
   nsrl bench post_training               a tiny language model learns inside a budget on what stays (nsrl[llm])

@@ -3,11 +3,14 @@
     now and then    the gradient gets multiplier * grad KL of a few retained inputs, a multiplier a task (at the
                     constrained optimum the optimizer's moments see zero); with `replay` also that of their labels
     beside it       a quadratic model of the KL on all the other inputs, by its gradient or by implicit steps
-    more rarely     the KL of every task is measured on all of its retained inputs; if one is over the budget, restore
-                    (a Gauss-Newton step by Krylov products with the full Jacobian, backtracking on the measured KL),
-                    and if that does not help go back along the segment to the last feasible weights
+    behind a step   the KL of the tasks that may have left the budget by it (see `steering.alarm`) is measured on
+                    all of their retained inputs; one that has is brought back by the shortest step that does
+    more rarely     the KL of every task is measured; if one is over the budget, restore (a Gauss-Newton step by Krylov
+                    products with the full Jacobian, backtracking on the measured KL), and if that does not help go
+                    back along the segment to the last feasible weights
 
-The promise: after every `enforce`, the mean KL(then || now) of every learnt task is at most `kl_budget`.
+The promise: after every `enforce`, the mean KL(then || now) of every learnt task is at most `kl_budget`. Between two,
+it is so wherever it was measured; a task that left the budget unannounced is found and brought back a step later.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from torch import Tensor, nn
 from nsrl.continual.budget_options import KLBudgetOptions
 from nsrl.continual.curvature import Curvature, step_length
 from nsrl.continual.heads import model_outputs
-from nsrl.continual.multipliers import Multipliers
 from nsrl.continual.retention import RetainedBehaviour
+from nsrl.continual.steering.alarm import Alarm
+from nsrl.continual.steering.correction import shortest_correction
+from nsrl.continual.steering.multipliers import Multipliers
 from nsrl.continual.tasks import Loader, Task
 from nsrl.projection import SpectralProjection, jacobian
 from nsrl.projection.budget.enforcement import Enforcement
@@ -33,6 +38,11 @@ from nsrl.projection.optimizer import FlatParameters
 from nsrl.reading import values
 from nsrl.reading.limits import Unreadable
 from nsrl.reading.tensors import like
+
+#: Linearisations of a correction that are tried before a restoration.
+CORRECTIONS = 3
+#: Share of the budget that a correction aims at: a step's growth below it, or the next step would need one again.
+WITHIN = 0.95
 
 
 class KLBudget:
@@ -46,6 +56,7 @@ class KLBudget:
         retained: inputs and the outputs of then.
         multipliers: the dual variables.
         restorations, fallbacks: how often either was needed.
+        corrections: steps of which a part was taken back, because a task had left the budget by them.
     """
 
     def __init__(self, model: nn.Module, options: KLBudgetOptions):
@@ -58,6 +69,8 @@ class KLBudget:
         self.enforcement = Enforcement(self, options.kl_budget, aim, options.restore_steps, bisections=10)
         self.restorations = 0
         self.fallbacks = 0
+        self.alarm = Alarm(options.kl_budget) if options.alarm else None
+        self.corrections = 0
         self._steps = 0
         self._next, self._spacing = 0, 1
         self._shares = torch.zeros(0)  # of the inputs of each task that are retained
@@ -92,6 +105,8 @@ class KLBudget:
         """
         kl, slope = self.retained.gap(outputs, indices)
         owner = self.retained.memory.owner.index_select(0, indices)
+        if self.alarm is not None:
+            self.alarm.drawn(kl, indices, owner)
         weights = self.multipliers.update(kl, owner, self._spacing).to(slope)
         # the less a draw weighs, the rarer: it stands for the steps to the next, and weighs no more than a batch
         whole = float(weights.sum() + self.options.replay * self._shares.sum())
@@ -112,8 +127,8 @@ class KLBudget:
             outputs = self.retained.outputs(self.model, indices)
             outputs.backward(self.pull(outputs.detach(), indices))
 
-    def due(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Count a step, relaxing every `relax_every` of them; whether it is time to measure and enforce."""
+    def tick(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count a step; relax every `relax_every` of them, enforce every `enforce_every` and where a task strays."""
         self._steps += 1
         groups = optimizer.param_groups
         # schedulers change the rates in between; a fresh optimizer of another shape has made no steps yet
@@ -121,11 +136,7 @@ class KLBudget:
         self._lengths = [length + step_length(group) for length, group in zip(before, groups, strict=True)]
         if self._steps % self.options.relax_every == 0:
             self.relax(optimizer)
-        return self._steps % self.options.enforce_every == 0
-
-    def tick(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step; relax every `relax_every` of them, measure and enforce every `enforce_every`."""
-        if self.due(optimizer):
+        if self._strays() or self._steps % self.options.enforce_every == 0:
             self.enforce()
 
     def relax(self, optimizer: torch.optim.Optimizer) -> None:
@@ -141,8 +152,8 @@ class KLBudget:
 
     @property
     def interventions(self) -> int:
-        """How often the weights were changed by `enforce`."""
-        return self.restorations + self.fallbacks
+        """How often the weights were changed to keep the budget."""
+        return self.restorations + self.fallbacks + self.corrections
 
     def retain(self, task: Task, loader: Loader, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Enforce, then keep inputs of a task that was learnt, with the present outputs on them.
@@ -164,6 +175,7 @@ class KLBudget:
         if self.curvature is not None:
             self.curvature.add(task, loader, 1.0 - kept)
         self._feasible = self._learnt = self.parameters.read()
+        self._begin_alarm()
 
     def binding_divergence(self) -> float:
         """KL of the task that has moved most; infinity where the model has diverged, 0 with nothing retained."""
@@ -189,7 +201,42 @@ class KLBudget:
         self.restorations += kept.restored
         self.fallbacks += kept.fell_back
         self._feasible = self.parameters.read()
+        if kept.restored or kept.fell_back:
+            self._begin_alarm()
         return kept.kl
+
+    def _begin_alarm(self) -> None:
+        if self.alarm is not None:
+            self.alarm.begin(self.retained.kl(self.model), self.retained.memory.owner)
+
+    def _strays(self) -> bool:
+        """Measure the tasks that may have left the budget and bring them back; whether one is still outside."""
+        if self.alarm is None or not len(self):
+            return False
+        near = self.alarm.near()
+        if not len(near):
+            return False
+        for attempt in range(CORRECTIONS + 1):
+            kl = self._measure(near)
+            over = near[~(kl <= self.options.kl_budget)]
+            if not len(over) or attempt == CORRECTIONS or not bool(torch.isfinite(kl).all()):
+                break
+            if not attempt:
+                self.corrections += 1
+                self.multipliers.pushed(over)
+            step = shortest_correction(self.model, self.retained, over, WITHIN * self.options.kl_budget)
+            here = self.parameters.read()
+            self.parameters.write(here + step.to(here))
+            # what brings one back may push another one out
+            near = torch.arange(len(self.alarm), device=near.device)
+        return len(over) > 0
+
+    def _measure(self, tasks: Tensor) -> Tensor:
+        """The KL of some tasks, (r,)."""
+        assert self.alarm is not None
+        owner = self.retained.memory.owner
+        indices = torch.isin(owner, tasks).nonzero().squeeze(1)
+        return self.alarm.take(tasks, self.retained.kl(self.model, indices), indices, owner[indices])
 
     def certificate(self, states: int = 32) -> dict[str, float]:
         """What the way since the last task's end has to do with the protected outputs, on a few retained inputs.
@@ -229,6 +276,7 @@ class KLBudget:
             "multiplier": self.multipliers.integrals,
             "divergences": self.multipliers.divergences,
             "counts": [self._steps, self.restorations, self.fallbacks],
+            "corrections": self.corrections,
             "lengths": self._lengths,
             "feasible": self._feasible,
         }
@@ -242,6 +290,7 @@ class KLBudget:
         values.mapping(progress, "progress", ["multiplier", "counts", "lengths", "feasible"])
         remembered = [self._remembered(progress, key) for key in ("multiplier", "divergences")]
         counts = [values.whole(count, "a count") for count in values.items(progress["counts"], "counts", 3)]
+        corrections = values.whole(progress.get("corrections", 0), "a count")  # older files have none
         lengths = [values.finite(length, "a length") for length in values.items(progress["lengths"], "lengths")]
         feasible = progress["feasible"]
         feasible = None if feasible is None else like(feasible, self.parameters.read(), "feasible")
@@ -249,6 +298,7 @@ class KLBudget:
         self.multipliers.integrals, self.multipliers.divergences = remembered
         self._feasible = feasible
         self._steps, self.restorations, self.fallbacks = counts
+        self.corrections = corrections
         self._lengths = lengths
 
     def _remembered(self, progress: dict[str, Any], what: str) -> Tensor:

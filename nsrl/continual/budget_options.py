@@ -24,6 +24,7 @@ class KLBudgetOptions:
         draw_every: most steps from one that draws retained inputs to the next. A draw stands for the steps to the next
             one, and is the rarer the less it weighs: at most as much as the batch at hand.
         enforce_every: steps from one measurement (and restoration, if needed) to the next; also at the task's end.
+        alarm: whether tasks that may leave the budget in between are measured behind the step, and brought back.
         target: share of the budget that the multipliers and the restoration aim at.
         multiplier: the Lagrange multiplier that a task starts with.
         rate: integral gain of its logarithm, a step, on the relative excess of the task's KL.
@@ -44,7 +45,8 @@ class KLBudgetOptions:
     batch_states: int | None = None
     draw_every: int = 8
     enforce_every: int = 500
-    target: float = 0.75
+    alarm: bool = True
+    target: float = 0.6
     multiplier: float = 1.0
     rate: float = 0.03
     damping: float = 0.3

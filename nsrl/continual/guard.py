@@ -89,7 +89,7 @@ class Guard:
         if self.features is not None:
             self.features.enforce()
         if self.budget is not None:
-            self._enforce_budget()
+            self._keep(KLBudget.enforce)
         return self.report()
 
     @full_precision()
@@ -125,13 +125,13 @@ class Guard:
             return
         if self.features is not None:
             self.features.tick()
-        if self.budget is not None and self.budget.due(self.optimizer):
-            self._enforce_budget()
+        if self.budget is not None:
+            self._keep(lambda budget: budget.tick(self.optimizer))
 
-    def _enforce_budget(self) -> None:
+    def _keep(self, act: Callable[[KLBudget], Any]) -> None:
         assert self.budget is not None
         before = self.budget.interventions
-        self.budget.enforce()
+        act(self.budget)
         if self.features is not None and self.budget.interventions > before:
             self.features.restart()
 

@@ -75,6 +75,12 @@ class RetainedBehaviour:
         return total / torch.bincount(owner, minlength=len(total))
 
     @torch.no_grad()
+    def kl(self, model: nn.Module, indices: Tensor | None = None) -> Tensor:
+        """KL(then || now) of some of the inputs (None: all), nats, (n,)."""
+        reference = self.reference if indices is None else self.reference[indices]
+        return self.metric.divergence(reference, self.outputs(model, indices))
+
+    @torch.no_grad()
     def divergence(self, model: nn.Module, position: int) -> float:
         """Mean KL(then || now) of the task at a position in `memory.tasks`, nats a sample."""
         mine = (self.memory.owner == position).nonzero().squeeze(1)

@@ -29,7 +29,9 @@ from nsrl.reading.limits import Unreadable, shown
 from nsrl.reading.values import mapping
 
 
-def run_continual(config: ContinualConfig, folder: Path | None = None, *, progress: bool = False) -> dict[str, Any]:
+def run_continual(
+    config: ContinualConfig, folder: Path | None = None, *, progress: bool = False, looks: int | None = LOOKS
+) -> dict[str, Any]:
     """Learn the tasks of a benchmark with one strategy.
 
     After every task its results go to the folder, with the weights and the strategy's progress at the end of its
@@ -40,6 +42,7 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         config: what to run.
         folder: of the run; None writes nothing.
         progress: show a bar with the time left.
+        looks: at learnt tasks while another is learnt, evenly spread over its steps; None looks behind every step.
 
     Returns:
         The content of metrics.json. `matrix` is R[trained, evaluated] on the test parts: accuracy, or for regression
@@ -75,7 +78,7 @@ def run_continual(config: ContinualConfig, folder: Path | None = None, *, progre
         records.begin([data.task.name for data in benchmark.tasks], len(history))
         with _bar(config, benchmark, len(history), progress) as bar:
             for index in range(len(history), len(benchmark.tasks)):
-                entry, state = _learn_task(strategy, benchmark, index, config, records, bar, watch)
+                entry, state = _learn_task(strategy, benchmark, index, config, records, bar, watch, looks)
                 history.append(entry)
                 records.write_task(index, history, state)
         metrics = summary(config, benchmark, history, untrained) | {"wall_seconds": perf_counter() - start}
@@ -171,6 +174,7 @@ def _learn_task(
     records: Records,
     bar: tqdm,
     watch: Watch,
+    count: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results of a task, and the state at the end of its training that a resumed run goes on from."""
     training, task = config.training, benchmark.tasks[index].task
@@ -182,7 +186,8 @@ def _learn_task(
         device=training.device,
     )
     torch.manual_seed(_task_seed(config, index))
-    looks = _looks(training.epochs * len(loader))
+    steps = training.epochs * len(loader)
+    looks = _looks(steps, steps if count is None else count)
     watch.begin()
     step = 0
     clock = TrainingClock()
@@ -229,9 +234,9 @@ def _learn_task(
     return entry, state
 
 
-def _looks(steps: int) -> set[int]:
+def _looks(steps: int, count: int) -> set[int]:
     """Steps behind which learnt tasks are looked at, evenly spread; the last is the end."""
-    return {-(-steps * number // LOOKS) for number in range(1, LOOKS + 1)}
+    return {-(-steps * number // count) for number in range(1, count + 1)}
 
 
 def _recall_task(

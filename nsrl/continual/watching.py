@@ -13,7 +13,7 @@ LOOKS, EXAMPLES = 10, 1000
 
 
 class Watch:
-    """Looks at all learnt tasks ten times while a task is learnt; it moves nothing.
+    """Looks at all learnt tasks while a task is learnt, ten times unless more are asked for; it moves nothing.
 
     Args:
         strategy: that learns.

@@ -12,8 +12,8 @@ from torch.func import functional_call, jacrev, vmap
 from nsrl.continual import Task
 from nsrl.continual.budget import KLBudget
 from nsrl.continual.budget_options import KLBudgetOptions
-from nsrl.continual.multipliers import CEILING, Multipliers
 from nsrl.continual.objectives import Classification, Regression
+from nsrl.continual.steering.multipliers import CEILING, Multipliers
 from nsrl.errors import NsrlError
 from tests.continual.learning import Batches, blobs, build, learn, network
 
@@ -94,7 +94,7 @@ def test_draws_are_as_rare_as_they_weigh_little():
             drawn.append(step)
             budget.pull(outputs, indices)
             total += budget._spacing
-        budget.due(optimizer)
+        budget.tick(optimizer)
     assert drawn == list(range(0, 40, int(1 / whole)))
     assert total == 40
 

@@ -69,11 +69,13 @@ class Cell:
         benchmark: name of its configuration.
         config: with strategy, seed and order filled in.
         variant: what the strategy is called here; its own name, unless it runs with several options.
+        watched: whether learnt tasks are looked at behind every step, not ten times a task.
     """
 
     benchmark: str
     config: ContinualConfig
     variant: str = ""
+    watched: bool = False
 
     @property
     def name(self) -> str:
@@ -188,8 +190,9 @@ def run_cells(
 def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     """One run, in this process; its result is written when it is there."""
     from nsrl.continual.runner import run_continual
+    from nsrl.continual.watching import LOOKS
 
-    metrics = run_continual(cell.config)
+    metrics = run_continual(cell.config, looks=None if cell.watched else LOOKS)
     write_json(out / f"{cell.name}.json", {"config": plain(cell.config), "metrics": metrics})
     return metrics
 

@@ -72,6 +72,7 @@ def write_markdown(
     path: Path,
     title: str = "Continual learning: all strategies on the offline benchmarks",
     command: str = "nsrl bench continual",
+    figure: str = "ACC of all strategies",
 ) -> Path:
     """All tables, what failed, and how they were made."""
     environment = content["environment"]
@@ -79,12 +80,13 @@ def write_markdown(
         f"# {title}",
         f"`{command}` makes this page, `{path.stem}.json` and `{path.stem}.png`. Mean over seeds and task orders"
         " on test data; ACC with its 95 % bootstrap interval; BWT and the others in points of 100."
-        " `KL` is the divergence on inputs of learnt tasks at the end, `worst KL` the largest of a task on the way, ten"
-        " looks a task, `of retained` the same on what a budget is held on, `worst drop` the largest fall of a learnt"
+        " `KL` is the divergence on inputs of learnt tasks at the end, `worst KL` the largest of a task on the way, by"
+        " ten looks a task or as many as the title says, `of retained` the same on what a budget is held on,"
+        " `worst drop` the largest fall of a learnt"
         " task's score below that right after it was learnt; `kept` the least share of a step over the layers,"
         " `time` the median ratio of processor time in training to naive's, `memory` what is kept of earlier tasks."
         " nsrl's own strategies are in bold.",
-        f"![ACC of all strategies]({path.stem}.png)",
+        f"![{figure}]({path.stem}.png)",
     ]
     for table in benchmark_tables(content):
         parts += [f"## {table.title}", table.markdown()]

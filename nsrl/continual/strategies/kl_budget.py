@@ -33,8 +33,8 @@ class CombinedOptions(KLBudgetOptions):
 class KLBudgetStrategy(Strategy):
     """The mean KL(then || now) of every learnt task stays within `kl_budget` on its retained inputs.
 
-    Needs labels of old tasks only for `replay`. It holds after `after_task` and after every `enforce_every` steps; the
-    batch and the retained inputs share one forward and one backward pass.
+    Needs labels of old tasks only for `replay`. It holds after `after_task` and after every `enforce_every` steps, and
+    by `alarm` behind every step that was measured; the batch and the retained inputs share one pass.
 
     Args:
         model, optimizer: as `Strategy`.
@@ -64,6 +64,7 @@ class KLBudgetStrategy(Strategy):
             "multiplier": self.budget.multipliers.largest(),
             "restorations": float(self.budget.restorations),
             "fallbacks": float(self.budget.fallbacks),
+            "corrections": float(self.budget.corrections),
             **self.budget.certificate(),
         }
 

@@ -214,7 +214,7 @@ class NullSpaceTRPO(ProtectedMixin, NaturalTRPO):
 
     def _improve(self, surrogate: Surrogate) -> Update | None:
         engine = self.retention
-        if engine is not None and engine.updates < engine.config.critic_warmup:
+        if engine is not None and engine.updates < engine.warmup:
             return None
         return super()._improve(surrogate)
 

@@ -49,6 +49,10 @@ SHORTER, LEAST_STRIDE, LONGER = 0.5, 1e-3, 1.1
 #: Roll-backs in a row after which a warning says so.
 MANY = 3
 
+#: Roll-outs in which only the critic learns, where the old behaviour pays in the new task: a fresh critic's advantages
+#: are noise at first.
+WARMUP_WHERE_IT_PAYS = 4
+
 #: Measured over mean KL, at most, that the aim of the multiplier is lowered for.
 MOST_GAP = 100.0
 
@@ -162,7 +166,7 @@ class Retention:
         self._take_aim()
         self._steps, self._restored_before = 0, self.restored
         self._coefficients, self._projections = [], []
-        self._frozen = self.updates < self.config.critic_warmup
+        self._frozen = self.updates < self.warmup
         self._projector = None
         start = perf_counter()
         self._confinement = self._confined()
@@ -246,6 +250,13 @@ class Retention:
     def _draw_from(self, constraint: RetentionConstraint) -> None:
         self.minibatches = StateDraw(constraint.train, self.config.seed)
         self.subsets = StateDraw(constraint.train, self.config.seed + 1)
+
+    @property
+    def warmup(self) -> int:
+        """Roll-outs in which only the critic learns: a policy that earns something already has that to lose."""
+        record = self.opening.record
+        paying = WARMUP_WHERE_IT_PAYS if record is not None and record.pays else 0
+        return max(self.config.critic_warmup, paying)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that continue the run where it is (the policy's parameters are not among them)."""

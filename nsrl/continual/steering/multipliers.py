@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ MEMORY = 32.0
 FLOOR, CEILING = 1e-3, 10.0
 #: Excess over the aim, in parts of it, that counts: a task far over it is not to be held for good.
 LEAST, MOST = -1.0, 2.0
+#: Steps with the most excess that one counts for in which a task had to be held back.
+PUSHED = 4.0
 #: A KL beyond so many times the aim, as that of a model that has diverged, is taken for that.
 BEYOND = 30.0
 
@@ -48,6 +52,13 @@ class Multipliers:
     def measured(self, divergences: Tensor) -> None:
         """Take measured KL, (tasks,), for the running means."""
         self.divergences = self._bounded(divergences.to(self.divergences))
+
+    def pushed(self, tasks: Tensor) -> None:
+        """Some tasks, (r,) int64, were held at their budget against a step.
+
+        What is measured behind it does not tell how far the step would have gone, and the next one will push as hard.
+        """
+        self.integrals[tasks] = (self.integrals[tasks] * math.exp(PUSHED * self.rate * MOST)).clamp_(max=CEILING)
 
     def update(self, divergences: Tensor, owner: Tensor, steps: int = 1) -> Tensor:
         """The multipliers to use after a draw, (tasks,).

@@ -66,7 +66,7 @@ PUBLISHED: dict[str, Entry] = {
     "anchored": _as_published("anchored"),
     "alphaedit_official": _as_published("alphaedit_official"),
 }
-#: These models are small, so every rival is tried at a tenth to a hundred-thousandth of its own strength of what holds
+#: These models are small, so every rival is tried at a tenth to a ten-thousandth of its own strength of what holds
 #: an edit back, too: on seeds from `DEVELOPMENT` on, which are in no table. BetaEdit has two that it is held back by.
 STRENGTHS: dict[str, tuple[tuple[str, float], ...]] = {
     "memit_history": (("penalty", 15000.0),),
@@ -78,7 +78,7 @@ STRENGTHS: dict[str, tuple[tuple[str, float], ...]] = {
     "evoedit": (("ridge", 1.0),),
     "betaedit": (("penalty", 3000.0), ("ridge", 1.0)),
 }
-SHARES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
 DEVELOPMENT, DEVELOPED = 100, (100,)
 
 

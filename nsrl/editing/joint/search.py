@@ -4,7 +4,7 @@ Values found edit by edit are equations: the writing has to bring every hidden s
 and where edits are many it distorts the model for distances that no answer needs. Here the answers themselves are
 wanted, with a margin, and among all displacements delta of the hidden states that give them the cheapest is looked for:
 
-    minimise  sum_i missing_i(delta_i)  +  weight tr(delta^T Q^-1 delta),     Q = K A^-1 K^T for the keys K of the edits.
+    minimise  sum_i missing_i(delta_i) + weight tr(delta^T Q^-1 delta),     Q = K A^-1 K^T for the keys K of the edits.
 
 tr(delta^T Q^-1 delta) is tr(D A D^T) of the least D with D K = delta (the representer theorem, see
 `closed_form.least_update`), so that what is cheap leaves the preserved text alone. An answer that is given with its

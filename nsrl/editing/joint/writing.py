@@ -21,8 +21,9 @@ from nsrl.editing.tokens import Marked
 #: Share of the budget that a penalty above the weakest has to use: every try is a search of its own.
 SPENT = 0.5
 #: Earlier edits that are searched for once more with a batch, beside those that are tied to it: the nearest to it.
-NEAREST = 16
-#: All are, whenever their number has grown by this share. A sequence then costs a bounded number of passes an edit.
+NEAREST = 32
+#: All are, whenever their number has grown by this share: a sequence then costs a bounded number of passes an edit, but
+#: for the batches that the earlier edits leave no room.
 GROWTH = 0.1
 #: Squared cosine of two edits' keys, in the metric of the price, from which on they are tied: one says what the other
 #: can, so that neither is written while the other stays.
@@ -62,7 +63,7 @@ class JointWriting:
         self.layer, self._last = self.memories[-1].layer, last
         # The price is in units of a hidden state that moves by its own length, so that no scale of the model matters.
         size = before.square().sum(1).mean() / len(self.memories)
-        self._units = [float(size / memory.leverage(method.penalty)) for memory in self.memories]
+        self._units = [float(size / memory.price(method.penalty).diagonal().mean()) for memory in self.memories]
         self._found = torch.stack([memory.known() for memory in self.memories]).sum(0)
         self._counted = torch.tensor(list(counted), device=before.device)
         self._states: dict[float, list[State]] = {}
@@ -87,9 +88,9 @@ class JointWriting:
             last = weakest if self._last is None else self._last
             self.solve(last)
             kl = text.measure(self.model)
-            if kl <= budget:
+            if kl <= budget and bool((self._short() <= MARGIN**2).all()):
                 return last, kl
-            # Before anything is given up, the earlier edits make room.
+            # Before anything is given up, be it an answer or the penalty, the earlier edits make room.
             for memory in self.memories:
                 memory.show_original()
             self._move(torch.arange(len(self.prompts), device=self.before.device))
@@ -113,9 +114,11 @@ class JointWriting:
 
     def still_missing(self) -> Tensor:
         """What the answers of the new edits miss in the model as it is now, in units of the original, shape (new,)."""
+        return (self._short() / self._missing.clamp_min(MARGIN**2)).sqrt()
+
+    def _short(self) -> Tensor:
         nothing = torch.zeros_like(self.before[-self.new :])
-        missing = Answers(self.model, self.layer, self.prompts[-self.new :], self.padding).shortfall(nothing)[0]
-        return (missing / self._missing.clamp_min(MARGIN**2)).sqrt()
+        return Answers(self.model, self.layer, self.prompts[-self.new :], self.padding).shortfall(nothing)[0]
 
     def _move(self, moved: Tensor) -> None:
         chosen = moved.tolist()
@@ -130,16 +133,15 @@ class JointWriting:
         return observe(self.model, self.prompts, self.padding, outputs_of=[self.layer.block])[0]
 
 
-def is_due(count: int, new: int, growth: float = GROWTH) -> bool:
-    """Whether the number of edits has passed a power of 1 + growth with a batch.
+def is_due(count: int, new: int) -> bool:
+    """Whether the number of edits has passed a power of 1 + GROWTH with a batch.
 
     Args:
         count: of all edits.
         new: of these, the last ones.
-        growth: positive.
     """
     earlier = count - new
-    return earlier < 1 or int(math.log(count) / math.log1p(growth)) > int(math.log(earlier) / math.log1p(growth))
+    return earlier < 1 or int(math.log(count) / math.log1p(GROWTH)) > int(math.log(earlier) / math.log1p(GROWTH))
 
 
 def moved_with(price: Tensor, new: int) -> Tensor:

@@ -100,8 +100,17 @@ EDITORS: dict[str, Entry] = {
     "ours, budget 0.05": Entry("nsrl", {"kl_budget": 0.05}),
 }
 #: Of every rival the strength with the largest efficacy x specificity behind 1,000 edits in sequence, its own among
-#: them, as `nsrl bench edit --only development` has it (`editing_report.best_strengths`).
-TUNED: tuple[str, ...] = ("memit_history, penalty 150", "alphaedit, ridge 0.001")
+#: them, as far as `nsrl bench edit --only development` has been run (`editing_report.best_strengths`).
+TUNED: tuple[str, ...] = (
+    "memit_history, penalty 150",
+    "alphaedit, ridge 0.001",
+    "memit, penalty 150",
+    "alphaedit_energy, ridge 0.001",
+    "betaedit, penalty 3 and ridge 0.001",
+    "evoedit, ridge 0.001",
+    "anchored, penalty 150",
+    "alphaedit_official, ridge 0.001",
+)
 
 
 @dataclass(frozen=True)

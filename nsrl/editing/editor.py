@@ -82,6 +82,8 @@ class Editor:
         self._batches: list[BatchReport] = []
         self._penalty: float | None = None
         self._marked: dict[Edit, Marked] = {}
+        # Hidden states at the edits in the original model, a tensor a batch, where values are searched for together.
+        self._before: list[Tensor] = []
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -189,7 +191,7 @@ class Editor:
         self._check_untouched()
         for memory in self._memories:
             memory.reset()
-        self._edits, self._batches, self._penalty = [], [], None
+        self._edits, self._batches, self._penalty, self._before = [], [], None, []
 
     def save(self, path: str | Path) -> Path:
         """Write the edits so far as safetensors: the edited weights, and all that later batches count with.
@@ -218,10 +220,15 @@ class Editor:
             raise NsrlError("load edits before others are applied, or call undo first")
         moments = [self.preserved.of(memory.layer) for memory in self._memories]
         edits, batches, penalty, states = read_checkpoint(given_path(path), self._made_with(), self._memories)
+        before, start = list[Tensor](), 0
+        if self.method.together is not None:
+            # Batch by batch, as they were found: other batches round otherwise.
+            for batch in batches:
+                before.append(self._originals(edits[start : start + batch.edits])[-1])
+                start += batch.edits
         for memory, moment, state in zip(self._memories, moments, states, strict=True):
             memory.restore(moment, state, [batch.edits for batch in batches])
-        self._edits, self._batches, self._penalty = edits, batches, penalty
-        self._marked = {edit: mark_edit(self.tokenizer, edit) for edit in edits}
+        self._edits, self._batches, self._penalty, self._before = edits, batches, penalty, before
 
     def report(self) -> EditorReport:
         """What has been written, and what it cost the preserved text."""
@@ -270,26 +277,39 @@ class Editor:
 
     def _write_together(self, edits: list[Edit]) -> dict[str, Any]:
         assert self._kl is not None
+        displacements = [memory.displacement() for memory in self._memories]
         for memory in self._memories:
             memory.show_original()
-        # Of the prompts themselves, since the search counts with what is added at these very keys.
-        keys = [self._keys(edits, memory, ("",)) for memory in self._memories]
-        for memory, rows in zip(self._memories, keys, strict=True):
-            memory.remember(rows)
+        *keys, before = self._originals(edits)
+        for memory, rows, displacement in zip(self._memories, keys, displacements, strict=True):
+            memory.remember(rows, displacement)
         every = [*self._edits, *edits]
         final = {edit.text: number for number, edit in enumerate(every)}
-        for edit in edits:
-            self._marked[edit] = mark_edit(self.tokenizer, edit)
         writing = JointWriting(
             self.model,
             self._memories,
             [self._marked[edit] for edit in every],
             [final[edit.text] == number for number, edit in enumerate(every)],
+            torch.cat([*self._before, before]),
+            len(edits),
             self.tokenizer.pad_token_id,
             self.method,
+            self._penalty,
         )
-        self._penalty, measured = writing.write(self._kl, self._penalty)
-        return self._measured(writing.still_missing(len(self._edits)), measured, self._penalty)
+        penalty, measured = writing.write(self._kl)
+        missing = writing.still_missing()
+        self._penalty = penalty
+        self._before.append(before)
+        return self._measured(missing, measured, penalty)
+
+    def _originals(self, edits: Sequence[Edit]) -> list[Tensor]:
+        """Keys of every layer, and hidden states behind the last one, at some edits, of the model as it is now."""
+        # Of the prompts themselves, since the search counts with what is added at these very keys.
+        for edit in edits:
+            self._marked[edit] = mark_edit(self.tokenizer, edit)
+        marked = [self._marked[edit] for edit in edits]
+        linears, last = [memory.layer.linear for memory in self._memories], self.layers[-1].block
+        return observe(self.model, marked, self.tokenizer.pad_token_id, linears, [last])
 
     def _solve(self, penalty: float) -> None:
         for memory in self._memories:

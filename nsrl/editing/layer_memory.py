@@ -108,11 +108,20 @@ class LayerMemory:
         assert self.wanted is not None
         self._write(solve_update(self._at(penalty), self._every(), self.wanted))
 
-    def remember(self, keys: Tensor) -> None:
-        """Add edits at some keys (n, d_in), float64, of which no wanted change is known yet."""
+    def displacement(self) -> Tensor:
+        """The weight as it is less the original one, shape (d_out, d_in), float64."""
         if self._original is None:
             self._original = self.layer.weight.detach().clone()
-        wanted = keys.new_zeros(len(keys), self.layer.displacement(self._original).shape[0])
+        return self.layer.displacement(self._original)
+
+    def remember(self, keys: Tensor, displacement: Tensor) -> None:
+        """Add edits of which no wanted change is known yet: what earlier edits have brought about there is a guess.
+
+        Args:
+            keys: shape (n, d_in), float64.
+            displacement: that earlier edits have made, shape (d_out, d_in), float64.
+        """
+        wanted = keys @ displacement.T
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
         self.wanted = wanted if self.wanted is None else torch.cat([self.wanted, wanted])
 

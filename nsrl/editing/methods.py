@@ -99,7 +99,7 @@ METHODS: Mapping[str, Method] = {
     "betaedit": Method(threshold=2e-2, ridge=1.0, penalty=3000.0),
     "evoedit": Method(history=False, threshold=2e-2, ridge=1.0, deflation=0.9),
     "anchored": Method(penalty=15000.0, anchor=True),
-    "nsrl": Method(penalty=1.0, relative_ridge=1e-3, together=1.0, kl_budget=0.01),
+    "nsrl": Method(penalty=1.0, relative_ridge=1e-4, together=10.0, kl_budget=0.01),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nsrl.bench.studies.editing import DEVELOPMENT, EDITORS, MODES
+from nsrl.bench.studies.editing import COUNTS, DEVELOPED, DEVELOPMENT, EDITORS, MODES, TUNED
 from nsrl.bench.studies.editing_pool import SETTINGS
 from nsrl.bench.studies.lines import read_runs
 from nsrl.errors import NsrlError
@@ -63,6 +63,21 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def best_strengths(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of every rival's method the entry with the largest efficacy x specificity behind a sequence of 1,000 edits.
+
+    Args:
+        rows: runs on `DEVELOPED`; strengths that have none are not chosen.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    for entry in summarise([row for row in rows if row["seed"] in DEVELOPED]):
+        method = EDITORS[entry["editor"]].method
+        if entry["mode"] != "sequential" or entry["edits"] < max(COUNTS) or method == EDITORS["ours"].method:
+            continue
+        best[method] = max(best.get(method, (0.0, "")), (entry["product"], entry["editor"]))
+    return {method: editor for method, (_, editor) in best.items()}
+
+
 def _mean(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
@@ -101,13 +116,16 @@ def draw_collapse(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     # The first mode in which ours was run: without it there is nothing to compare.
     ran = {entry["mode"] for entry in summary if entry["editor"] == "ours"} or {entry["mode"] for entry in summary}
     mode = next((mode for mode in MODES if mode in ran), MODES[0])
+    # Ours and the rivals at the strength that was chosen for each; the others are in the tables.
+    ran_editors = {entry["editor"] for entry in summary if entry["mode"] == mode}
+    chosen = [editor for editor in ("ours", *TUNED) if editor in ran_editors] or sorted(ran_editors)
     figure = Figure(figsize=(14.0, 3.9 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels, palette = figure.subplots(len(models), 4, squeeze=False), colormaps["tab20"]
+    panels, palette = figure.subplots(len(models), 4, squeeze=False), colormaps["tab10"]
     shown = (("efficacy", "efficacy"), ("specificity", "specificity"), ("product", "efficacy x specificity"))
     for row, model in zip(panels, models, strict=True):
         for panel, (key, title) in zip(row, (*shown, ("perplexity", "relative perplexity")), strict=True):
-            for index, editor in enumerate(EDITORS):
+            for index, editor in enumerate(chosen):
                 mine = [e for e in summary if (e["model"], e["mode"], e["editor"]) == (model, mode, editor)]
                 mine = [entry for entry in mine if entry[key] is not None]
                 if not mine:

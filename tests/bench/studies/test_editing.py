@@ -11,7 +11,7 @@ import pytest
 
 from nsrl.bench.registry import Options, run_benchmark
 from nsrl.bench.studies import editing
-from nsrl.bench.studies.editing_report import mode_table, summarise
+from nsrl.bench.studies.editing_report import best_strengths, mode_table, summarise
 from nsrl.bench.studies.lines import read_runs
 from nsrl.editing.methods import METHODS
 from nsrl.errors import NsrlError
@@ -38,6 +38,37 @@ def test_every_editor_is_in_the_study_and_every_cell_has_a_name_of_its_own() -> 
         editing.plan_cells(["nosuch"])
 
 
+def test_all_rivals_are_tried_at_all_strengths_on_development_seeds_alone() -> None:
+    cells = editing.plan_cells(["tiny", "development"])
+    assert {(cell.mode, cell.order) for cell in cells} == {("sequential", 0)}
+    assert {cell.seed for cell in cells} == set(editing.DEVELOPED) and min(editing.DEVELOPED) >= editing.DEVELOPMENT
+    tried: dict[str, int] = {}
+    for cell in cells:
+        method = editing.EDITORS[cell.editor].method
+        tried[method] = tried.get(method, 0) + 1
+    assert set(tried) == set(METHODS) - {"nsrl"}
+    # its own, and a tenth to a ten-thousandth of it
+    assert set(tried.values()) == {1 + len(editing.SHARES)}
+    assert not any(cell.seed >= editing.DEVELOPMENT for cell in editing.plan_cells())
+
+
+def test_the_strength_of_a_rival_is_that_of_its_largest_product() -> None:
+    rows = [
+        line("memit", 100, 0.5, 0.5),
+        line("memit, penalty 1500", 100, 0.9, 0.5),
+        line("memit, penalty 150", 100, 1.0, 0.4),
+        line("memit, penalty 15", 0, 1.0, 1.0),  # no development seed
+        line("alphaedit", 100, 0.1, 1.0),
+        line("ours", 100, 1.0, 1.0),
+    ]
+    assert best_strengths(rows) == {"memit": "memit, penalty 1500", "alphaedit": "alphaedit"}
+
+
+def test_the_strengths_of_the_study_are_those_that_the_committed_runs_choose() -> None:
+    rows = read_runs(Path(__file__).parents[3] / "runs/reference/editing/tiny_100.jsonl")
+    assert set(editing.TUNED) == set(best_strengths(rows).values())
+
+
 @pytest.mark.parametrize("count", [1, 9, 10, 11, 1000])
 def test_a_sequence_makes_every_edit_once_and_a_batch_begins_anew(count: int) -> None:
     parts = list(editing.batches_of("sequential", count))
@@ -54,6 +85,7 @@ def line(editor: str, seed: int, efficacy: float, specificity: float, **entries:
         "model": "tiny",
         "editor": editor,
         "mode": "sequential",
+        "seed": seed,
         "points": [point],
         "stopped": None,
         "batches": 101,

@@ -65,14 +65,20 @@ def draw_promise(content: dict[str, Any], path: Path) -> Path:
     names = list(dict.fromkeys(row["benchmark"] for row in content["rows"]))
     figure = Figure(figsize=(7.0, 1.2 + 0.4 * len(names)), layout="constrained")
     axis = figure.subplots()
+    every: list[float] = []
     marks = {"kl_budget": ("#D55E00", "o", "with the alarm"), "kl_budget_enforced_at_ends": ("0.45", "s", "without")}
     for variant, (colour, marker, label) in marks.items():
         rows = [row for row in content["rows"] if row["strategy"] == variant]
         times = [row["worst_retained_kl"] / KLBudgetOptions.kl_budget for row in rows]
+        every += times
         places = [names.index(row["benchmark"]) for row in rows]
         axis.plot(times, places, marker, color=colour, label=label, markersize=6)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_xscale("log")
+    axis.minorticks_off()
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axis.set_xlim(0.8 * min([0.5, *every]), 1.25 * max([2.0, *every]))
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("largest KL of a task on its retained inputs behind any step, in budgets", fontsize=8)

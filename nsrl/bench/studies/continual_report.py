@@ -10,7 +10,7 @@ from nsrl.files import write_text, written_atomically
 from nsrl.runs.report import Table, duration, number, scientific
 
 #: Strategies of nsrl's own.
-OURS = ("kl_budget", "features", "combined")
+OURS = ("kl_budget", "kl_budget_optimizer_tuned", "features", "combined")
 OURS_COLOUR, OTHERS_COLOUR, BOUND_COLOUR = "#D55E00", "0.45", "#0072B2"
 
 

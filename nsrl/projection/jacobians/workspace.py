@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 
 class ChainWorkspace:
-    """What `LayerPasses` computes, of one batch after the other; autograd is to be off around its methods.
+    """What `LayerPasses` computes, of one batch after the other; autograd is to be off around its passes.
 
     Weights are read where they lie at the time of each pass: they may be moved meanwhile, but not replaced.
 
@@ -31,7 +31,7 @@ class ChainWorkspace:
         rows: of the largest batch.
 
     Attributes:
-        gradients: one tensor a parameter, of its shape, which `pull` writes into.
+        gradients: one tensor a parameter, of its shape, which passes backwards write into.
     """
 
     def __init__(self, stages: Sequence[Stage], parameters: Sequence[nn.Parameter], rows: int):
@@ -40,32 +40,17 @@ class ChainWorkspace:
         self._stages = stages
         self._values = [like.new_empty(rows, stage.layer.out_features) for stage in stages]
         self._cotangents = [torch.empty_like(values) for values in self._values]
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, ChainBatch] = {}
 
-    def push(self, inputs: Tensor) -> Tensor:
-        """Outputs, shape (n, O), for inputs (n, d); the next call writes over them."""
-        return self._batch(len(inputs)).push(inputs)
-
-    def cotangents(self, rows: int) -> Tensor:
-        """Memory for the u of a batch, shape (n, O), whatever it holds; `pull` writes over it."""
-        return self._batch(rows).cotangents
-
-    def pull(self, inputs: Tensor) -> None:
-        """J^T u into `gradients`, of what `cotangents` was filled with.
-
-        Args:
-            inputs: those that were pushed last, shape (n, d).
-        """
-        self._batch(len(inputs)).pull(inputs)
-
-    def _batch(self, rows: int) -> _Batch:
+    def batch(self, rows: int) -> ChainBatch:
+        """The passes of batches of so many rows, no more than the largest; all write over the same memory."""
         if rows not in self._batches:
             values, cotangents = ([whole[:rows] for whole in kind] for kind in (self._values, self._cotangents))
-            self._batches[rows] = _Batch(self._stages, values, cotangents, self.gradients)
+            self._batches[rows] = ChainBatch(self._stages, values, cotangents, self.gradients)
         return self._batches[rows]
 
 
-class _Batch:
+class ChainBatch:
     """Passes of so many rows, every view of every tensor made beforehand.
 
     Args:
@@ -73,6 +58,9 @@ class _Batch:
         values: where each of them writes what it returns, (n, width).
         cotangents: where what goes back through it begins, (n, width).
         gradients: by position.
+
+    Attributes:
+        cotangents: memory for the u of `pull`, shape (n, O), which writes over it.
     """
 
     def __init__(
@@ -98,6 +86,7 @@ class _Batch:
         ]
 
     def push(self, inputs: Tensor) -> Tensor:
+        """Outputs, shape (n, O), for inputs (n, d); the next call writes over them."""
         for affine, activate, out in self._pushes:
             affine(inputs)
             if activate is not None:
@@ -106,6 +95,11 @@ class _Batch:
         return inputs
 
     def pull(self, inputs: Tensor) -> None:
+        """J^T u into the workspace's gradients, of what `cotangents` was filled with.
+
+        Args:
+            inputs: those that were pushed last, shape (n, d).
+        """
         for stage in self._pulls:
             if stage.slope is not None:
                 stage.slope()

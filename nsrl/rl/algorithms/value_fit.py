@@ -71,9 +71,11 @@ def _fit_chain(head: Head, returns: Tensor, adam: AdamStep, epochs: int, batch_s
                 errors[epoch * count : (epoch + 1) * count].split(batch_size),
             )
             for inputs, target, error in zip(*batches, strict=True):
-                torch.sub(workspace.push(inputs), target, out=error)
-                torch.mul(error, 2.0 / len(error), out=workspace.cotangents(len(error)))
-                workspace.pull(inputs)
+                rows = inputs.shape[0]
+                passes = workspace.batch(rows)
+                torch.sub(passes.push(inputs), target, out=error)
+                torch.mul(error, 2.0 / rows, out=passes.cotangents)
+                passes.pull(inputs)
                 step()
     return float(errors.square().mean())
 

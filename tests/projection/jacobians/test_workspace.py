@@ -35,9 +35,10 @@ def test_it_computes_what_layer_passes_do_bit_for_bit(chain: str, frozen: str, d
         passes = LayerPasses(stages, inputs, moved)
         cotangents = torch.randn_like(passes.outputs)
         with torch.no_grad():
-            assert torch.equal(workspace.push(inputs), passes.outputs)
-            workspace.cotangents(rows).copy_(cotangents)
-            workspace.pull(inputs)
+            batch = workspace.batch(rows)
+            assert torch.equal(batch.push(inputs), passes.outputs)
+            batch.cotangents.copy_(cotangents)
+            batch.pull(inputs)
             for found, wanted in zip(workspace.gradients, passes.pieces(cotangents), strict=True):
                 assert torch.equal(found, wanted)
             for parameter in owned:  # weights are read where they lie
@@ -53,9 +54,10 @@ def test_gradients_are_those_of_autograd() -> None:
     workspace = ChainWorkspace(stages, parameters, rows=6)
     wanted = torch.autograd.grad((net(inputs) * cotangents).sum(), parameters)
     with torch.no_grad():
-        workspace.push(inputs)
-        workspace.cotangents(6).copy_(cotangents)
-        workspace.pull(inputs)
+        batch = workspace.batch(6)
+        batch.push(inputs)
+        batch.cotangents.copy_(cotangents)
+        batch.pull(inputs)
     for found, gradient in zip(workspace.gradients, wanted, strict=True):
         # sums of six products of numbers of order one, in float64
         torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-14)

@@ -167,7 +167,14 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
 @benchmark("trpo")
 def trpo(options: Options, console: Console) -> Results:
     """Update speed and returns against sb3_contrib.TRPO, without a constraint."""
-    from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
+    from nsrl.bench.studies.trpo import (
+        CASES,
+        compare_returns,
+        measure_protected_trpo,
+        measure_trpo,
+        summarise_returns,
+        trpo_tables,
+    )
     from nsrl.files import write_json
     from nsrl.runs.machine import describe_environment
     from nsrl.runs.training import use_one_thread
@@ -177,6 +184,8 @@ def trpo(options: Options, console: Console) -> Results:
         runs = compare_returns(out, workers=options.workers, on_status=show)
     use_one_thread()
     updates = [measure_trpo(case.env) for case in CASES]
+    agent = REFERENCE / "agents" / "cartpole_swapped" / "default_0_x1.zip"
+    updates.append(measure_protected_trpo(agent, "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"))
     content = {
         "updates": updates,
         "returns": summarise_returns(runs),

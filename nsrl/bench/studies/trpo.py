@@ -91,7 +91,7 @@ def measure_protected_trpo(
 
     loaded = load(agent)
     buffer = RetentionBuffer.collect(loaded, old, n_states=2048, seed=seed)
-    ours = NullSpaceTRPO.from_pretrained(
+    ours: Any = NullSpaceTRPO.from_pretrained(
         loaded, make_envs(new, ENVS, seed), retain=buffer, kl_budget=budget, seed=seed, n_steps=256
     )
     steps = ours.n_steps * ours.n_envs

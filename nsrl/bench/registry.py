@@ -237,6 +237,12 @@ def overhead(options: Options, console: Console) -> Results:
             f"  ratio of medians {found[name]['ratio']:.3f} (of processor time {found[name]['processor_ratio']:.3f}), "
             f"the constraint's own share {found[name]['constraint_share']:.1%}"
         )
+        rival = found[name]["sbx"]
+        console.say(
+            "  sbx-rl is not installed: not measured (nsrl[sbx])"
+            if rival is None
+            else f"  over sbx-rl's PPO {rival['ratio']:.3f} (of processor time {rival['processor_ratio']:.3f})"
+        )
         found[name]["memory"] = measure_memory(options.configs / f"{name}.yaml", jobs[0].folder, 20_000)
         console.say(f"  constraint's peak memory {found[name]['memory']['constraint_mb']:.1f} MB")
     results = options.reference / "overhead.json"

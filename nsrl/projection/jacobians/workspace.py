@@ -29,14 +29,21 @@ class ChainWorkspace:
         stages: a chain as `linear_chain` makes it.
         parameters: those to differentiate in.
         rows: of the largest batch.
+        gradients: where to write them, one contiguous tensor a parameter; None for new ones.
 
     Attributes:
         gradients: one tensor a parameter, of its shape, which passes backwards write into.
     """
 
-    def __init__(self, stages: Sequence[Stage], parameters: Sequence[nn.Parameter], rows: int):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        parameters: Sequence[nn.Parameter],
+        rows: int,
+        gradients: Sequence[Tensor] | None = None,
+    ):
         like = stages[0].layer.weight.detach()
-        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self.gradients = list(gradients or (torch.zeros_like(parameter) for parameter in parameters))
         self._stages = stages
         self._values = [like.new_empty(rows, stage.layer.out_features) for stage in stages]
         self._cotangents = [torch.empty_like(values) for values in self._values]

@@ -172,7 +172,14 @@ def _suite(path: Path, options: Options, console: Console) -> Results:
 @benchmark("trpo")
 def trpo(options: Options, console: Console) -> Results:
     """Update speed and returns against sb3_contrib.TRPO, without a constraint."""
-    from nsrl.bench.studies.trpo import CASES, compare_returns, measure_trpo, summarise_returns, trpo_tables
+    from nsrl.bench.studies.trpo import (
+        CASES,
+        compare_returns,
+        measure_protected_trpo,
+        measure_trpo,
+        summarise_returns,
+        trpo_tables,
+    )
     from nsrl.files import write_json
     from nsrl.runs.machine import describe_environment
     from nsrl.runs.training import use_one_thread
@@ -182,6 +189,8 @@ def trpo(options: Options, console: Console) -> Results:
         runs = compare_returns(out, workers=options.workers, on_status=show)
     use_one_thread()
     updates = [measure_trpo(case.env) for case in CASES]
+    agent = REFERENCE / "agents" / "cartpole_swapped" / "default_0_x1.zip"
+    updates.append(measure_protected_trpo(agent, "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0"))
     content = {
         "updates": updates,
         "returns": summarise_returns(runs),
@@ -232,6 +241,12 @@ def overhead(options: Options, console: Console) -> Results:
         console.say(
             f"  ratio of medians {found[name]['ratio']:.3f} (of processor time {found[name]['processor_ratio']:.3f}), "
             f"the constraint's own share {found[name]['constraint_share']:.1%}"
+        )
+        rival = found[name]["sbx"]
+        console.say(
+            "  sbx-rl is not installed: not measured (nsrl[sbx])"
+            if rival is None
+            else f"  over sbx-rl's PPO {rival['ratio']:.3f} (of processor time {rival['processor_ratio']:.3f})"
         )
         found[name]["memory"] = measure_memory(options.configs / f"{name}.yaml", jobs[0].folder, 20_000)
         console.say(f"  constraint's peak memory {found[name]['memory']['constraint_mb']:.1f} MB")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import resource
 import statistics
@@ -34,6 +36,9 @@ def measure_overhead(
     environments that Stable-Baselines3 makes of an id, NullSpacePPO those that nsrl makes: the same steps, bit for bit,
     but as arrays where the task is known.
 
+    PPO of sbx-rl (JAX; the extra `sbx`) takes its turn too where it is installed: on stock's environments, with the
+    settings that it has in common with stock's, from fresh weights of the same sizes. Compiling is part of its runs.
+
     Args:
         config: of the fine-tuning run.
         agent: the pretrained agent.
@@ -45,7 +50,8 @@ def measure_overhead(
         Of each run, by name, its wall time in `seconds` and the processor's in `processor_seconds`; the ratio of their
         medians, ours over stock's, `ratio` and `processor_ratio`, the latter for machines that others use, too; of the
         last run of ours `share_of_run`, what each stage of the constraint took of its wall time, the opening with the
-        steps that it makes, and `constraint_share`, all of them together.
+        steps that it makes, and `constraint_share`, all of them together; and `sbx`, the same times of sbx-rl's runs
+        and ratios of ours over them, None where it is not installed.
     """
     from nsrl.rl import agents
     from nsrl.runs.collecting import obtain_buffer
@@ -54,7 +60,7 @@ def measure_overhead(
     tasks = resolve_tasks(config)
     loaded = agents.load(agent)
     buffer = obtain_buffer(config, loaded, tasks.old)
-    seconds: dict[str, list[float]] = {"stock": [], "null_space": []}
+    seconds: dict[str, list[float]] = {"stock": [], "null_space": [], **({"sbx": []} if has_sbx() else {})}
     processor: dict[str, list[float]] = {name: [] for name in seconds}
     split: dict[str, float] = {}
     for _ in range(repeats):
@@ -67,21 +73,36 @@ def measure_overhead(
                 split = {stage: spent / seconds[name][-1] for stage, spent in _stages(model).items()}
             if on_run is not None:
                 on_run(name, seconds[name][-1])
+    theirs = {"seconds": seconds.pop("sbx", []), "processor_seconds": processor.pop("sbx", [])}
+    rival = None
+    if theirs["seconds"]:
+        rival = {
+            **theirs,
+            "ratio": _over(seconds["null_space"], theirs["seconds"]),
+            "processor_ratio": _over(processor["null_space"], theirs["processor_seconds"]),
+        }
     return {
         "pair": tasks.name,
         "steps": steps or config.total_timesteps,
         "seconds": seconds,
         "processor_seconds": processor,
-        "ratio": _ratio(seconds),
-        "processor_ratio": _ratio(processor),
+        "ratio": _over(seconds["null_space"], seconds["stock"]),
+        "processor_ratio": _over(processor["null_space"], processor["stock"]),
+        "sbx": rival,
         "share_of_run": split,
         "constraint_share": sum(split.values()),
         "environment": describe_environment(),
     }
 
 
-def _ratio(seconds: dict[str, list[float]]) -> float:
-    return statistics.median(seconds["null_space"]) / statistics.median(seconds["stock"])
+def has_sbx() -> bool:
+    """Whether sbx-rl is installed."""
+    return importlib.util.find_spec("sbx") is not None
+
+
+def _over(ours: list[float], theirs: list[float]) -> float:
+    """Ratio of their medians."""
+    return statistics.median(ours) / statistics.median(theirs)
 
 
 def _stages(model: Any) -> dict[str, float]:
@@ -131,28 +152,47 @@ def _run(name: str, config: FinetuneConfig, agent: Path, buffer: Any, new_env: s
     if name == "null_space":
         model = build_model(config, loaded, buffer, new_task(config, loaded, new_env))
         return model.learn(steps)
-    return _stock_model(config, loaded, new_env).learn(steps)
+    build = _sbx_model if name == "sbx" else _stock_model
+    return build(config, loaded, new_env).learn(steps)
 
 
 def _stock_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
     """Stock PPO with the agent's weights, on the same task and with the same settings."""
     from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
 
-    from nsrl.rl.agents.normalization import RetainingVecNormalize
-
-    overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
-    # stock in this as well: environments that are stepped one by one
-    envs: Any = make_vec_env(new_env, overrides.pop("n_envs"), seed=config.seed)
-    settings = {**loaded.hyperparameters, **overrides}
-    if loaded.normalizer is not None:
-        envs = RetainingVecNormalize(envs, loaded.normalizer, gamma=settings["gamma"])
+    envs, settings = _stock_task(config, loaded, new_env)
     policy_kwargs = settings.pop("policy_kwargs", loaded.model.policy_kwargs)
     stock = PPO(
         loaded.model.policy_class, envs, policy_kwargs=policy_kwargs, seed=config.seed, device="cpu", **settings
     )
     stock.policy.load_state_dict(loaded.model.policy.state_dict())
     return stock
+
+
+def _sbx_model(config: FinetuneConfig, loaded: Any, new_env: str) -> Any:
+    """PPO of sbx-rl on the same task, with hidden layers of the agent's sizes and the settings that it knows."""
+    from sbx import PPO
+    from torch import nn
+
+    envs, settings = _stock_task(config, loaded, new_env)
+    known = inspect.signature(PPO.__init__).parameters
+    hidden = [layer.out_features for layer in loaded.model.policy.mlp_extractor.policy_net if type(layer) is nn.Linear]
+    given = {key: value for key, value in settings.items() if key in known and key != "policy_kwargs"}
+    return PPO("MlpPolicy", envs, policy_kwargs={"net_arch": hidden}, seed=config.seed, **given)
+
+
+def _stock_task(config: FinetuneConfig, loaded: Any, new_env: str) -> tuple[Any, dict[str, Any]]:
+    """Environments as Stable-Baselines3 makes them of an id, stepped one by one; the agent's settings and the run's."""
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from nsrl.rl.agents.normalization import RetainingVecNormalize
+
+    overrides = {key: value for key, value in asdict(config.ppo).items() if value is not None}
+    envs: Any = make_vec_env(new_env, overrides.pop("n_envs"), seed=config.seed)
+    settings = {**loaded.hyperparameters, **overrides}
+    if loaded.normalizer is not None:
+        envs = RetainingVecNormalize(envs, loaded.normalizer, gamma=settings["gamma"])
+    return envs, settings
 
 
 def main(arguments: list[str]) -> int:

@@ -57,26 +57,103 @@ def measure_trpo(
     steps = stock.n_steps * stock.n_envs
     stock.learn(3 * steps)  # the last rollout is by the policy before its update, so take one more
     stock.collect_rollouts(stock.env, stock._init_callback(None), stock.rollout_buffer, stock.n_steps)
-    models["null_space"].learn(1)  # gives it a logger
-    models["null_space"].rollout_buffer = stock.rollout_buffer
-    weights = copy.deepcopy(stock.policy.state_dict())
-    moments = copy.deepcopy(stock.policy.optimizer.state_dict())
-    seconds: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
+    ours = models["null_space"]
+    ours.learn(1)  # gives it a logger
+    ours.rollout_buffer = stock.rollout_buffer
+    ours.policy.load_state_dict(stock.policy.state_dict())
+    ours.policy.optimizer.load_state_dict(copy.deepcopy(stock.policy.optimizer.state_dict()))
+    seconds = _time_updates(models, rounds, warmup)
+    return {"env": env, "settings": settings, **_timings(models, seconds, steps)}
+
+
+def measure_protected_trpo(
+    agent: Any, old: str, new: str, *, budget: float = 0.01, rounds: int = 9, warmup: int = 2, seed: int = 0
+) -> dict[str, Any]:
+    """Time one update of a protected model as a user gets it, opened and confined, and stock TRPO's, in turn.
+
+    Both begin every update with the protected model's weights and roll-out, behind its first two updates.
+
+    Args:
+        agent: the pretrained agent, as `nsrl.rl.agents.load` takes it.
+        old, new: ids of its task and of the one that it learns.
+        budget: nats a state.
+        rounds, warmup, seed: as in `measure_trpo`.
+
+    Returns:
+        As `measure_trpo`, and whether updates were `confined`.
+    """
+    from sb3_contrib import TRPO
+
+    from nsrl.rl.agents.agent import load
+    from nsrl.rl.algorithms.trpo import NullSpaceTRPO
+    from nsrl.rl.playing.environments import make_envs
+    from nsrl.rl.retention.buffer import RetentionBuffer
+
+    loaded = load(agent)
+    buffer = RetentionBuffer.collect(loaded, old, n_states=2048, seed=seed)
+    ours: Any = NullSpaceTRPO.from_pretrained(
+        loaded, make_envs(new, ENVS, seed), retain=buffer, kl_budget=budget, seed=seed, n_steps=256
+    )
+    steps = ours.n_steps * ours.n_envs
+    ours.learn(2 * steps)
+    ours.collect_rollouts(ours.env, ours._init_callback(None), ours.rollout_buffer, ours.n_steps)
+    shared = ("n_steps", "batch_size", "gamma", "gae_lambda", "target_kl", "cg_max_steps", "cg_damping")
+    settings = {name: getattr(ours, name) for name in (*shared, "n_critic_updates")}
+    stock = TRPO(
+        ours.policy_class,
+        make_envs(new, ENVS, seed),
+        policy_kwargs=ours.policy_kwargs,
+        seed=seed,
+        device="cpu",
+        **settings,
+    )
+    stock.learn(1)  # gives it a logger, and its optimizer moments
+    stock.rollout_buffer = ours.rollout_buffer
+    stock.policy.load_state_dict(ours.policy.state_dict())
+    models = {"stock": stock, "null_space": ours}
+    engine = ours.retention
+    assert engine is not None
+    # weights that somebody else has put there are measured ahead of an update; those of a run are known
+    seconds = _time_updates(models, rounds, warmup, engine.verify)
+    confined = engine.opening.block is not None and engine.config.confine != "off"
+    return {"env": new, "settings": settings, "confined": confined, **_timings(models, seconds, steps)}
+
+
+def _time_updates(
+    models: Mapping[str, Any], rounds: int, warmup: int, before: Callable[[], Any] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every update that counts: of each model in turn, each time from the state that the models have now.
+
+    Args:
+        models: with their roll-outs.
+        rounds, warmup: as in `measure_trpo`.
+        before: called ahead of every update, unclocked.
+    """
+    kept = {
+        name: copy.deepcopy((model.policy.state_dict(), model.policy.optimizer.state_dict()))
+        for name, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(warmup + rounds):
         for name, model in models.items():
+            weights, moments = kept[name]
             model.policy.load_state_dict(weights)
             model.policy.optimizer.load_state_dict(copy.deepcopy(moments))
+            if before is not None:
+                before()
             start = perf_counter()
             model.train()
             if turn >= warmup:
                 seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def _timings(models: Mapping[str, Any], seconds: Mapping[str, list[float]], states: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "env": env,
-        "states": steps,
-        "settings": settings,
+        "states": states,
         "threads": _threads(),
-        "seconds": seconds,
+        "seconds": dict(seconds),
         "medians": medians,
         "ratio": medians["stock"] / medians["null_space"],
         "logged": {name: _logged(model) for name, model in models.items()},
@@ -210,7 +287,7 @@ def trpo_tables(content: dict[str, Any]) -> list[Table]:
     """The tables of a benchmark: seconds an update, and returns."""
     updates = tuple(
         (
-            row["env"],
+            f"{row['env']}, protected" if "confined" in row else row["env"],
             f"{row['states']}",
             f"{1e3 * row['medians']['stock']:.0f}",
             f"{1e3 * row['medians']['null_space']:.0f}",

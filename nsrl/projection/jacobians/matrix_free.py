@@ -37,10 +37,12 @@ class Activation:
     Attributes:
         apply: in place.
         slope: a vector times the derivative, from the vector and what `apply` returned: autograd's own kernels.
+        slope_into: the same, written into a third tensor, which may be the vector.
     """
 
     apply: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
+    slope_into: Callable[[Tensor, Tensor, Tensor], object]
 
 
 def _tanh(values: Tensor) -> Tensor:
@@ -52,9 +54,21 @@ def _tanh(values: Tensor) -> Tensor:
     return values
 
 
+# looked up once: that takes as long as a small batch's product
+_TANH_INTO = torch.ops.aten.tanh_backward.grad_input
+_RELU_INTO = torch.ops.aten.threshold_backward.grad_input
+
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.Tanh: Activation(_tanh, lambda vector, out: torch.ops.aten.tanh_backward(vector, out)),
-    nn.ReLU: Activation(torch.relu_, lambda vector, out: torch.ops.aten.threshold_backward(vector, out, 0)),
+    nn.Tanh: Activation(
+        _tanh,
+        lambda vector, out: torch.ops.aten.tanh_backward(vector, out),
+        lambda vector, out, into: _TANH_INTO(vector, out, grad_input=into),
+    ),
+    nn.ReLU: Activation(
+        torch.relu_,
+        lambda vector, out: torch.ops.aten.threshold_backward(vector, out, 0),
+        lambda vector, out, into: _RELU_INTO(vector, out, 0, grad_input=into),
+    ),
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,33 @@ class AdamStep:
             self._ready = self._lists(self._parameters)
         self._step(list(gradients), self._ready)  # type: ignore[arg-type]
 
+    @contextmanager
+    def in_a_row(self, gradients: Sequence[Tensor]) -> Iterator[Callable[[], Any]]:
+        """For many steps of all parameters, on gradients that are written into the same tensors each time.
+
+        Args:
+            gradients: one a parameter.
+
+        Yields:
+            A function that makes one step. The optimizer's own count of them is right behind the last one.
+        """
+        lists = self._lists(self._parameters)
+        parameters, first, second, steps = lists
+        if not hasattr(torch, "_fused_adam_") or not steps or any(float(step) != float(steps[0]) for step in steps):
+            yield partial(self._step, list(gradients), lists)
+            return
+        count, given, settings = steps[0].clone(), list(gradients), self._settings()
+        counts = [count] * len(steps)  # to count a dozen tensors takes longer than the step of a small network
+
+        def step() -> None:
+            count.add_(1)
+            torch._fused_adam_(parameters, given, first, second, [], counts, **settings)
+
+        try:
+            yield step
+        finally:
+            torch._foreach_copy_(steps, counts)
+
     def _lists(self, parameters: Sequence[nn.Parameter]) -> list[list[Tensor]]:
         """Parameters, first and second moments and step counts, one of each a parameter."""
         for parameter in parameters:
@@ -75,9 +105,18 @@ class AdamStep:
     @torch.no_grad()
     def _step(self, gradients: list[Tensor], lists: list[list[Tensor]]) -> None:
         parameters, first, second, steps = lists
+        settings = self._settings()
+        if hasattr(torch, "_fused_adam_"):
+            # `adam` counts the steps and groups tensors by device before it calls this.
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(parameters, gradients, first, second, [], steps, **settings)
+        else:
+            adam(parameters, gradients, first, second, [], steps, fused=True, **settings)
+
+    def _settings(self) -> dict[str, Any]:
         group = self._group
         beta1, beta2 = group["betas"]
-        settings = {
+        return {
             "lr": group["lr"],
             "beta1": beta1,
             "beta2": beta2,
@@ -86,9 +125,3 @@ class AdamStep:
             "amsgrad": False,
             "maximize": False,
         }
-        if hasattr(torch, "_fused_adam_"):
-            # `adam` counts the steps and groups tensors by device before it calls this.
-            torch._foreach_add_(steps, 1)
-            torch._fused_adam_(parameters, gradients, first, second, [], steps, **settings)
-        else:
-            adam(parameters, gradients, first, second, [], steps, fused=True, **settings)

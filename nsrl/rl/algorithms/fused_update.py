@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor, nn
 
-from nsrl.projection.jacobians.matrix_free import LayerPasses
+from nsrl.projection.jacobians.workspace import ChainWorkspace
 from nsrl.projection.optimizer import StepHooks
 from nsrl.rl.algorithms.adam import AdamStep, is_plain_adam
 from nsrl.rl.algorithms.numbers import Diverged
@@ -60,8 +60,10 @@ class FusedUpdate:
         self._parameters = chains.parameters
         self._gradients = _Gradients(self._parameters)
         views, count = self._gradients.views, len(chains.actor_parameters)
-        self._actor_gradients = views[:count]
-        self._critic_gradients = views[count : count + len(chains.critic_parameters)]
+        rows = min(model.batch_size, model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs)
+        self._actor = ChainWorkspace(chains.actor, chains.actor_parameters, rows, views[:count])
+        values = views[count : count + len(chains.critic_parameters)]
+        self._critic = ChainWorkspace(chains.critic, chains.critic_parameters, rows, values)
         self._spread = None if chains.log_std is None else views[-1]
 
     def run(self) -> None:
@@ -124,28 +126,29 @@ class FusedUpdate:
     def _pass(self, batch: _Minibatch, epoch: _Epoch) -> bool:
         """Gradients of the loss at a minibatch, into their places; whether the update is to stop before the step."""
         model, size = self._model, len(batch.advantages)
-        actor = LayerPasses(self._chains.actor, batch.actor, self._chains.actor_parameters)
-        critic = LayerPasses(self._chains.critic, batch.critic, self._chains.critic_parameters)
-        likelihood = self._distribution.likelihood(self._policy, actor.outputs, batch.actions)
+        actor, critic = self._actor.batch(size), self._critic.batch(size)
+        likelihood = self._distribution.likelihood(self._policy, actor.push(batch.actor), batch.actions)
         assert likelihood is not None
         log_ratio = likelihood.log_prob - batch.old_log_prob
         ratio = log_ratio.exp()
         free = batch.advantages * ratio
         clipped = batch.advantages * ratio.clamp(1 - self._clip, 1 + self._clip)
-        error, inside = self._value_errors(critic.outputs.flatten(), batch)
+        error, inside = self._value_errors(critic.push(batch.critic).flatten(), batch)
         epoch.add(log_ratio, torch.min(free, clipped), error, likelihood)
         if model.target_kl is not None and epoch.exceeds(1.5 * model.target_kl):
             return True
         # d ratio / d log-prob is the ratio; behind the clip there is no slope. A product, so that NaN stays NaN.
         weights = (free <= clipped) * free * (-1.0 / size)
         bonus = -model.ent_coef / size
-        actor.pieces(likelihood.slope(weights, bonus), self._actor_gradients)
+        actor.cotangents.copy_(likelihood.slope(weights, bonus))
+        actor.pull(batch.actor)
         if self._spread is not None:
             spread = likelihood.spread_slope(weights, bonus)
             assert spread is not None
             self._spread.copy_(spread)
         pull = error * (2.0 * model.vf_coef / size)
-        critic.pieces((pull if inside is None else pull * inside).unsqueeze(1), self._critic_gradients)
+        critic.cotangents.copy_((pull if inside is None else pull * inside).unsqueeze(1))
+        critic.pull(batch.critic)
         return False
 
     def _value_errors(self, values: Tensor, batch: _Minibatch) -> tuple[Tensor, Tensor | None]:

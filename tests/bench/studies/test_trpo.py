@@ -26,6 +26,15 @@ def test_updates_are_timed_in_turn_on_one_rollout() -> None:
     json.dumps(found)
 
 
+def test_updates_of_a_protected_model_are_timed_as_a_user_gets_them() -> None:
+    agent = Path("runs/reference/agents/cartpole_swapped/default_0_x1.zip")
+    found = trpo.measure_protected_trpo(agent, "nsrl/CartPole-v0", "nsrl/CartPoleSwapped-v0", rounds=1, warmup=0)
+    assert found["confined"] and found["states"] == 2048
+    assert found["settings"]["n_critic_updates"] == 10
+    assert found["ratio"] == pytest.approx(found["seconds"]["stock"][0] / found["seconds"]["null_space"][0])
+    assert trpo.trpo_tables({"updates": [found], "returns": []})[0].rows[0][0].endswith("protected")
+
+
 def test_returns_are_compared_over_seeds_and_what_is_finished_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
     made: list[dict[str, Any]] = []
 

@@ -7,7 +7,6 @@ once, is left out of it and of the forecast.
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -149,5 +148,10 @@ class _Stopwatch(BaseCallback):
 
 
 def _peak_bytes() -> int:
+    """0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

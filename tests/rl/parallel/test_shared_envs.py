@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each of the two processes saved; the second one kills itself at the end."""
-    context = mp.spawn(worker.work, (str(folder),), COUNT, join=False)
+    context = mp.spawn(worker.work, (str(folder), torch.get_num_threads()), COUNT, join=False)
     assert context is not None
     for process in context.processes:
         process.join()

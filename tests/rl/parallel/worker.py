@@ -135,9 +135,9 @@ def learn(kind: str, folder: Path, envs: Any, **changes: Any) -> dict[str, Any]:
     return told(found)
 
 
-def work(number: int, folder: str) -> None:
+def work(number: int, folder: str, threads: int) -> None:
     """One of the processes."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # rounding is that of so many
     where = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{where / 'meet'}", rank=number, world_size=COUNT)
     ranks = Ranks()

@@ -348,8 +348,8 @@ def continual_memories(options: Options, console: Console) -> Results:
 @benchmark("continual_tuning", "only", "quick", "again", "engine")
 def continual_tuning(options: Options, console: Console) -> Results:
     """Rivals tuned by one rule, with as many trials each, against a KL budget with its default."""
+    from nsrl.bench.continual.tuning import plan_tuning, run_tuning
     from nsrl.bench.studies.continual_report import benchmark_tables, draw_benchmarks, write_markdown
-    from nsrl.bench.studies.continual_tuning import plan_tuning, run_tuning
     from nsrl.files import write_json
 
     out = _out(options, "continual_tuning_quick" if options.quick else "continual_tuning")
@@ -377,8 +377,8 @@ def continual_tuning(options: Options, console: Console) -> Results:
 @benchmark("continual_promise", "only", "quick", "again", "engine")
 def continual_promise(options: Options, console: Console) -> Results:
     """A KL budget over tasks measured behind every single step, with its alarm and without."""
+    from nsrl.bench.continual.promise import draw_promise, kept_lines, plan_promise
     from nsrl.bench.studies.continual import run_cells
-    from nsrl.bench.studies.continual_promise import draw_promise, kept_lines, plan_promise
     from nsrl.bench.studies.continual_report import benchmark_tables, write_markdown
     from nsrl.files import write_json
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nsrl.bench.studies import continual
-from nsrl.bench.studies.continual import BENCHMARKS
-from nsrl.bench.studies.continual_tuning import (
+from nsrl.bench.continual.tuning import (
     COEFFICIENTS,
     KEEPERS,
     OPTIMIZERS,
@@ -19,6 +17,8 @@ from nsrl.bench.studies.continual_tuning import (
     run_tuning,
     trials,
 )
+from nsrl.bench.studies import continual
+from nsrl.bench.studies.continual import BENCHMARKS
 from nsrl.continual.strategies import STRATEGIES
 from nsrl.errors import NsrlError
 

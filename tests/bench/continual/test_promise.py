@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from nsrl.bench.continual.promise import SEEDS, VARIANTS, draw_promise, kept_lines, plan_promise
 from nsrl.bench.studies.continual import BENCHMARKS, run_cell
-from nsrl.bench.studies.continual_promise import SEEDS, VARIANTS, draw_promise, kept_lines, plan_promise
 from nsrl.errors import NsrlError
 
 # imported here: it sets environment variables, which no test may do

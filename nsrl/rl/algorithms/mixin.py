@@ -36,7 +36,6 @@ from nsrl.rl.budget.baselines import build_engine
 from nsrl.rl.budget.config import RetentionConfig
 from nsrl.rl.budget.engine import Retention
 from nsrl.rl.opening.spread import ExplorationSpread
-from nsrl.rl.opening.units import OPEN_WHERE_IT_PAYS
 from nsrl.rl.parallel.agreement import check_agreement
 from nsrl.rl.playing.environments import check_env, training_env
 from nsrl.rl.playing.rollout import evaluation_mode
@@ -438,9 +437,7 @@ class ProtectedMixin(OnPolicyAlgorithm):
         if self.retention is None:
             return super().collect_rollouts(*args, **kwargs)
         if self.retention.opening.pending:
-            record = self.retention.opening.run(self)
-            if record.pays and self.retention.exploration is not None:
-                self.retention.exploration.narrow(OPEN_WHERE_IT_PAYS)  # what pays is to be varied, not given up
+            self.retention.opening.run(self)
         exploration = self.retention.exploration
         with (
             fused_forward(self.policy) if self.retention.config.fused == "auto" else nullcontext(),

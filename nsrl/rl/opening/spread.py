@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,12 +47,6 @@ class ExplorationSpread:
         spread: Any = policy.log_std
         wide = torch.as_tensor(wide_log_std(policy.action_space)).to(spread)  # type: ignore[arg-type]
         return cls(policy, torch.maximum(spread.detach(), wide))
-
-    def narrow(self, share: float) -> None:
-        """Explore with a share of the wide standard deviation only, or the policy's own where that is more."""
-        own: Any = self._policy.log_std
-        wide = torch.as_tensor(wide_log_std(self._policy.action_space)).to(own)
-        self.log_std.copy_(torch.maximum(own.detach(), wide + math.log(share)))
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

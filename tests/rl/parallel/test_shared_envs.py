@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from nsrl.rl.training.checkpoint import restore
 from tests.rl.parallel import worker
 from tests.rl.parallel.worker import ALGORITHMS, BUDGET, COUNT, ENVS, STEPS, learn, model, told, walks
 
+#: Of every process: several on few cores would wait for each other, and rounding is that of so many.
+THREADS = 1
+
+
+@pytest.fixture(autouse=True)
+def threads(alone: None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each of the two processes saved; the second one kills itself at the end."""
-    context = mp.spawn(worker.work, (str(folder), torch.get_num_threads()), COUNT, join=False)
+    context = mp.spawn(worker.work, (str(folder), THREADS), COUNT, join=False)
     assert context is not None
     for process in context.processes:
         process.join()

@@ -78,6 +78,8 @@ _NAME = re.compile(r"`\w+(\.\w+)*`")
 ELSEWHERE = {
     "gallery": "runs/reference/ntk/README.md",
     "strategies": "runs/reference/continual/continual.md",
+    "promise": "runs/reference/continual/promise.md",
+    "tuned": "runs/reference/continual/tuned.md",
     "frontier": "runs/reference/frontier/report.md",
     "changelog": "CHANGELOG.md",
     "contributing": "CONTRIBUTING.md",

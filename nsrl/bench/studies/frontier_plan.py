@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsrl.errors import NsrlError
-from nsrl_envs import told
 
 #: KL budget, states of a buffer, and those that a refresh adds.
 BUDGET, STATES, REFRESHED = 0.01, 2048, 256
@@ -113,10 +112,10 @@ PAIRS: dict[str, Pair] = {
         solved=-110.0,
         test=True,
     ),
-    # tasks that look the same, told apart by one more input
+    # tasks that look the same, told apart by one more input (`nsrl_envs.told`)
     "lunarlander_wind": Pair(
-        told("nsrl/LunarLander-v0", 0),
-        told("nsrl/LunarLanderWind-v0", 1),
+        "nsrl/nsrl.LunarLander-v0.context0",
+        "nsrl/nsrl.LunarLanderWind-v0.context1",
         0,
         200_000,
         published=("ppo", "a2c"),
@@ -124,16 +123,16 @@ PAIRS: dict[str, Pair] = {
         test=True,
     ),
     "hopper_low_gravity": Pair(
-        told("nsrl/Hopper-v0", 0),
-        told("nsrl/HopperLowGravity-v0", 1),
+        "nsrl/nsrl.Hopper-v0.context0",
+        "nsrl/nsrl.HopperLowGravity-v0.context1",
         0,
         200_000,
         published=("ppo",),
         test=True,
     ),
     "halfcheetah_heavy_torso": Pair(
-        told("nsrl/HalfCheetahPlain-v0", 0),
-        told("nsrl/HalfCheetahHeavyTorso-v0", 1),
+        "nsrl/nsrl.HalfCheetahPlain-v0.context0",
+        "nsrl/nsrl.HalfCheetahHeavyTorso-v0.context1",
         0,
         200_000,
         published=("ppo", "a2c"),

@@ -83,7 +83,7 @@ def resting_states(model: OnPolicyAlgorithm, count: int, seed: int, stretch: int
 
 
 def resting_action(space: spaces.Space) -> np.ndarray | None:
-    """What does nothing: 0 in a Box that has it; None in other spaces, where nothing is known to do nothing."""
+    """What does nothing, (A,): 0 in a Box that has it; None in other spaces, where nothing is known to do that."""
     if not isinstance(space, spaces.Box) or (space.low > 0.0).any() or (space.high < 0.0).any():
         return None
     return np.zeros(space.shape, space.dtype)

@@ -1,10 +1,12 @@
 """Tuning by one rule: as many trials for all, none on what is reported, the best on validation examples chosen."""
 
 import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from nsrl.bench import engine
 from nsrl.bench.continual.tuning import (
     COEFFICIENTS,
     KEEPERS,
@@ -17,7 +19,6 @@ from nsrl.bench.continual.tuning import (
     run_tuning,
     trials,
 )
-from nsrl.bench.studies import continual
 from nsrl.bench.studies.continual import BENCHMARKS
 from nsrl.continual.strategies import STRATEGIES
 from nsrl.errors import NsrlError
@@ -84,14 +85,14 @@ def test_a_small_study_is_run_and_taken_up_again(tmp_path, monkeypatch):
 
         def submit(self, act, cell, out):
             made.append(cell.name)
-            future = continual.Future()
+            future: Future = Future()
             future.set_result(act(cell, out))
             return future
 
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr(continual, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", Here)
     content = run_tuning(plan, tmp_path)
     assert [trial["chosen"] for trial in content["trials"]].count(True) == 1
     best = max(content["trials"], key=lambda trial: trial["acc_validation"])

@@ -120,6 +120,7 @@ PAIRS: dict[str, Pair] = {
         200_000,
         published=("ppo", "a2c"),
         agents="lunarlander_swapped",
+        solved=200.0,
         test=True,
     ),
     "hopper_low_gravity": Pair(
